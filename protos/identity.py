@@ -1,0 +1,93 @@
+"""Identities and keys: who may have signed what.
+
+An identity is the key id of a *root* public key. A root key certifies operational keys through
+signed KeyEvents; only operational keys sign everything else. Root keys may stay offline.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from trueweight.protos.errors import BadSignature
+
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+
+
+def key_id(public_key: bytes) -> str:
+    """Lower-case base32 of the first 20 bytes of SHA-256 over a raw public key."""
+    if len(public_key) != PUBLIC_KEY_BYTES:
+        raise BadSignature("a public key has 32 bytes")
+    return base64.b32encode(hashlib.sha256(public_key).digest()[:20]).decode().lower()
+
+
+def public_bytes(key: Ed25519PrivateKey) -> bytes:
+    """The raw 32-byte public key of a private key."""
+    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+@dataclass(frozen=True)
+class Signer:
+    """An identity's operational key in use. ``key_event`` is the envelope that certifies it."""
+
+    identity: str
+    key: Ed25519PrivateKey = field(repr=False)
+    key_event: bytes = field(repr=False)
+
+    @property
+    def key_id(self) -> str:
+        return key_id(public_bytes(self.key))
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """Operational keys by key id, with the identity each belongs to.
+
+    A value: adding an event returns a new ring. Events must arrive in order of ``sequence``.
+    """
+
+    keys: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
+    sequences: Mapping[str, int] = field(default_factory=dict)
+
+    def identity_of(self, operational_key_id: str) -> str | None:
+        """The identity that an operational key speaks for, or None if nobody's."""
+        entry = self.keys.get(operational_key_id)
+        return entry[0] if entry else None
+
+    def verify(self, operational_key_id: str, signature: bytes, message: bytes) -> str:
+        """The identity whose key made this signature. Raises BadSignature."""
+        entry = self.keys.get(operational_key_id)
+        if entry is None:
+            raise BadSignature(f"key {operational_key_id[:40]!r} is not certified here")
+        check_signature(entry[1], signature, message)
+        return entry[0]
+
+    def with_key(self, identity: str, public_key: bytes, sequence: int) -> KeyRing:
+        """A ring that also knows this operational key."""
+        return KeyRing(
+            {**self.keys, key_id(public_key): (identity, public_key)},
+            {**self.sequences, identity: sequence},
+        )
+
+    def without_key(self, identity: str, public_key: bytes, sequence: int) -> KeyRing:
+        """A ring that no longer accepts this operational key."""
+        keys = {k: v for k, v in self.keys.items() if k != key_id(public_key)}
+        return KeyRing(keys, {**self.sequences, identity: sequence})
+
+
+def check_signature(public_key: bytes, signature: bytes, message: bytes) -> None:
+    """Raises BadSignature unless the Ed25519 signature holds."""
+    if len(public_key) != PUBLIC_KEY_BYTES or len(signature) != SIGNATURE_BYTES:
+        raise BadSignature("malformed key or signature")
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        raise BadSignature("the signature does not hold") from None
+
