@@ -1,0 +1,132 @@
+"""What all commands share: options with environment twins, tables or JSON, exit codes, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from trueweight.runtime.logs import configure
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+ENV_PREFIX = "TRUEWEIGHT"
+
+
+def option(*names: str, **settings: Any) -> Callable[[F], F]:
+    """A click option whose help shows its default and its environment twin."""
+    settings.setdefault("show_default", True)
+    settings.setdefault("show_envvar", True)
+    return click.option(*names, **settings)
+
+
+def path_option(*names: str, **settings: Any) -> Callable[[F], F]:
+    """An option that is a path."""
+    settings.setdefault("type", click.Path(path_type=Path))
+    return option(*names, **settings)
+
+
+def market_option(function: F) -> F:
+    """--market FILE: the market this process takes part in."""
+    return path_option(
+        "--market",
+        required=True,
+        envvar=f"{ENV_PREFIX}_MARKET",
+        help="Market file, made by 'trueweight market init'.",
+    )(function)
+
+
+def keys_option(function: F) -> F:
+    """--keys DIR: who this process is."""
+    return path_option("--keys", required=True, help="Directory with this identity's key files.")(
+        function
+    )
+
+
+def log_options(function: F) -> F:
+    """--log-level and --log-json; call ``configure_logs`` with them."""
+    function = option(
+        "--log-level",
+        default="info",
+        envvar=f"{ENV_PREFIX}_LOG_LEVEL",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        help="How much to log on stderr.",
+    )(function)
+    return option(
+        "--log-json",
+        is_flag=True,
+        envvar=f"{ENV_PREFIX}_LOG_JSON",
+        help="Log JSON lines.",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """--json: machine-readable output instead of a table."""
+    return option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(
+        function
+    )
+
+
+def configure_logs(log_level: str, log_json: bool) -> None:
+    """Applies ``log_options``."""
+    configure(log_level, as_json=log_json)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_ready(**facts: Any) -> None:
+    """The one line that a long-running command prints when it serves."""
+    sys.stdout.write(json.dumps({"ready": True, **facts}, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for people; numbers are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{cell}" for cell in row))
+    Console().print(table)
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Runs a command's coroutine on uvloop."""
+    result: T = uvloop.run(main)
+    return result
+
+
+async def serve_until_signal(run: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Runs ``run(stop)``; SIGTERM or SIGINT sets ``stop``, a second one exits at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await run(stop)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):
+                loop.remove_signal_handler(number)
