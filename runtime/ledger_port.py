@@ -215,6 +215,7 @@ class _Batcher:
         self._wake = asyncio.Event()
         self._flying: dict[int, list[_Waiting]] = {}
         self._next_batch = 1
+        self._stream = 0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -249,7 +250,7 @@ class _Batcher:
     async def _run(self) -> None:
         while not self._closed:
             try:
-                async for response in self._submit(self._requests()):
+                async for response in self._submit(self._requests(self._stream)):
                     self._settle(response)
                 error: TrueweightError = Unavailable("the ledger closed the stream")
             except grpc.aio.AioRpcError as failure:
@@ -259,12 +260,14 @@ class _Batcher:
                 return  # the next caller opens a new stream
             await asyncio.sleep(_RECONNECT_S[0])
 
-    async def _requests(self) -> AsyncIterator[pb.ApplyRequest]:
-        while True:
-            while not self._queue or len(self._flying) >= self._SLOTS:
-                self._wake.clear()
-                await self._wake.wait()
-            yield self._take()
+    async def _requests(self, stream: int) -> AsyncIterator[pb.ApplyRequest]:
+        # A lost stream's generator may still be waiting here; it must not take a new one's work.
+        while stream == self._stream:
+            if self._queue and len(self._flying) < self._SLOTS:
+                yield self._take()
+                continue
+            self._wake.clear()
+            await self._wake.wait()
 
     def _take(self) -> pb.ApplyRequest:
         request = pb.ApplyRequest(batch=self._next_batch)
@@ -293,6 +296,7 @@ class _Batcher:
         self._wake.set()
 
     def _fail_all(self, error: TrueweightError) -> None:
+        self._stream += 1
         failed = [w for batch in self._flying.values() for w in batch]
         self._flying.clear()
         for waiting in failed:
