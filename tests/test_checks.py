@@ -1,0 +1,53 @@
+"""`make check` is worth something: a planted error in each room fails it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+ROOMS = ("protos", "runtime", "node", "router", "verifier", "ledger", "client", "simulation")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for room in ROOMS:
+        shutil.copytree(TOP / room, tmp_path / room, ignore=shutil.ignore_patterns("models", "*.json"))
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(TOP / "deploy/typecheck.sh", tmp_path / "deploy")
+    shutil.copy(TOP / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def run(command, cwd, **env):
+    # Reuses the project's mypy cache, so that only the planted files are checked anew.
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), **env},
+    )
+
+
+def test_a_planted_lint_error_is_found_in_every_room(copy):
+    for room in ROOMS:
+        (copy / room / "planted.py").write_text("import os\n")
+    result = run([sys.executable, "-m", "ruff", "check", ".", "--output-format", "concise"], copy)
+    assert result.returncode != 0
+    for room in ROOMS:
+        assert f"{room}/planted.py:1" in result.stdout
+
+
+def test_a_planted_type_error_is_found_in_every_room(copy):
+    for room in ROOMS:
+        (copy / room / "planted.py").write_text('def wrong() -> int:\n    return "text"\n')
+    result = run(["deploy/typecheck.sh"], copy, PYTHON=sys.executable, MYPY_CACHE=str(copy / "cache"))
+    assert result.returncode != 0
+    for room in ROOMS:
+        assert f"trueweight/{room}/planted.py:2" in result.stdout, result.stdout + result.stderr
