@@ -170,6 +170,21 @@ class WeightsRefused(TrueweightError):
     exit_code = 65
 
 
+class ReceiptRefused(TrueweightError):
+    """A receipt fails an L0 check: it is not paid. ``check`` names the first that failed."""
+
+    code = "RECEIPT_REFUSED"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 502
+    exit_code = 65
+
+    def __init__(
+        self, message: str, *, check: str = "", hint: str = "", param: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, param=param)
+        self.check = check
+
+
 class StorageError(TrueweightError):
     """The database or disk failed; nothing was half done."""
 

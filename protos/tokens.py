@@ -15,7 +15,10 @@ def token_digest(salt: bytes, token_ids: Sequence[int]) -> bytes:
     """SHA-256(tag, 16-byte salt, ids as little-endian u32). Raises ValueError if out of range."""
     if len(salt) != SALT_BYTES:
         raise ValueError(f"a salt has {SALT_BYTES} bytes")
-    ids = np.asarray(token_ids, dtype=np.int64)
+    try:
+        ids = np.asarray(token_ids, dtype=np.int64)
+    except OverflowError:
+        raise ValueError("token id out of u32 range") from None
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) > 0xFFFFFFFF):
         raise ValueError("token id out of u32 range")
     return hashlib.sha256(_TAG + salt + ids.astype("<u4").tobytes()).digest()
