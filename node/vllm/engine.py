@@ -1,0 +1,129 @@
+"""vLLM as a Trueweight engine.
+
+``VllmEngine`` runs ``AsyncLLM`` in its own processes with the canonical sampler as logits
+processor and the scorer as worker extension. Importing this module imports neither vLLM nor torch;
+``start`` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+from trueweight.node.engine import (
+    EngineFinish,
+    EngineLimits,
+    EngineLoad,
+    GenerateJob,
+    Score,
+    ScoreJob,
+    Step,
+)
+from trueweight.node.vllm.options import VllmOptions
+from trueweight.node.vllm.process import EngineProcess
+from trueweight.node.vllm.wire import EngineOrder
+from trueweight.protos.errors import ContextOverflow, InvalidRequest
+from trueweight.protos.v1.market_pb2 import EngineFingerprint
+
+__all__ = ["VllmEngine", "VllmOptions"]
+
+
+class VllmEngine:
+    """``trueweight.node.engine.Engine`` on vLLM. ``model_dir`` is a Hugging Face directory."""
+
+    def __init__(self, model_dir: Path | str, options: VllmOptions | None = None) -> None:
+        self._options = options or VllmOptions()
+        self._process = EngineProcess(Path(model_dir), self._options)
+        self._serial = itertools.count()
+        self._open_jobs = 0
+        self._generated_tokens = 0
+
+    @property
+    def fingerprint(self) -> EngineFingerprint:
+        """Known after ``start``; raises EngineError before."""
+        return self._process.facts.fingerprint
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Known after ``start``; raises EngineError before."""
+        return self._process.facts.limits
+
+    async def start(self) -> None:
+        """Start the processes and prove the engine against golden vectors.
+
+        Raises EngineError if it does not start in time or samples anything but tw-gumbel-1.
+        """
+        await self._process.start()
+
+    async def close(self) -> None:
+        """End the engine's processes. Safe to call twice and after a failed start."""
+        await self._process.close()
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
+        """Steps of one leg; closing or cancelling the iterator aborts it in the engine."""
+        prompt = [*job.prompt, *job.prefix]
+        self._check_tokens(prompt, job.max_tokens)
+        order = EngineOrder(job.sampling, job.seed, len(job.prompt))
+        stop_ids = frozenset(job.sampling.stop_token_ids)
+        request_id = f"g{next(self._serial)}"
+        left = job.max_tokens
+        self._open_jobs += 1
+        try:
+            async with aclosing(
+                self._process.run(prompt, order, request_id, max_tokens=job.max_tokens)
+            ) as outputs:
+                async for token_ids in outputs:
+                    left -= len(token_ids)
+                    self._generated_tokens += len(token_ids)
+                    yield Step(token_ids, _finish(token_ids[-1], left, stop_ids))
+        finally:
+            self._open_jobs -= 1
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[Score]:
+        """Score claimed outputs in one teacher-forced prefill each, all at once.
+
+        Raises InvalidRequest for a job that does not fit, EngineError if the engine failed or the
+        deadline of the options passed. Nothing is left in the engine in either case.
+        """
+        for job in jobs:
+            self._check_tokens([*job.prompt, *job.prefix, *job.output], 0)
+        scored = [job for job in jobs if job.output]
+        batch = next(self._serial)
+        keys = [f"s{batch}.{index}" for index in range(len(scored))]
+        self._open_jobs += len(scored)
+        try:
+            results = iter(await self._process.score(scored, keys)) if scored else iter(())
+        finally:
+            self._open_jobs -= len(scored)
+        return [next(results) if job.output else Score((), (), ()) for job in jobs]
+
+    def load(self) -> EngineLoad:
+        """Own count of open jobs, and what vLLM's scheduler said last."""
+        waiting = min(self._process.waiting, self._open_jobs)
+        return EngineLoad(
+            running=self._open_jobs - waiting,
+            waiting=waiting,
+            kv_use=self._process.kv_use if self._open_jobs else 0.0,
+            generated_tokens_total=self._generated_tokens,
+        )
+
+    def _check_tokens(self, tokens: list[int], more: int) -> None:
+        limits = self.limits
+        if not tokens or more < 0:
+            raise InvalidRequest("an engine job needs at least one prompt token and no debt")
+        if min(tokens) < 0 or max(tokens) >= limits.vocabulary_size:
+            raise InvalidRequest(f"token ids must be below {limits.vocabulary_size}")
+        if len(tokens) + more > limits.max_context_tokens:
+            raise ContextOverflow(
+                f"{len(tokens)} + {more} tokens do not fit {limits.max_context_tokens}",
+                hint="Shorten the prompt or lower max_tokens.",
+            )
+
+
+def _finish(last: int, left: int, stop_ids: frozenset[int]) -> EngineFinish | None:
+    """vLLM checks stop ids before the length; so does this."""
+    if last in stop_ids:
+        return EngineFinish.EOS
+    return EngineFinish.LENGTH if left <= 0 else None
