@@ -86,6 +86,15 @@ class EngineLimits:
     max_logit_bias: int = field(default=1024)
 
 
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Outcome of proving the engine against golden vectors at start. An engine may have it as
+    ``self_test``; one that fails does not start."""
+
+    positions: int = 0
+    equal: int = 0
+
+
 class Engine(Protocol):
     """Life: ``start`` once, then any number of concurrent calls, then ``close`` once.
 

@@ -55,23 +55,21 @@ class NodeSession:
         self._idle = asyncio.Event()
         self._idle.set()
         self.router_id = ""
+        self.ended = False
         self._ring = KeyRing()
 
     async def run(self) -> None:
         """Raises BadSignature, PermissionDenied or DeadlineExceeded if the handshake fails, and
         InvalidRequest if the router breaks the protocol."""
         try:
-            async with asyncio.timeout(self._node.timing.handshake_ms / 1000):
-                await self._shake_hands()
-        except TimeoutError:
-            raise DeadlineExceeded("the router did not prove itself in time") from None
-        log.info("session with router %s", self.router_id)
-        try:
+            await self._shake_hands_in_time()
+            log.info("session with router %s", self.router_id)
             await self._serve()
         finally:
             self._lose_calls()
             await self._wait_for_engine()
-            log.info("session with router %s ended", self.router_id)
+            self.ended = True
+            log.info("session with router %s ended", self.router_id or "nobody")
 
     def drain(self) -> None:
         """No new dispatches; the session ends by itself when running calls have."""
@@ -81,6 +79,13 @@ class NodeSession:
     @property
     def running(self) -> int:
         return len(self._calls)
+
+    async def _shake_hands_in_time(self) -> None:
+        try:
+            async with asyncio.timeout(self._node.timing.handshake_ms / 1000):
+                await self._shake_hands()
+        except TimeoutError:
+            raise DeadlineExceeded("the router did not prove itself in time") from None
 
     async def _shake_hands(self) -> None:
         my_nonce = new_nonce(self._node.random)

@@ -90,7 +90,8 @@ class SyntheticModel:
         row[self._silent] = _MASKED
         if self._eos.size:
             self._place_eos(row, last)
-        return row.astype(np.float32)
+        result: Logits = row.astype(np.float32)
+        return result
 
     def _place_eos(self, row: npt.NDArray[np.float64], last: list[int]) -> None:
         """Gives the first EOS id a chance of 1/mean_output_tokens, and in one context of as many

@@ -1,0 +1,67 @@
+"""Collecting from the ledger what a router withheld, before the hold that pays for it expires."""
+
+from __future__ import annotations
+
+import logging
+
+from trueweight.node.journal import JournalEntry, ReceiptJournal
+from trueweight.protos.envelope import digest_of
+from trueweight.protos.errors import StorageError, TrueweightError
+from trueweight.protos.ids import derived_id
+from trueweight.protos.v1 import ledger_pb2
+from trueweight.runtime.clock import Clock
+from trueweight.runtime.ledger_port import LedgerPort
+
+log = logging.getLogger(__name__)
+
+# The router gets all the time but this; then the node asks for itself.
+CLAIM_BEFORE_EXPIRY_MS = 60_000
+PERIOD_MS = 10_000
+# Kept longer than any assignment is fresh, so that the journal also refuses replays.
+KEEP_MS = 3_600_000
+
+
+def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
+    """The idempotent claim for one receipt."""
+    return ledger_pb2.Operation(
+        id=derived_id("claim", digest_of(entry.receipt)),
+        claim=ledger_pb2.Claim(
+            hold_id=entry.hold_id, assignment=entry.assignment, receipt=entry.receipt
+        ),
+    )
+
+
+async def claim_due(journal: ReceiptJournal, ledger: LedgerPort, now_unix_ms: int) -> int:
+    """Claims every receipt whose hold is about to end; how many the ledger paid.
+
+    A refusal settles an entry as well: almost always the router has captured already.
+    """
+    entries = journal.due(now_unix_ms + CLAIM_BEFORE_EXPIRY_MS)
+    if not entries:
+        return 0
+    results = await ledger.apply([claim_operation(entry) for entry in entries])
+    paid = 0
+    for entry, result in zip(entries, results, strict=True):
+        journal.mark_claimed(entry.assignment_digest)
+        if result.status == ledger_pb2.Result.REFUSED:
+            log.debug("claim settled otherwise: %s", result.code)
+        else:
+            paid += 1
+    return paid
+
+
+async def claim_forever(journal: ReceiptJournal, ledger: LedgerPort, clock: Clock) -> None:
+    """Claims now and then until cancelled; failures are logged and tried again."""
+    while True:
+        await clock.sleep_ms(PERIOD_MS)
+        now = clock.now_unix_ms()
+        try:
+            paid = await claim_due(journal, ledger, now)
+            journal.forget_expired(now - KEEP_MS)
+        except StorageError as error:
+            log.error("%s", error)
+        except TrueweightError as error:
+            log.warning("claims must wait: %s", error)
+        else:
+            if paid:
+                log.warning("the router withheld %d captures; claimed them at the ledger", paid)

@@ -1,0 +1,90 @@
+"""What an operator decides about a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trueweight.node.context import Timing
+from trueweight.node.registration import DEFAULT_LEASE_MS
+from trueweight.protos.errors import InvalidRequest, NotFound
+from trueweight.protos.v1.market_pb2 import Member
+from trueweight.runtime.market import Market
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """``router`` is the member to work for (None with ``score_only``). ``listen`` and
+    ``advertise`` are host:port; port 0 picks a free one. ``ledger_endpoint`` replaces the address
+    in the market file, never the pinned certificate. ``capacity`` 0 is the engine's own."""
+
+    model_dir: Path
+    market: Market
+    keys: Path
+    listen: str = "127.0.0.1:0"
+    advertise: str = ""
+    ask_input_nano_per_mtok: int = 0
+    ask_output_nano_per_mtok: int = 0
+    capacity: int = 0
+    model_id: str | None = None
+    router: Member | None = None
+    ledger_endpoint: str = ""
+    attach: bool = False
+    score_for: frozenset[str] = frozenset()
+    score_only: bool = False
+    operator_id: str = ""
+    lease_ms: int = DEFAULT_LEASE_MS
+    drain_ms: float = 30_000
+    journal_path: Path | None = None
+    timing: Timing = field(default_factory=Timing)
+
+
+def pick_router(market: Market, wanted: str) -> Member:
+    """The router to work for: by identity, by the endpoint in the market file, or, given another
+    host:port, the market's only router at that address (its certificate stays pinned)."""
+    routers = market.members(Member.ROUTER)
+    if not routers:
+        raise NotFound("the market names no router")
+    if not wanted:
+        return _reachable(routers[0])
+    for router in routers:
+        if wanted in (router.identity, router.endpoint):
+            return _reachable(router)
+    if ":" not in wanted:
+        raise NotFound(f"the market names no router {wanted}")
+    if len(routers) > 1:
+        raise InvalidRequest(
+            f"which of the market's {len(routers)} routers is {wanted}?",
+            hint="Name it by its identity.",
+        )
+    moved = Member()
+    moved.CopyFrom(routers[0])
+    moved.endpoint = wanted
+    return _reachable(moved)
+
+
+def _reachable(router: Member) -> Member:
+    if not router.endpoint or not router.tls_certificate_pem:
+        raise InvalidRequest(
+            "the market file has no address or certificate for the router",
+            hint="Give the address with --router HOST:PORT, or get the current market file.",
+        )
+    return router
+
+
+def advertised_endpoint(config: NodeConfig, listening: str) -> str:
+    """The address that goes into the Offer. Raises InvalidRequest if nobody could dial it."""
+    if config.attach:
+        return ""
+    port = listening.rpartition(":")[2]
+    if config.advertise:
+        host, _, wanted_port = config.advertise.rpartition(":")
+        if not host or not wanted_port.isdigit():
+            raise InvalidRequest("--advertise is HOST:PORT")
+        return f"{host}:{port if wanted_port == '0' else wanted_port}"
+    host = listening.rpartition(":")[0]
+    if host in ("0.0.0.0", "[::]", "::"):  # noqa: S104
+        raise InvalidRequest(
+            f"nobody can dial {host}", hint="Say how to reach this node: --advertise HOST:PORT."
+        )
+    return listening
