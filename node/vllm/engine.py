@@ -7,8 +7,9 @@ processor and the scorer as worker extension. Importing this module imports neit
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from trueweight.node.engine import (
     GenerateJob,
     Score,
     ScoreJob,
+    SelfTest,
     Step,
 )
+from trueweight.node.vllm import self_test
 from trueweight.node.vllm.options import VllmOptions
 from trueweight.node.vllm.process import EngineProcess
 from trueweight.node.vllm.wire import EngineOrder
@@ -39,6 +42,7 @@ class VllmEngine:
         self._serial = itertools.count()
         self._open_jobs = 0
         self._generated_tokens = 0
+        self._self_test = SelfTest()
 
     @property
     def fingerprint(self) -> EngineFingerprint:
@@ -50,18 +54,35 @@ class VllmEngine:
         """Known after ``start``; raises EngineError before."""
         return self._process.facts.limits
 
+    @property
+    def self_test(self) -> SelfTest:
+        """What ``start`` proved."""
+        return self._self_test
+
     async def start(self) -> None:
         """Start the processes and prove the engine against golden vectors.
 
         Raises EngineError if it does not start in time or samples anything but tw-gumbel-1.
         """
         await self._process.start()
+        try:
+            limits = self.limits
+            jobs = self_test.probe_jobs(limits.vocabulary_size, limits.max_context_tokens)
+            outputs = await asyncio.gather(*(self._collect(job) for job in jobs))
+            claims = [self_test.score_job(*pair) for pair in zip(jobs, outputs, strict=True)]
+            self._self_test = self_test.judge(self._process.kernel_test, await self.score(claims))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _collect(self, job: GenerateJob) -> tuple[int, ...]:
+        return tuple([token async for step in self.generate(job) for token in step.token_ids])
 
     async def close(self) -> None:
         """End the engine's processes. Safe to call twice and after a failed start."""
         await self._process.close()
 
-    async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
+    async def generate(self, job: GenerateJob) -> AsyncGenerator[Step, None]:
         """Steps of one leg; closing or cancelling the iterator aborts it in the engine."""
         prompt = [*job.prompt, *job.prefix]
         self._check_tokens(prompt, job.max_tokens)

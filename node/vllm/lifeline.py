@@ -41,3 +41,18 @@ def install() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent.pid:
         os._exit(_ORPHANED_EXIT_CODE)
+    _hide_llvmlite_from_vllm()
+
+
+def _hide_llvmlite_from_vllm() -> None:
+    """Keep vLLM's search for Triton kernels from tripping over numba.
+
+    vLLM 0.32's CPU worker calls ``vars(x).get`` on every attribute of every module. llvmlite's
+    library object answers ``__dict__`` with a foreign function, and the worker does not start.
+    It matters only if numba was imported before the worker began, for instance by the program's
+    main module, which spawned processes import again.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table["__dict__"] = {}

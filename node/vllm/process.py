@@ -9,13 +9,13 @@ import importlib.metadata
 import os
 import platform
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trueweight.node.engine import EngineLimits, Score, ScoreJob
+from trueweight.node.engine import EngineLimits, Score, ScoreJob, SelfTest
 from trueweight.node.vllm.lifeline import OWNER_VARIABLE
 from trueweight.node.vllm.options import VllmOptions, engine_arguments, engine_environment
 from trueweight.node.vllm.wire import EngineOrder, unpack_score
@@ -48,6 +48,7 @@ class EngineProcess:
         self._facts: EngineFacts | None = None
         self._release = threading.Event()
         self._keeper: threading.Thread | None = None
+        self.kernel_test = SelfTest()
         self.waiting = 0
         self.kv_use = 0.0
 
@@ -77,6 +78,8 @@ class EngineProcess:
                 hint="Look at the engine's log; give it more threads, memory or time.",
             ) from error
         await self._llm.collective_rpc("trueweight_install_scorer")
+        checked = await self._llm.collective_rpc("trueweight_check_kernels")
+        self.kernel_test = SelfTest(*checked[0])
         self._facts = _facts(self._llm, self._options)
 
     def _keep(self, loop: asyncio.AbstractEventLoop, built: asyncio.Future[Any]) -> None:
@@ -139,7 +142,7 @@ class EngineProcess:
 
     async def run(
         self, prompt: list[int], order: EngineOrder, request_id: str, *, max_tokens: int
-    ) -> AsyncIterator[tuple[int, ...]]:
+    ) -> AsyncGenerator[tuple[int, ...], None]:
         """New token ids per engine step. Closing the iterator aborts the request."""
         from vllm import SamplingParams  # noqa: PLC0415
         from vllm.exceptions import VLLMClientError, VLLMError  # noqa: PLC0415

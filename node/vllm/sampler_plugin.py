@@ -72,7 +72,7 @@ class _PlainRows:
         return self.first + np.fromiter(map(len, self.outputs), np.int64, len(self.outputs))
 
 
-class CanonicalSampler(LogitsProcessor):
+class CanonicalSampler(LogitsProcessor):  # type: ignore[misc]
     """See the module. Given to vLLM by name, instantiated in each worker."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trueweight.node.canonical import BlockScorer, Scratch
+from trueweight.node.vllm.self_test import check_kernels
 from trueweight.node.vllm.wire import EngineOrder, pack_score, unpack
 from trueweight.protos.errors import TrueweightError
 
@@ -131,6 +132,11 @@ class ScorerExtension:
         runner._get_prompt_logprobs_dict = observed
         runner.trueweight_scorer = scorer
         return True
+
+    def trueweight_check_kernels(self) -> list[int]:
+        """Fused kernels against the reference in this process: positions, equal."""
+        found = check_kernels(self.model_runner.model_config.get_vocab_size())
+        return [found.positions, found.equal]
 
     def trueweight_take_scores(self, keys: list[str]) -> list[list[bytes] | str]:
         """See ``_Scorer.take``."""
