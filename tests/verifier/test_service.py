@@ -1,0 +1,176 @@
+"""The whole verifier against a small market: verdicts, refunds, convictions, calibration."""
+
+from trueweight.protos.audit import check_reveal
+from trueweight.protos.v1 import audit_pb2, market_pb2
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochOpen, Verdict
+from trueweight.verifier.epochs import RatePolicy
+from trueweight.verifier.report import explain, status_rows
+
+HONEST = [0.0] * 199 + [0.0078125]
+CHEAT = [0.0] * 180 + [0.1] * 20
+WRONG = [3.0] * 50
+
+
+async def opened(world, kit, app):
+    await kit.drive(world, app, app.service.ready.is_set)
+
+
+async def test_an_honest_node_is_scored_and_stays_clear(world, kit):
+    world.add_node("good")
+    await opened(world, kit, world.app())
+    for _ in range(12):
+        world.serve("good", HONEST)
+    app = world.app()
+    await kit.settle(world, app)
+    verdicts = world.ledger.of_kind("verdict", Verdict)
+    assert [v.outcome for v in verdicts] == [Verdict.SCORED] * 12
+    assert {v.sum_x_nano for v in verdicts} == {15_625_000}
+    assert {v.exact_tokens for v in verdicts} == {199}
+    assert not world.ledger.convicted and not world.ledger.refunds
+    (row,) = status_rows(app.service.view)
+    assert (row.state, row.audits, row.audited_tokens) == ("clear", 12, 2400)
+    assert row.wealth < 1
+
+
+async def test_the_cheat_and_only_the_cheat_is_convicted_once(world, kit):
+    good, bad = world.add_node("good"), world.add_node("bad")
+    await opened(world, kit, world.app())
+    for _ in range(20):
+        world.serve("good", HONEST)
+        world.serve("bad", CHEAT)
+    app = world.app()
+    await kit.settle(world, app)
+    assert list(world.ledger.convicted) == [bad]
+    (conviction,) = world.ledger.of_kind("conviction", Conviction)
+    assert conviction.node_id == bad and conviction.wealth_log10_milli >= 6000
+    assert conviction.verdicts < 20
+    (suspension,) = world.ledger.of_kind("suspension", market_pb2.Suspension)
+    assert suspension.node_id == bad and not suspension.lifted
+    rows = {r.node_id: r for r in status_rows(app.service.view)}
+    assert rows[bad].state == "convicted" and rows[good].state == "clear"
+    assert "clients are refunded" in explain(app.service.view, bad).words
+
+
+async def test_clients_are_refunded_from_the_change_point_on(world, kit):
+    world.add_node("turncoat")
+    await opened(world, kit, world.app())
+    for _ in range(15):
+        world.serve("turncoat", HONEST)
+    first_bad = world.serve("turncoat", CHEAT)
+    for _ in range(25):
+        world.serve("turncoat", CHEAT)
+    app = world.app()
+    await kit.settle(world, app)
+    (conviction,) = world.ledger.of_kind("conviction", Conviction)
+    assert conviction.change_point_index == app.service.view.receipts.get(first_bad).index
+
+
+async def test_an_answer_far_outside_is_refunded_at_once(world, kit):
+    world.add_node("bad")
+    await opened(world, kit, world.app())
+    digest = world.serve("bad", WRONG)
+    await kit.settle(world, world.app())
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert verdict.outcome == Verdict.REFUND
+    assert list(world.ledger.refunds) == [digest]
+    assert not world.ledger.convicted
+
+
+async def test_a_missing_transcript_refunds_the_client_and_is_no_evidence(world, kit):
+    node = world.add_node("good")
+    await opened(world, kit, world.app())
+    digest = world.serve("good", HONEST, keep_transcript=False)
+    app = world.app()
+    await kit.settle(world, app)
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert verdict.outcome == Verdict.MISSING_TRANSCRIPT
+    assert list(world.ledger.refunds) == [digest]
+    assert app.service.view.nodes[node].pooled.wealth.r == 0
+
+
+async def test_a_lying_receipt_is_refunded_naming_the_failed_check(world, kit):
+    world.add_node("liar")
+    await opened(world, kit, world.app())
+
+    def fewer(receipt):
+        receipt.total_us = 5
+        receipt.first_token_us = 1
+        receipt.queue_us = 0
+
+    digest = world.serve("liar", HONEST, lie=fewer)
+    await kit.settle(world, world.app())
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert (verdict.outcome, verdict.l0_failure) == (Verdict.INVALID_RECEIPT, "durations")
+    assert list(world.ledger.refunds) == [digest]
+
+
+async def test_a_class_without_calibration_cannot_convict(world, kit):
+    node = world.add_node("odd")
+    await opened(world, kit, world.app())
+    cut = market_pb2.SamplingParams(temperature=1, top_p=0.5, repetition_penalty=1)
+    for _ in range(10):
+        world.serve("odd", CHEAT, sampling=cut)
+    app = world.app()
+    await kit.settle(world, app)
+    assert {v.outcome for v in world.ledger.of_kind("verdict", Verdict)} == {Verdict.UNCALIBRATED}
+    assert app.service.view.nodes[node].pooled.wealth.r == 0 and not world.ledger.convicted
+
+
+async def test_calibration_applies_forward_only(world, kit):
+    node = world.add_node("odd")
+    await opened(world, kit, world.app(measured=()))
+    world.serve("odd", CHEAT)
+    app = world.app()  # this one has the calibration and publishes it, after the receipt
+    await kit.settle(world, app)
+    assert len(world.ledger.of_kind("calibration", audit_pb2.Calibration)) == 1
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert verdict.outcome == Verdict.UNCALIBRATED
+    assert app.service.view.nodes[node].pooled.wealth.r == 0
+
+
+async def test_receipts_before_the_first_epoch_are_not_owed(world, kit):
+    world.add_node("early")
+    world.serve("early", CHEAT)
+    await kit.settle(world, world.app())
+    assert not world.ledger.of_kind("audit-request", AuditRequest)
+
+
+async def test_scores_are_asked_for_in_batches(world, kit):
+    world.add_node("good")
+    await opened(world, kit, world.app())
+    for _ in range(64):
+        world.serve("good", HONEST)
+    await kit.settle(world, world.app())
+    assert sum(world.score_batches) == 64
+    assert max(world.score_batches) <= 32 and len(world.score_batches) < 20
+
+
+async def test_a_reference_that_is_down_delays_and_changes_no_verdict(world, kit):
+    world.add_node("good")
+    await opened(world, kit, world.app())
+    world.serve("good", HONEST)
+    world.reference_down = True
+    app = world.app()
+    began = world.clock.now_unix_ms()
+    await kit.drive(world, app, lambda: world.clock.now_unix_ms() > began + 200_000)
+    assert not world.ledger.of_kind("verdict", Verdict)
+    world.reference_down = False
+    await kit.settle(world, world.app())
+    assert [v.outcome for v in world.ledger.of_kind("verdict", Verdict)] == [Verdict.SCORED]
+
+
+async def test_epochs_roll_over_and_old_secrets_are_revealed(world, kit):
+    world.add_node("good")
+    policy = RatePolicy(epoch_ms=20_000)
+    app = world.app(policy=policy)
+    await opened(world, kit, app)
+    world.serve("good", HONEST)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, lambda: len(app.service.agenda.my_epochs) >= 4)
+    opens = world.ledger.of_kind("epoch-open", EpochOpen)
+    reveals = world.ledger.of_kind("epoch-reveal", audit_pb2.EpochReveal)
+    assert [o.epoch for o in opens][:3] == [1, 2, 3]
+    by_epoch = {o.epoch: o.commitment for o in opens}
+    assert len(reveals) >= 2
+    for reveal in reveals:
+        check_reveal(reveal.secret, by_epoch[reveal.epoch])

@@ -1,0 +1,142 @@
+"""One audit: transcript, L0, margins, verdict. The steps are numbered; each has one way to fail."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from trueweight.protos.envelope import Opened
+from trueweight.protos.errors import (
+    BadSignature,
+    InvalidRequest,
+    ReceiptRefused,
+    TrueweightError,
+)
+from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
+from trueweight.protos.sampling_parameters import Sampling, parameter_class
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Transcript, Verdict
+from trueweight.protos.v1.market_pb2 import Assignment, EngineFingerprint
+from trueweight.protos.v1.node_pb2 import ScoreItem
+from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
+from trueweight.verifier import verdicts
+from trueweight.verifier.epochs import SecretStore, wrap_private_key
+from trueweight.verifier.reference import Scorer
+from trueweight.verifier.state import Leaf, LogView
+from trueweight.verifier.transcripts import TranscriptSource, unseal
+from trueweight.verifier.verdicts import AuditContext, Scored
+
+log = logging.getLogger(__name__)
+
+# L0 checks that only a wrong transcript fails, never a node: its router answers for them.
+_TRANSCRIPT_CHECKS = frozenset({"assignment", "prompt_digest", "prefix_digest"})
+
+
+class TranscriptMissing(TrueweightError):
+    """The router cannot or will not open the transcript; worth another try until the deadline."""
+
+    code = "TRANSCRIPT_MISSING"
+    retryable = True
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """What audits need. ``run`` is one audit; it publishes nothing."""
+
+    view: LogView
+    secrets: SecretStore
+    transcripts: TranscriptSource
+    scorer: Scorer
+
+    async def run(self, context: AuditContext, *, last_try: bool) -> Verdict:
+        """The verdict. Raises retryable errors; with ``last_try`` a missing transcript is one."""
+        try:
+            transcript = await self._open(context)  # 1
+            assignment = self._assignment(transcript)
+        except TranscriptMissing as error:
+            if not last_try:
+                raise
+            log.info("audit of receipt leaf %d: %s", context.receipt.index, error.message)
+            return verdicts.missing_transcript(context)
+        try:
+            self._check(transcript, assignment)  # 2
+            sampling = Sampling.from_proto(assignment.message.sampling)  # 3
+        except ReceiptRefused as error:
+            if error.check in _TRANSCRIPT_CHECKS:
+                return verdicts.missing_transcript(context)
+            return verdicts.invalid_receipt(context, error.check)
+        except InvalidRequest:
+            # Router and node agreed on parameters that the contract forbids.
+            return verdicts.invalid_receipt(context, "sampling")
+        return await self._score(context, transcript, assignment.message, sampling)  # 4
+
+    async def _open(self, context: AuditContext) -> Transcript:
+        receipt = context.receipt
+        request = self.view.requests.get((context.verifier_id, receipt.receipt_digest))
+        if request is None:
+            raise TranscriptMissing("the audit request is not in the log yet")
+        message = OpenTranscriptRequest(audit_request=request.envelope, log_index=request.index)
+        router_id = (self.view.receipts.get(receipt.receipt_digest) or receipt).router_id
+        try:
+            answer = await self.transcripts.open(router_id, message)
+            return unseal(answer, self._key(request), receipt)
+        except TrueweightError as error:  # not found, erased, refused, unreachable, damaged
+            raise TranscriptMissing(error.message) from error
+
+    def _key(self, request: Leaf[AuditRequest]) -> X25519PrivateKey:
+        message = request.message
+        return wrap_private_key(
+            self.secrets.wrapping(), message.receipt_digest, message.duplicate_index
+        )
+
+    def _assignment(self, transcript: Transcript) -> Opened[Assignment]:
+        try:
+            return open_assignment(
+                transcript.assignment_envelope, self.view.ring, self.view.market.market_id
+            )
+        except BadSignature as error:
+            raise TranscriptMissing(error.message) from error
+
+    def _check(self, transcript: Transcript, assignment: Opened[Assignment]) -> None:
+        order = assignment.message
+        manifest = self.view.manifests.get(order.manifest_digest)
+        known = self.view.was_sold(order.model_id, order.manifest_digest)
+        facts = ReceiptFacts(
+            assignment=assignment,
+            receipt=transcript.receipt_envelope,
+            salt=transcript.salt,
+            prompt=transcript.prompt_token_ids,
+            prefix=transcript.prefix_token_ids,
+            received=transcript.output_token_ids,
+            manifest_digest=order.manifest_digest if known else b"",
+            vocabulary_size=manifest.vocabulary_size if manifest else 0,
+        )
+        check_receipt(facts, self.view.ring, self.view.market.market_id)
+
+    async def _score(
+        self,
+        context: AuditContext,
+        transcript: Transcript,
+        order: Assignment,
+        sampling: Sampling,
+    ) -> Verdict:
+        name = parameter_class(sampling)
+        calibration = self.view.calibrations.in_force(order.manifest_digest, context.receipt.index)
+        output = transcript.output_token_ids[: context.receipt.output_tokens]
+        item = ScoreItem(
+            prompt_token_ids=transcript.prompt_token_ids,
+            prefix_token_ids=transcript.prefix_token_ids,
+            output_token_ids=output,
+            sampling=order.sampling,
+            seed=order.seed,
+            grammar_source=transcript.grammar_source,
+        )
+        if not output:
+            return verdicts.scored(context, Scored((), name, EngineFingerprint()), calibration)
+        found = await self.scorer.score(order.manifest_digest, item)
+        if found.result.error:
+            log.warning("leaf %d cannot be scored: %s", context.receipt.index, found.result.error)
+            return verdicts.unscorable(context, name)
+        scored = Scored(list(found.result.margins), name, found.fingerprint)
+        return verdicts.scored(context, scored, calibration)

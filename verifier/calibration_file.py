@@ -1,0 +1,85 @@
+"""Calibrations as files: unsigned measurements that a verifier signs for its own market.
+
+A file names weights by their chunk root, because a manifest's digest differs from market to
+market while its weights do not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+
+from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.evidence import CLIP_LOGIT
+from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
+from trueweight.verifier.calibration import is_usable
+
+FORMAT = "trueweight-calibration-1"
+MAX_FILE_BYTES = 1024 * 1024
+CLIP_MICRO_LOGIT = round(CLIP_LOGIT * 1e6)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration file holds."""
+
+    chunk_root: bytes
+    version: int
+    provenance: str
+    entries: tuple[CalibrationEntry, ...]
+
+    def statement(self, market_id: str, manifest_digest: bytes, now_unix_ms: int) -> Calibration:
+        """The message that a verifier signs."""
+        return Calibration(
+            market_id=market_id,
+            manifest_digest=manifest_digest,
+            version=self.version,
+            clip_micro_logit=CLIP_MICRO_LOGIT,
+            entries=self.entries,
+            provenance=self.provenance,
+            created_at_unix_ms=now_unix_ms,
+        )
+
+
+def write_measured(path: Path, measured: Measured) -> None:
+    """Writes the file, readable and diffable."""
+    document = {
+        "format": FORMAT,
+        "chunk_root": measured.chunk_root.hex(),
+        "version": measured.version,
+        "clip_micro_logit": CLIP_MICRO_LOGIT,
+        "provenance": measured.provenance,
+        "entries": [MessageToDict(e, preserving_proto_field_name=True) for e in measured.entries],
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def read_measured(path: Path) -> Measured:
+    """Reads and checks a file. Raises InvalidRequest naming what is wrong."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidRequest(f"{path} is too large for a calibration file")
+        document = json.loads(path.read_text())
+        measured = Measured(
+            bytes.fromhex(document["chunk_root"]),
+            int(document["version"]),
+            str(document["provenance"]),
+            tuple(ParseDict(e, CalibrationEntry()) for e in document["entries"]),
+        )
+        known = (document["format"], document["clip_micro_logit"]) == (FORMAT, CLIP_MICRO_LOGIT)
+    except FileNotFoundError:
+        raise InvalidRequest(
+            f"there is no calibration file at {path}",
+            hint="Make one with 'trueweight verifier calibrate'.",
+        ) from None
+    except (KeyError, TypeError, ValueError, ParseError) as error:
+        raise InvalidRequest(f"{path} is not a calibration file: {error}") from None
+    if not known:
+        raise InvalidRequest(f"{path} has another format or clip than this version uses")
+    for entry in measured.entries:
+        if not is_usable(entry):
+            raise InvalidRequest(f"{path}: the entry {entry.parameter_class!r} is out of range")
+    return measured

@@ -1,0 +1,275 @@
+"""``trueweight verifier``: run one, and ask what the log proves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trueweight.protos.errors import InvalidRequest, NotFound
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1.market_pb2 import Member
+from trueweight.runtime import cli
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import load_signer
+from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.market import Market, load_market, with_endpoint
+from trueweight.verifier import report
+from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
+from trueweight.verifier.calibration_file import read_measured
+from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
+from trueweight.verifier.epochs import RatePolicy
+from trueweight.verifier.reference import GrpcNode
+from trueweight.verifier.state import KINDS, LogView
+
+EXTENSIONS = "trueweight.verifier.commands"
+
+
+class _Group(click.Group):
+    """Also offers commands that other rooms register (``calibrate`` needs engines)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        extra = {point.name for point in entry_points(group=EXTENSIONS)}
+        return sorted({*super().list_commands(ctx), *extra})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for point in entry_points(group=EXTENSIONS):
+            if point.name == cmd_name:
+                command: click.Command = point.load()
+                return command
+        return None
+
+
+@click.group(cls=_Group)
+def verifier() -> None:
+    """Verifiers: audit sampled answers and publish signed verdicts."""
+
+
+def _ledger_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cli.option("--ledger", default="", help="Ledger HOST:PORT, if not the market file's.")(
+        function
+    )
+
+
+@verifier.command()
+@cli.market_option
+@cli.keys_option
+@cli.path_option("--data", required=True, help="Directory for epoch secrets; keep it.")
+@_ledger_option
+@cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
+@cli.option("--reference", required=True, help="Reference node HOST:PORT ('node up --score-only').")
+@cli.path_option("--reference-cert", required=True, help="PEM certificate of that node to pin.")
+@cli.option("--reference-id", default="", help="Its node id; asked for if empty.")
+@cli.path_option("--calibration", multiple=True, help="Measured calibration to sign and publish.")
+@cli.option("--epoch-s", default=600.0, type=click.FloatRange(1, 86_400), help="Epoch length.")
+@cli.option("--newcomer-tokens", default=50_000, type=click.IntRange(0), help="Audited in full.")
+@cli.option("--floor", default=0.02, type=click.FloatRange(0.0001, 1), help="Lowest audit rate.")
+@cli.option("--audit-deadline-s", default=300.0, type=click.FloatRange(1), help="Stated deadline.")
+@cli.log_options
+def run(**options: Any) -> None:
+    """Follow the log, audit what is owed, publish verdicts, convict."""
+    cli.configure_logs(options["log_level"], options["log_json"])
+    config = _config(options)
+
+    def on_ready() -> None:
+        cli.print_ready(role="verifier", verifier_id=config.signer.identity)
+
+    async def serve(stop: asyncio.Event) -> None:
+        await run_verifier(config, stop, on_ready)
+
+    cli.run_async(cli.serve_until_signal(serve))
+
+
+def _config(options: dict[str, Any]) -> VerifierConfig:
+    certificate: Path = options["reference_cert"]
+    if not certificate.is_file():
+        raise InvalidRequest(
+            f"there is no certificate at {certificate}",
+            hint="It is tls-cert.pem in the reference node's key directory.",
+        )
+    market = _market(options)
+    if options["router"]:
+        market = with_endpoint(market, Member.ROUTER, options["router"])
+    policy = RatePolicy(
+        newcomer_tokens=options["newcomer_tokens"],
+        floor_ppm=round(options["floor"] * 1e6),
+        epoch_ms=round(options["epoch_s"] * 1000),
+        audit_deadline_ms=round(options["audit_deadline_s"] * 1000),
+    )
+    return VerifierConfig(
+        market=market,
+        signer=load_signer(options["keys"]),
+        data_directory=options["data"],
+        reference_endpoint=options["reference"],
+        reference_certificate_pem=certificate.read_text(),
+        reference_id=options["reference_id"],
+        policy=policy,
+        measured=tuple(read_measured(path) for path in options["calibration"]),
+    )
+
+
+def _market(options: dict[str, Any]) -> Market:
+    market = load_market(options["market"])
+    if options["ledger"]:
+        market = with_endpoint(market, Member.LEDGER, options["ledger"])
+    return market
+
+
+@verifier.command()
+@cli.market_option
+@cli.keys_option
+@_ledger_option
+@cli.json_option
+def status(as_json: bool, **options: Any) -> None:
+    """Every node: wealth, state, audit rate, audited tokens."""
+    view = _read_log(options)
+    rows = report.status_rows(view)
+    if as_json:
+        cli.print_json([asdict(row) for row in rows])
+        return
+    cli.print_table(
+        f"{len(rows)} nodes at leaf {view.next_index}",
+        ("node", "state", "wealth", "rate", "receipts", "audits", "tokens", "mean x", "refunds"),
+        [
+            (
+                row.node_id,
+                row.state,
+                f"{row.wealth:.3g}",
+                f"{row.rate:.0%}",
+                row.receipts,
+                row.audits,
+                row.audited_tokens,
+                f"{row.mean_x:.6f}",
+                row.refunds,
+            )
+            for row in rows
+        ],
+    )
+
+
+@verifier.command()
+@click.argument("node_id")
+@cli.market_option
+@cli.keys_option
+@_ledger_option
+@cli.option("--verifier-id", default="", help="Whose verdicts; default: who gave most.")
+@cli.option("--last", default=30, type=click.IntRange(1), help="Audits to list.")
+@cli.json_option
+def explain(node_id: str, verifier_id: str, last: int, as_json: bool, **options: Any) -> None:
+    """Recompute a node's wealth from logged verdicts and say what it means."""
+    view = _read_log(options)
+    if node_id not in view.nodes:
+        raise NotFound(f"the log knows no node {node_id}", hint="See 'trueweight verifier status'.")
+    found = report.explain(view, node_id, verifier_id)
+    if as_json:
+        cli.print_json(found.as_json())
+        return
+    click.echo(found.words)
+    cli.print_table(
+        f"last {min(last, len(found.steps))} of {len(found.steps)} audits",
+        ("leaf", "receipt", "outcome", "class", "tokens", "exact", "mean x", "wealth", "note"),
+        [
+            (
+                step.verdict_index,
+                step.receipt_index,
+                step.outcome,
+                step.parameter_class,
+                step.tokens,
+                step.exact,
+                f"{step.mean_x:.6f}",
+                f"{step.wealth:.4g}",
+                step.note,
+            )
+            for step in found.steps[-last:]
+        ],
+    )
+
+
+@verifier.command()
+@click.argument("endpoint")
+@cli.market_option
+@cli.keys_option
+@_ledger_option
+@cli.path_option("--model", required=True, help="Our own copy of the weights.")
+@cli.path_option("--node-cert", required=True, help="PEM certificate of the node to pin.")
+@cli.option("--chunks", default=8, type=click.IntRange(1, 64), help="Random chunks to ask for.")
+@cli.option(
+    "--deadline-ms", default=10_000, type=click.IntRange(1, 600_000), help="Time to answer."
+)
+@cli.json_option
+def challenge(endpoint: str, as_json: bool, **options: Any) -> None:
+    """Ask the node at ENDPOINT to prove that it holds the registered weights now."""
+    node_id, result = cli.run_async(_challenge(endpoint, options))
+    facts = {
+        "node_id": node_id,
+        "passed": result.passed,
+        "chunks": list(result.chunks),
+        "wrong": list(result.wrong),
+        "elapsed_ms": round(result.elapsed_ms, 1),
+        "deadline_ms": result.deadline_ms,
+        "error": result.error,
+        "proves": PROVES if result.passed else "",
+        "does_not_prove": DOES_NOT_PROVE,
+    }
+    if as_json:
+        cli.print_json(facts)
+    else:
+        cli.print_table("weights challenge", ("", ""), list(facts.items()))
+    if not result.passed:
+        raise SystemExit(1)
+
+
+async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, ChallengeResult]:
+    market, signer, clock = _market(options), load_signer(options["keys"]), SystemClock()
+    tokens = access_tokens(market, signer, clock)
+    node = GrpcNode(endpoint, options["node_cert"].read_text(), "", tokens)
+    try:
+        offer = await node.offer()
+        view = await _view(market, signer)
+        for served in offer.models:
+            manifest = view.manifests.get(served.manifest_digest)
+            if manifest is not None:
+                challenger = Challenger(
+                    options["model"], manifest, served.manifest_digest, clock, os.urandom
+                )
+                result = await challenger.challenge(
+                    node, offer.node_id, options["chunks"], options["deadline_ms"]
+                )
+                return offer.node_id, result
+        raise NotFound("the node offers no weights that the market registered")
+    finally:
+        await node.close()
+
+
+def _read_log(options: dict[str, Any]) -> LogView:
+    return cli.run_async(_view(_market(options), load_signer(options["keys"])))
+
+
+async def _view(market: Market, signer: Signer) -> LogView:
+    tokens = access_tokens(market, signer, SystemClock())
+    ledger = connect_ledger(market, tokens)
+    try:
+        return await read_view(market, ledger)
+    finally:
+        await ledger.close()
+
+
+async def read_view(market: Market, ledger: LedgerPort) -> LogView:
+    """The fold of the log as it is now."""
+    view = LogView(market)
+    while True:
+        page = await ledger.read_log(view.next_index, 1000, KINDS)
+        for entry in page.entries:
+            view.apply(entry)
+        view.next_index = max(view.next_index, page.next_index)
+        if page.next_index >= page.tree_size:
+            return view

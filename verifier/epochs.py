@@ -1,0 +1,155 @@
+"""Epochs: secrets committed to before and revealed after, and the rates frozen in between.
+
+Pure, except ``SecretStore``, which keeps one file per epoch (0600) written before the commitment
+is published, so that a verifier killed at any moment can still audit and reveal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from trueweight.protos.audit import commitment
+from trueweight.protos.errors import NotFound, StorageError
+from trueweight.protos.v1.audit_pb2 import EpochOpen, NodeRate
+
+SECRET_BYTES = 32
+PPM = 1_000_000
+MAX_RATES = 10_000
+_WRAP_INFO = b"trueweight/audit-wrap-key/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class RatePolicy:
+    """How the share of audited requests falls with evidence. Rates are parts per million."""
+
+    # A node is a newcomer, audited in full, until this many of its tokens were audited.
+    newcomer_tokens: int = 50_000
+    floor_ppm: int = 20_000
+    epoch_ms: int = 10 * 60_000
+    audit_deadline_ms: int = 5 * 60_000
+    # A transcript that does not open for this long after the receipt's leaf is missing.
+    transcript_patience_ms: int = 60_000
+    charge_reference_nano: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a node's rate depends on. ``needed_ppm`` is the rate that deterrence asks for."""
+
+    audited_tokens: int = 0
+    suspect: bool = False
+    needed_ppm: int = 0
+
+
+def rate_ppm(policy: RatePolicy, standing: Standing) -> int:
+    """100 % for newcomers and suspects, then falling as 1 / audited tokens to the floor."""
+    if standing.suspect or standing.audited_tokens <= policy.newcomer_tokens:
+        return PPM
+    by_evidence = policy.newcomer_tokens * PPM // standing.audited_tokens
+    return min(PPM, max(policy.floor_ppm, by_evidence, standing.needed_ppm))
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """What identifies a new epoch."""
+
+    market_id: str
+    verifier_id: str
+    epoch: int
+    now_unix_ms: int
+
+
+def open_epoch(
+    plan: EpochPlan, secret: bytes, policy: RatePolicy, standings: Mapping[str, Standing]
+) -> EpochOpen:
+    """The commitment and the frozen rates of an epoch. Nodes at the default rate are left out."""
+    rates = {node: rate_ppm(policy, standing) for node, standing in standings.items()}
+    below = sorted(node for node, rate in rates.items() if rate != PPM)[:MAX_RATES]
+    return EpochOpen(
+        market_id=plan.market_id,
+        verifier_id=plan.verifier_id,
+        epoch=plan.epoch,
+        commitment=commitment(secret),
+        rates=[NodeRate(node_id=node, rate_ppm=rates[node]) for node in below],
+        default_rate_ppm=PPM,
+        charge_reference_nano=policy.charge_reference_nano,
+        opened_at_unix_ms=plan.now_unix_ms,
+        audit_deadline_ms=policy.audit_deadline_ms,
+    )
+
+
+def wrap_private_key(
+    secret: bytes, receipt_digest: bytes, duplicate_index: int
+) -> X25519PrivateKey:
+    """The key that a transcript is wrapped to; ``secret`` is ``SecretStore.wrapping``.
+
+    Derived, so that a request made before a crash can still be opened after it. Never derived
+    from an epoch's secret: that one is revealed.
+    """
+    info = _WRAP_INFO + receipt_digest + duplicate_index.to_bytes(4, "little")
+    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(secret)
+    return X25519PrivateKey.from_private_bytes(key)
+
+
+class SecretStore:
+    """Secrets in ``directory``: one per epoch, and one for wrapping that is never revealed."""
+
+    def __init__(self, directory: Path, random: Callable[[int], bytes]) -> None:
+        self._directory, self._random = directory, random
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def get(self, epoch: int) -> bytes:
+        """The secret of an epoch. Raises NotFound if this verifier never had it."""
+        return self._read(f"{epoch}.secret")
+
+    def get_or_create(self, epoch: int) -> bytes:
+        """The secret of an epoch; on disk before this returns."""
+        return self._read_or_create(f"{epoch}.secret")
+
+    def wrapping(self) -> bytes:
+        """The secret behind this verifier's transcript keys."""
+        return self._read_or_create("wrapping.secret")
+
+    def _read_or_create(self, name: str) -> bytes:
+        try:
+            return self._read(name)
+        except NotFound:
+            secret = self._random(SECRET_BYTES)
+            _write_once(self._directory / name, secret)
+            return secret
+
+    def _read(self, name: str) -> bytes:
+        try:
+            secret = (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            raise NotFound(
+                f"the verifier's data directory has no {name}",
+                hint="Was it replaced? Epochs opened with the lost secret cannot be audited.",
+            ) from None
+        if len(secret) != SECRET_BYTES:
+            raise StorageError(f"{name} is damaged", hint="Restore the verifier's data directory.")
+        return secret
+
+
+def _write_once(path: Path, secret: bytes) -> None:
+    """Complete or absent after a crash: written aside, flushed, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secret)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,279 @@
+"""What a verifier has to do next, derived from the log alone. Pure.
+
+Every duty is found by comparing what the log demands with what the log already holds, and every
+duty's operation id is derived from the evidence. So a verifier that is killed between any two
+steps repeats nothing and forgets nothing: it reads the log and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from trueweight.protos.errors import NotFound
+from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.verifier.calibration_file import Measured
+from trueweight.verifier.conviction import frozen_pairs, should_convict
+from trueweight.verifier.epochs import RatePolicy, SecretStore
+from trueweight.verifier.selection import (
+    EpochLeaf,
+    ReceiptLeaf,
+    epoch_of,
+    is_decidable,
+    owes,
+)
+from trueweight.verifier.state import LogView
+from trueweight.verifier.verdicts import REFUNDING
+
+MAX_OPEN_AUDITS = 100_000
+# Owed audits looked at in one round, oldest first.
+MAX_CONSIDERED = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEpoch:
+    """Commit to a new secret and freeze new rates."""
+
+    epoch: int
+
+    @property
+    def key(self) -> str:
+        return f"open-epoch/{self.epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishCalibration:
+    """Sign a measurement for weights that the market sells and has none as new for."""
+
+    manifest_digest: bytes
+    measured: Measured
+
+    @property
+    def key(self) -> str:
+        return f"calibration/{self.manifest_digest.hex()}/{self.measured.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class RevealEpoch:
+    """Publish the secret of an epoch that is over."""
+
+    epoch: int
+
+    @property
+    def key(self) -> str:
+        return f"reveal-epoch/{self.epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAudit:
+    """Say in the log which receipt is audited, before its transcript is opened."""
+
+    receipt: ReceiptLeaf
+    epoch: int
+
+    @property
+    def key(self) -> str:
+        return f"request-audit/{self.receipt.receipt_digest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class PerformAudit:
+    """Open the transcript, score it, publish the verdict."""
+
+    receipt: ReceiptLeaf
+    epoch: int
+
+    @property
+    def key(self) -> str:
+        return f"audit/{self.receipt.receipt_digest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyRefund:
+    """Give the client of one receipt its money back."""
+
+    receipt_digest: bytes
+
+    @property
+    def key(self) -> str:
+        return f"refund/{self.receipt_digest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConviction:
+    """State in the log that a node's wealth crossed the threshold."""
+
+    node_id: str
+
+    @property
+    def key(self) -> str:
+        return f"convict/{self.node_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishSuspension:
+    """Tell routers to stop routing to a convicted node."""
+
+    node_id: str
+
+    @property
+    def key(self) -> str:
+        return f"suspend/{self.node_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyConvict:
+    """Move the money of a convicted node."""
+
+    node_id: str
+
+    @property
+    def key(self) -> str:
+        return f"forfeit/{self.node_id}"
+
+
+Duty = (
+    PublishCalibration
+    | OpenEpoch
+    | RevealEpoch
+    | RequestAudit
+    | PerformAudit
+    | ApplyRefund
+    | PublishConviction
+    | PublishSuspension
+    | ApplyConvict
+)
+
+
+@dataclass
+class Agenda:
+    """One verifier's open business. Tell it of each receipt and verdict leaf after ``view``."""
+
+    view: LogView
+    verifier_id: str
+    secrets: SecretStore
+    policy: RatePolicy
+    measured: tuple[Measured, ...] = ()
+    # Owed audits without a verdict, oldest first.
+    owed: dict[bytes, tuple[ReceiptLeaf, int]] = field(default_factory=dict)
+    _undecided: dict[bytes, None] = field(default_factory=dict)
+    _refunds: dict[bytes, None] = field(default_factory=dict)
+    # Nodes whose forfeit this process has applied; after a restart it is applied once more.
+    forfeited: set[str] = field(default_factory=set)
+    # Epochs whose secret is lost: nothing of them can be audited or revealed.
+    lost_epochs: set[int] = field(default_factory=set)
+
+    def on_receipt(self, receipt_digest: bytes) -> None:
+        """A receipt leaf was folded."""
+        self._undecided[receipt_digest] = None
+
+    def on_verdict(self, receipt_digest: bytes) -> None:
+        """A verdict leaf about this receipt was folded."""
+        mine = self.view.verdicts.get((self.verifier_id, receipt_digest))
+        if mine is None:
+            return
+        self.owed.pop(receipt_digest, None)
+        self._undecided.pop(receipt_digest, None)
+        if mine.leaf.message.outcome in REFUNDING:
+            self._refunds[receipt_digest] = None
+
+    def refunded(self, receipt_digest: bytes) -> None:
+        """The refund was applied or refused for good."""
+        self._refunds.pop(receipt_digest, None)
+
+    @property
+    def is_settled(self) -> bool:
+        """True if no receipt waits for a decision, an audit or a refund, and no conviction for
+        its leaves."""
+        waiting = self.owed or self._undecided or self._refunds
+        return not waiting and next(self._conviction_duties(), None) is None
+
+    @property
+    def my_epochs(self) -> list[EpochLeaf]:
+        """This verifier's epochs in log order."""
+        return self.view.epochs.get(self.verifier_id, [])
+
+    def duties(self, now_unix_ms: int) -> Iterator[Duty]:
+        """Everything that can be done now, most urgent first. Doing a duty twice is harmless."""
+        yield from self.calibration_duties()
+        yield from self._epoch_duties(now_unix_ms)
+        yield from self._conviction_duties()
+        yield from (ApplyRefund(digest) for digest in list(self._refunds))
+        self._decide(now_unix_ms)
+        for digest, (receipt, epoch) in list(islice(self.owed.items(), MAX_CONSIDERED)):
+            requested = self.view.requests.get((self.verifier_id, digest)) is not None
+            yield PerformAudit(receipt, epoch) if requested else RequestAudit(receipt, epoch)
+
+    def calibration_duties(self) -> Iterator[PublishCalibration]:
+        """Calibrations at hand that the log lacks. They apply to later receipts only."""
+        for digest, manifest in self.view.manifests.items():
+            newest = self.view.calibrations.in_force(digest, self.view.next_index)
+            for measured in self.measured:
+                newer = newest is None or measured.version > newest.version
+                if newer and measured.chunk_root == manifest.chunk_root:
+                    yield PublishCalibration(digest, measured)
+
+    def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:
+        epochs = self.my_epochs
+        newest = epochs[-1] if epochs else None
+        if newest is None:
+            yield OpenEpoch(1)
+            return
+        if now_unix_ms >= newest.message.opened_at_unix_ms + self.policy.epoch_ms:
+            yield OpenEpoch(newest.message.epoch + 1)
+        for epoch in epochs[:-1]:
+            if self._may_reveal(epoch.message.epoch):
+                yield RevealEpoch(epoch.message.epoch)
+
+    def _may_reveal(self, epoch: int) -> bool:
+        """Once the next epoch is open nothing can join this one; its audits come first."""
+        revealed = (self.verifier_id, epoch) in self.view.reveals
+        waiting = any(owed_in == epoch for _, owed_in in self.owed.values())
+        return (
+            not revealed and not waiting and not self._undecided and epoch not in self.lost_epochs
+        )
+
+    def _conviction_duties(self) -> Iterator[Duty]:
+        records = self.view.nodes
+        frozen = frozen_pairs([r.pooled for r in records.values()])
+        for node_id, record in records.items():
+            own = record.by_verifier.get(self.verifier_id)
+            mine = record.convictions.get(self.verifier_id)
+            if mine is None:
+                if own is not None and should_convict(own, frozen):
+                    yield PublishConviction(node_id)
+                continue
+            if not self.view.convicted(node_id):
+                continue
+            if not record.suspended and not record.suspended_for:
+                yield PublishSuspension(node_id)
+            if node_id not in self.forfeited:
+                yield ApplyConvict(node_id)
+
+    def _decide(self, now_unix_ms: int) -> None:
+        for digest in list(self._undecided):
+            if len(self.owed) >= MAX_OPEN_AUDITS:
+                return
+            receipt = self.view.receipts.get(digest)
+            epoch = epoch_of(self.my_epochs, receipt.index) if receipt else None
+            if receipt is None or epoch is None:
+                del self._undecided[digest]  # before this verifier's first epoch, or forgotten
+                continue
+            if not is_decidable(epoch, receipt, now_unix_ms):
+                continue
+            del self._undecided[digest]
+            if self._owes(epoch, receipt):
+                self.owed[digest] = (receipt, epoch.message.epoch)
+
+    def _owes(self, epoch: EpochLeaf, receipt: ReceiptLeaf) -> bool:
+        try:
+            return owes(epoch, self.secrets.get(epoch.message.epoch), receipt)
+        except NotFound:
+            self.lost_epochs.add(epoch.message.epoch)
+            return False
+
+
+def outcome_name(verdict: Verdict) -> str:
+    """The outcome for people and logs: "scored", "refund", ..."""
+    return Verdict.Outcome.Name(verdict.outcome).lower().replace("_", " ")

@@ -1,0 +1,195 @@
+"""What people are shown about nodes: tables and words, recomputed from logged verdicts. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from trueweight.protos.evidence import CONVICT, SUSPECT, Wealth
+from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.verifier.conviction import NodeEvidence, frozen_pairs
+from trueweight.verifier.selection import PPM
+from trueweight.verifier.state import LogView, VerdictLeaf
+from trueweight.verifier.verdicts import REFUNDING
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One node of the status table. ``rate`` is a fraction, ``mean_x`` is dimensionless."""
+
+    node_id: str
+    state: str
+    wealth: float
+    largest_wealth: float
+    rate: float
+    receipts: int
+    audits: int
+    audited_tokens: int
+    mean_x: float
+    refunds: int
+    convicted: bool
+    suspended: bool
+
+
+def state_of(view: LogView, node_id: str) -> str:
+    """ "convicted", "suspended", "frozen", "suspect" or "clear"."""
+    record = view.nodes[node_id]
+    if view.convicted(node_id):
+        return "convicted"
+    if record.suspended:
+        return "suspended"
+    if record.pooled.crossed_by is not None:
+        frozen = frozen_pairs([r.pooled for r in view.nodes.values()])
+        return "frozen" if record.pooled.dominant_pair in frozen else "convict"
+    return record.pooled.state
+
+
+def current_rate(view: LogView, node_id: str) -> float:
+    """The largest rate at which any verifier audits the node now; 0 if no epoch is open."""
+    rates = [epochs[-1].rate_ppm(node_id) for epochs in view.epochs.values() if epochs]
+    return max(rates, default=0) / PPM
+
+
+def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
+    """Every remembered verdict about a node, in leaf order."""
+    found = [v for v in view.verdicts.values() if v.leaf.message.node_id == node_id]
+    return sorted(found, key=lambda v: v.leaf.index)
+
+
+def node_row(view: LogView, node_id: str) -> NodeRow:
+    """The node's row, from the pooled evidence."""
+    record = view.nodes[node_id]
+    verdicts = verdicts_of(view, node_id)
+    counted = [v.evidence for v in verdicts if v.evidence is not None]
+    tokens = sum(e.tokens for e in counted)
+    total = sum(e.sum_x_nano for e in counted)
+    return NodeRow(
+        node_id=node_id,
+        state=state_of(view, node_id),
+        wealth=record.pooled.wealth.value,
+        largest_wealth=record.pooled.largest,
+        rate=current_rate(view, node_id),
+        receipts=record.receipts,
+        audits=len(verdicts),
+        audited_tokens=record.pooled.wealth.tokens,
+        mean_x=total / tokens / 1e9 if tokens else 0.0,
+        refunds=sum(1 for v in verdicts if v.leaf.message.outcome in REFUNDING),
+        convicted=view.convicted(node_id),
+        suspended=record.suspended,
+    )
+
+
+def status_rows(view: LogView) -> list[NodeRow]:
+    """All nodes, the most suspicious first."""
+    rows = [node_row(view, node_id) for node_id in view.nodes]
+    return sorted(rows, key=lambda row: (-row.wealth, row.node_id))
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedVerdict:
+    """One audit on the way to a node's wealth."""
+
+    verdict_index: int
+    receipt_index: int
+    outcome: str
+    parameter_class: str
+    tokens: int
+    exact: int
+    mean_x: float
+    mu0: float
+    wealth: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A node's state, why, and every step to it."""
+
+    node_id: str
+    state: str
+    words: str
+    steps: tuple[ExplainedVerdict, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """For machines."""
+        return asdict(self)
+
+
+def explain(view: LogView, node_id: str, verifier_id: str = "") -> Explanation:
+    """Recomputes one verifier's wealth for a node verdict by verdict (the only one's, or the one
+    with most verdicts if none is named) and says in words why the state is what it is."""
+    record = view.nodes[node_id]
+    who = verifier_id or max(
+        record.by_verifier, key=lambda v: record.by_verifier[v].wealth.r, default=""
+    )
+    steps, wealth = [], Wealth()
+    for verdict in verdicts_of(view, node_id):
+        if who and verdict.leaf.message.verifier_id != who:
+            continue
+        if verdict.evidence is not None:
+            wealth = wealth.add(*verdict.evidence.item)
+        steps.append(_step(verdict, wealth))
+    own = record.by_verifier.get(who, NodeEvidence())
+    state = state_of(view, node_id)
+    return Explanation(node_id, state, _words(view, node_id, own, steps, state), tuple(steps))
+
+
+def _step(verdict: VerdictLeaf, wealth: Wealth) -> ExplainedVerdict:
+    message = verdict.leaf.message
+    tokens = message.scored_tokens
+    return ExplainedVerdict(
+        verdict_index=verdict.leaf.index,
+        receipt_index=message.receipt_log_index,
+        outcome=Verdict.Outcome.Name(message.outcome),
+        parameter_class=message.parameter_class,
+        tokens=tokens,
+        exact=message.exact_tokens,
+        mean_x=message.sum_x_nano / tokens / 1e9 if tokens else 0.0,
+        mu0=verdict.evidence.mu0_nano / 1e9 if verdict.evidence else 0.0,
+        wealth=wealth.value,
+        note=message.l0_failure or verdict.why_not,
+    )
+
+
+_REASONS = {
+    "clear": "Nothing speaks against it beyond chance.",
+    "suspect": f"An honest node gets to {SUSPECT:,} with a chance of at most 1 in {SUSPECT:,}, so "
+    "it is audited in full from the next epoch on.",
+    "convict": f"An honest node ever gets to {CONVICT:,} with a chance of at most 1 in "
+    f"{CONVICT:,}. The conviction is being published.",
+    "convicted": f"An honest node ever gets to {CONVICT:,} with a chance of at most 1 in "
+    f"{CONVICT:,} (plus the calibration's own error, at most 1 in 1,000 per class). It gets no "
+    "more work; its locked earnings and bond were forfeited and its clients refunded.",
+    "frozen": "The median node looks just as guilty under the same calibration, so the "
+    "calibration is in doubt and nobody is convicted by it.",
+    "suspended": "A verifier or the market suspended it without a conviction.",
+}
+
+
+def _words(
+    view: LogView, node_id: str, own: NodeEvidence, steps: list[ExplainedVerdict], state: str
+) -> str:
+    tokens = own.wealth.tokens
+    total = sum(s.mean_x * s.tokens for s in steps if s.mu0)
+    mean = total / tokens if tokens else 0.0
+    mu0 = max((s.mu0 for s in steps), default=0.0)
+    lines = [
+        f"{node_id} is {state}.",
+        f"{own.wealth.r} audits of {tokens:,} tokens count; the wealth is {own.wealth.value:.4g} "
+        f"(10^{math.log10(own.wealth.value):.2f}; suspect from 10^3, convicted from 10^6).",
+    ]
+    if tokens:
+        lines.append(
+            f"Mean clipped margin {mean:.6f} against at most {mu0:.6f} expected of honest work"
+            + (f": {mean / mu0:.1f} times as much." if mu0 and mean > mu0 else ".")
+        )
+    lines.append(_REASONS.get(state, ""))
+    for conviction in view.nodes[node_id].convictions.values():
+        message = conviction.message
+        lines.append(
+            f"Convicted by {message.verifier_id} at leaf {conviction.index}: clients are refunded "
+            f"for receipts from leaf {message.change_point_index} on."
+        )
+    needed = max(1, view.market.descriptor.convictions_needed)
+    lines.append(f"{needed} verifier(s) must agree to convict in this market.")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Which receipts are owed an audit, decided from public data and one epoch's secret. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trueweight.protos.audit import is_owed
+from trueweight.protos.v1.audit_pb2 import EpochOpen
+
+PPM = 1_000_000
+# The bill of a captured receipt is merged with it; a receipt without one (a node's own claim)
+# is waited for this long and then has weight 1.
+BILL_GRACE_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptLeaf:
+    """A receipt as the log shows it. ``charge_nano`` is None until its bill was seen."""
+
+    index: int
+    merged_at_unix_ms: int
+    receipt_digest: bytes
+    assignment_digest: bytes
+    node_id: str
+    output_tokens: int
+    charge_nano: int | None = None
+    router_id: str = ""
+    hold_id: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochLeaf:
+    """A logged EpochOpen and where its rates start to hold."""
+
+    index: int
+    message: EpochOpen
+
+    def rate_ppm(self, node_id: str) -> int:
+        """The frozen rate of a node; newcomers have the default."""
+        for rate in self.message.rates:
+            if rate.node_id == node_id:
+                return min(rate.rate_ppm, PPM)
+        return min(self.message.default_rate_ppm, PPM)
+
+    @property
+    def needs_charge(self) -> bool:
+        """True if rates are weighted by the charge."""
+        return self.message.charge_reference_nano > 0
+
+
+def epoch_of(epochs: Sequence[EpochLeaf], receipt_index: int) -> EpochLeaf | None:
+    """The epoch that a leaf falls into: the last one opened before it."""
+    for epoch in reversed(epochs):
+        if epoch.index < receipt_index:
+            return epoch
+    return None
+
+
+def owes(epoch: EpochLeaf, secret: bytes, receipt: ReceiptLeaf) -> bool:
+    """True if the epoch's verifier owes this receipt an audit.
+
+    A receipt without a known bill has full weight: rather one audit too many than a node that
+    escapes by claiming for itself.
+    """
+    reference = epoch.message.charge_reference_nano
+    charge = receipt.charge_nano if receipt.charge_nano is not None else reference
+    rate = epoch.rate_ppm(receipt.node_id)
+    return is_owed(secret, receipt.assignment_digest, rate, charge, reference)
+
+
+def is_decidable(epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: int) -> bool:
+    """False while the receipt's bill, and so its weight, may still come."""
+    if not epoch.needs_charge or receipt.charge_nano is not None:
+        return True
+    return now_unix_ms - receipt.merged_at_unix_ms >= BILL_GRACE_MS

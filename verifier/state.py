@@ -1,0 +1,383 @@
+"""What the public log says about verification, folded leaf by leaf.
+
+Anyone who reads the same log gets the same state: the verifier after a crash, ``explain``, ``owed``
+and a third party. Leaves that are malformed, unentitled or out of order are counted and ignored;
+no leaf can crash or grow the fold without bound.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from trueweight.protos.envelope import (
+    Opened,
+    apply_key_event,
+    digest_of,
+    kind_of_type,
+    open_envelope,
+    parse_envelope,
+    parse_payload,
+)
+from trueweight.protos.errors import TrueweightError
+from trueweight.protos.v1.audit_pb2 import (
+    AuditRequest,
+    Calibration,
+    Conviction,
+    EpochOpen,
+    EpochReveal,
+    Verdict,
+)
+from trueweight.protos.v1.ledger_pb2 import TransferRecord
+from trueweight.protos.v1.log_pb2 import LogEntry
+from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
+from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
+from trueweight.runtime.market import Market
+from trueweight.verifier.calibration import CalibrationTable, read_calibration
+from trueweight.verifier.conviction import Evidence, NodeEvidence
+from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf
+
+log = logging.getLogger(__name__)
+
+# Receipts remembered. A verdict about an older receipt is not evidence any more.
+MAX_RECEIPTS = 500_000
+MAX_HOLDS = 200_000
+MAX_LEGS = 256
+KINDS = (
+    "key-event",
+    "registry-entry",
+    "calibration",
+    "epoch-open",
+    "epoch-reveal",
+    "receipt",
+    "bill",
+    "audit-request",
+    "verdict",
+    "conviction",
+    "suspension",
+    "transfer",
+)
+
+K = TypeVar("K")
+V = TypeVar("V")
+M = TypeVar("M", bound=Message)
+
+
+class Recent(Generic[K, V]):
+    """A mapping that forgets its oldest entries beyond a bound."""
+
+    def __init__(self, bound: int) -> None:
+        self._items: OrderedDict[K, V] = OrderedDict()
+        self._bound = bound
+
+    def put(self, key: K, value: V) -> None:
+        """Stores or replaces."""
+        self._items[key] = value
+        if len(self._items) > self._bound:
+            self._items.popitem(last=False)
+
+    def get(self, key: K) -> V | None:
+        """The value, or None if unknown or forgotten."""
+        return self._items.get(key)
+
+    def pop(self, key: K) -> V | None:
+        """Removes and returns."""
+        return self._items.pop(key, None)
+
+    def values(self) -> list[V]:
+        """Oldest first."""
+        return list(self._items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf(Generic[M]):
+    """A logged, verified message with its log index, digest and envelope."""
+
+    index: int
+    message: M
+    digest: bytes
+    envelope: bytes
+    merged_at_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictLeaf:
+    """A logged verdict, and the evidence that it counts as (if none, why)."""
+
+    leaf: Leaf[Verdict]
+    evidence: Evidence | None
+    why_not: str = ""
+
+
+@dataclass
+class NodeRecord:
+    """What the log says about one node."""
+
+    # By verifier: each verifier's own verdicts, on which alone it may convict.
+    by_verifier: dict[str, NodeEvidence] = field(default_factory=dict)
+    # First verdict of each receipt, whoever gave it: the node's one public wealth.
+    pooled: NodeEvidence = field(default_factory=NodeEvidence)
+    convictions: dict[str, Leaf[Conviction]] = field(default_factory=dict)
+    suspended: bool = False
+    suspended_for: set[bytes] = field(default_factory=set)
+    receipts: int = 0
+
+
+class LogView:
+    """The fold. ``apply`` takes leaves in index order; ``next_index`` is where to go on."""
+
+    def __init__(self, market: Market) -> None:
+        self.market = market
+        self.ring = market.ring
+        self.next_index = 0
+        self.ignored = 0
+        self.manifests: dict[bytes, Manifest] = {}
+        self.models: dict[str, bytes] = {}
+        self._sold: set[tuple[str, bytes]] = set()
+        self.calibrations = CalibrationTable()
+        self.epochs: dict[str, list[EpochLeaf]] = {}
+        self.reveals: dict[tuple[str, int], bytes] = {}
+        self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
+        self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
+        self.verdicts: Recent[tuple[str, bytes], VerdictLeaf] = Recent(MAX_RECEIPTS)
+        self.nodes: dict[str, NodeRecord] = {}
+        self._judged: Recent[bytes, bool] = Recent(MAX_RECEIPTS)
+        self._bills: Recent[bytes, tuple[int, str, bytes]] = Recent(MAX_HOLDS)
+        self._hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
+        self._handlers: dict[str, Callable[[LogEntry], None]] = {
+            "key-event": self._on_key_event,
+            "registry-entry": self._on_registry_entry,
+            "calibration": self._on_calibration,
+            "epoch-open": self._on_epoch_open,
+            "epoch-reveal": self._on_epoch_reveal,
+            "receipt": self._on_receipt,
+            "bill": self._on_bill,
+            "audit-request": self._on_audit_request,
+            "verdict": self._on_verdict,
+            "conviction": self._on_conviction,
+            "suspension": self._on_suspension,
+            "transfer": self._on_transfer,
+        }
+
+    def apply(self, entry: LogEntry) -> str:
+        """Folds one leaf; returns its kind, or "" if it was ignored."""
+        if entry.index < self.next_index:
+            return ""
+        self.next_index = entry.index + 1
+        kind = kind_of_type(entry.kind) or entry.kind
+        handler = self._handlers.get(kind)
+        if handler is None:
+            return ""
+        try:
+            handler(entry)
+        except TrueweightError as error:
+            self.ignored += 1
+            log.warning("leaf %d (%s) ignored: %s", entry.index, kind, error.message)
+            return ""
+        return kind
+
+    def node(self, node_id: str) -> NodeRecord:
+        """The record of a node, made on first use."""
+        return self.nodes.setdefault(node_id, NodeRecord())
+
+    def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
+        """The evidence of one verifier against one node that counts, in leaf order."""
+        return [
+            v.evidence
+            for v in self.verdicts.values()
+            if v.evidence is not None
+            and v.leaf.message.node_id == node_id
+            and v.leaf.message.verifier_id == verifier_id
+        ]
+
+    def is_verifier(self, identity: str) -> bool:
+        """True if the market trusts this identity with verdicts."""
+        return self.market.has_role(identity, Member.VERIFIER)
+
+    def was_sold(self, model_id: str, manifest_digest: bytes) -> bool:
+        """True if the market ever registered these weights under this name."""
+        return (model_id, manifest_digest) in self._sold
+
+    def convicted(self, node_id: str) -> bool:
+        """True once as many verifiers convicted as the market asks for."""
+        record = self.nodes.get(node_id)
+        needed = max(1, self.market.descriptor.convictions_needed)
+        return record is not None and len(record.convictions) >= needed
+
+    # Handlers, one per kind of leaf.
+
+    def _on_key_event(self, entry: LogEntry) -> None:
+        self.ring = apply_key_event(self.ring, entry.body, self.market.market_id)
+
+    def _on_registry_entry(self, entry: LogEntry) -> None:
+        leaf = self._open(entry, RegistryEntry, self.market.market_id)
+        manifest = parse_payload(parse_envelope(leaf.message.manifest_envelope), Manifest)
+        if digest_of(leaf.message.manifest_envelope) != leaf.message.manifest_digest:
+            raise TrueweightError("the registry entry carries another manifest")
+        self.manifests[leaf.message.manifest_digest] = manifest
+        self._sold.add((leaf.message.model_id, leaf.message.manifest_digest))
+        if leaf.message.revoked:
+            self.models.pop(leaf.message.model_id, None)
+        else:
+            self.models[leaf.message.model_id] = leaf.message.manifest_digest
+
+    def _on_calibration(self, entry: LogEntry) -> None:
+        opened = self._open_any(entry, Calibration)
+        if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
+            raise TrueweightError("only verifiers and the market calibrate")
+        calibration = read_calibration(opened.message, opened.digest, entry.index)
+        if not self.calibrations.add(calibration):
+            raise TrueweightError("the calibration's version does not go forward")
+
+    def _on_epoch_open(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, EpochOpen)
+        epochs = self.epochs.setdefault(leaf.message.verifier_id, [])
+        if epochs and leaf.message.epoch <= epochs[-1].message.epoch:
+            raise TrueweightError("the epoch's number does not go forward")
+        epochs.append(EpochLeaf(entry.index, leaf.message))
+
+    def _on_epoch_reveal(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, EpochReveal)
+        key = (leaf.message.verifier_id, leaf.message.epoch)
+        self.reveals.setdefault(key, leaf.message.secret)
+
+    def _on_receipt(self, entry: LogEntry) -> None:
+        # Signatures of receipts and bills were checked at the capture and are checked again by
+        # the audit (L0); here they only say what there is to audit.
+        receipt = parse_payload(parse_envelope(entry.body), Receipt)
+        digest = digest_of(entry.body)
+        charge, router_id, hold_id = self._bills.pop(digest) or (None, "", b"")
+        leaf = ReceiptLeaf(
+            index=entry.index,
+            merged_at_unix_ms=entry.merged_at_unix_ms,
+            receipt_digest=digest,
+            assignment_digest=receipt.assignment_digest,
+            node_id=receipt.node_id,
+            output_tokens=receipt.output_tokens,
+            charge_nano=charge,
+            router_id=router_id,
+            hold_id=hold_id,
+        )
+        if self.receipts.get(digest) is None:
+            self.receipts.put(digest, leaf)
+            self.node(receipt.node_id).receipts += 1
+
+    def _on_bill(self, entry: LogEntry) -> None:
+        bill = parse_payload(parse_envelope(entry.body), Bill)
+        for leg in bill.legs[:MAX_LEGS]:
+            known = self.receipts.get(leg.receipt_digest)
+            facts = (leg.client_charge_nano, bill.router_id, bill.hold_id)
+            if known is None:
+                self._bills.put(leg.receipt_digest, facts)
+            elif known.charge_nano is None:
+                charge, router_id, hold_id = facts
+                changed = replace(known, charge_nano=charge, router_id=router_id, hold_id=hold_id)
+                self.receipts.put(leg.receipt_digest, changed)
+
+    def _on_transfer(self, entry: LogEntry) -> None:
+        transfer = TransferRecord()
+        try:
+            transfer.ParseFromString(entry.body)
+        except ValueError:  # protobuf's DecodeError is one
+            raise TrueweightError("not a transfer record") from None
+        if transfer.phase == TransferRecord.PENDING and transfer.reason == "hold":
+            self._hold_clients.put(transfer.operation_id, transfer.debit_account)
+
+    def _on_audit_request(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, AuditRequest)
+        key = (leaf.message.verifier_id, leaf.message.receipt_digest)
+        if self.requests.get(key) is None:
+            self.requests.put(key, leaf)
+
+    def _on_verdict(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, Verdict)
+        verdict = leaf.message
+        key = (verdict.verifier_id, verdict.receipt_digest)
+        if self.verdicts.get(key) is not None:
+            raise TrueweightError("this verifier judged this receipt before")
+        why_not, evidence = self._evidence(leaf)
+        if evidence is None:
+            self.verdicts.put(key, VerdictLeaf(leaf, None, why_not))
+            return
+        record = self.node(verdict.node_id)
+        own = record.by_verifier.get(verdict.verifier_id, NodeEvidence())
+        if own.accepts(evidence):
+            self.verdicts.put(key, VerdictLeaf(leaf, evidence))
+        else:
+            why_not = "after the threshold, or beyond its client's share"
+            self.verdicts.put(key, VerdictLeaf(leaf, None, why_not))
+        record.by_verifier[verdict.verifier_id] = own.add(evidence)
+        if self._judged.get(verdict.receipt_digest) is None:
+            self._judged.put(verdict.receipt_digest, True)
+            record.pooled = record.pooled.add(evidence)
+
+    def _evidence(self, leaf: Leaf[Verdict]) -> tuple[str, Evidence | None]:
+        """The evidence in a verdict, or why it is none. Numbered as in docs/verification.md."""
+        verdict = leaf.message
+        if verdict.outcome not in (Verdict.SCORED, Verdict.REFUND):  # 1
+            return "the outcome is no evidence", None
+        receipt = self.receipts.get(verdict.receipt_digest)
+        if receipt is None or receipt.node_id != verdict.node_id:  # 2
+            return "the log has no such receipt of this node", None
+        if receipt.assignment_digest != verdict.assignment_digest:  # 3
+            return "the verdict names another assignment", None
+        if self.requests.get((verdict.verifier_id, verdict.receipt_digest)) is None:  # 4
+            return "the audit was not requested in the log first", None
+        cited = self.calibrations.cited(verdict.calibration_digest, receipt.index)
+        entry = cited.entries.get(verdict.parameter_class) if cited else None
+        if cited is None or entry is None:  # 5
+            return "the cited calibration is not in force for this receipt and class", None
+        if not 0 < verdict.scored_tokens <= receipt.output_tokens:  # 6
+            return "more or fewer tokens scored than the receipt has", None
+        if verdict.sum_x_nano > verdict.scored_tokens * 10**9:  # 7
+            return "the sum is larger than its terms can be", None
+        pair = f"{cited.digest.hex()}/{verdict.parameter_class}"
+        client = self._hold_clients.get(receipt.hold_id) or ""
+        return "", Evidence(
+            verdict_index=leaf.index,
+            receipt_index=receipt.index,
+            sum_x_nano=verdict.sum_x_nano,
+            tokens=verdict.scored_tokens,
+            mu0_nano=entry.mu0_nano,
+            pair=pair,
+            client=client,
+        )
+
+    def _on_conviction(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, Conviction)
+        self.node(leaf.message.node_id).convictions.setdefault(leaf.message.verifier_id, leaf)
+
+    def _on_suspension(self, entry: LogEntry) -> None:
+        opened = self._open_any(entry, Suspension)
+        if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
+            raise TrueweightError("only verifiers and the market suspend")
+        record = self.node(opened.message.node_id)
+        record.suspended = not opened.message.lifted
+        if opened.message.conviction_digest and not opened.message.lifted:
+            record.suspended_for.add(opened.message.conviction_digest)
+
+    def _open_any(self, entry: LogEntry, message_type: type[M]) -> Opened[M]:
+        return open_envelope(entry.body, message_type, self.ring, self.market.market_id)
+
+    def _open(self, entry: LogEntry, message_type: type[M], signer: str) -> Leaf[M]:
+        opened = open_envelope(
+            entry.body, message_type, self.ring, self.market.market_id, signer=signer
+        )
+        return Leaf(entry.index, opened.message, opened.digest, entry.body, entry.merged_at_unix_ms)
+
+    def _open_by_verifier(self, entry: LogEntry, message_type: type[M]) -> Leaf[M]:
+        """A leaf signed by the verifier it names, who must be a member of the market."""
+        opened = self._open_any(entry, message_type)
+        if getattr(opened.message, "verifier_id", None) != opened.signer:
+            raise TrueweightError("signed by another than the verifier it names")
+        if not self.is_verifier(opened.signer):
+            raise TrueweightError("signed by somebody who is no verifier of this market")
+        return Leaf(entry.index, opened.message, opened.digest, entry.body, entry.merged_at_unix_ms)

@@ -1,0 +1,94 @@
+"""From what an audit found to the verdict it publishes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trueweight.protos.errors import EngineError, InvalidRequest
+from trueweight.protos.evidence import sum_nano
+from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.protos.v1.market_pb2 import EngineFingerprint
+from trueweight.verifier.calibration import CalibrationLeaf, is_far_outside
+from trueweight.verifier.selection import ReceiptLeaf
+
+# Outcomes for which the client gets the leg's charge back at once.
+REFUNDING = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT, Verdict.MISSING_TRANSCRIPT})
+MAX_NAME_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AuditContext:
+    """Which audit a verdict is about."""
+
+    market_id: str
+    verifier_id: str
+    epoch: int
+    receipt: ReceiptLeaf
+    now_unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Margins of one output, in logits, and what they were computed with."""
+
+    margins: Sequence[float]
+    parameter_class: str
+    reference: EngineFingerprint
+
+
+def missing_transcript(context: AuditContext) -> Verdict:
+    """The router could not open the transcript: refunded, no evidence against the node."""
+    return _verdict(context, Verdict.MISSING_TRANSCRIPT)
+
+
+def invalid_receipt(context: AuditContext, failed_check: str) -> Verdict:
+    """An L0 check failed."""
+    verdict = _verdict(context, Verdict.INVALID_RECEIPT)
+    verdict.l0_failure = failed_check[:MAX_NAME_CHARS]
+    return verdict
+
+
+def unscorable(context: AuditContext, parameter_class: str) -> Verdict:
+    """The reference cannot score this kind of request: no evidence either way."""
+    verdict = _verdict(context, Verdict.UNCALIBRATED)
+    verdict.parameter_class = parameter_class
+    return verdict
+
+
+def scored(context: AuditContext, found: Scored, calibration: CalibrationLeaf | None) -> Verdict:
+    """SCORED, REFUND or UNCALIBRATED. Raises EngineError if the reference returned nonsense."""
+    margins = found.margins
+    if len(margins) != context.receipt.output_tokens:
+        raise EngineError("the reference node returned margins for another number of tokens")
+    try:
+        total = sum_nano(margins)
+    except InvalidRequest:
+        raise EngineError("the reference node returned margins that are no numbers") from None
+    entry = calibration.entries.get(found.parameter_class) if calibration else None
+    outcome = Verdict.UNCALIBRATED
+    if entry is not None:
+        far = is_far_outside(total, len(margins), entry)
+        outcome = Verdict.REFUND if far else Verdict.SCORED
+    verdict = _verdict(context, outcome)
+    verdict.calibration_digest = calibration.digest if calibration and entry else b""
+    verdict.parameter_class = found.parameter_class
+    verdict.sum_x_nano = total
+    verdict.scored_tokens = len(margins)
+    verdict.exact_tokens = sum(1 for margin in margins if margin == 0)
+    verdict.reference_fingerprint.CopyFrom(found.reference)
+    return verdict
+
+
+def _verdict(context: AuditContext, outcome: Verdict.Outcome) -> Verdict:
+    return Verdict(
+        market_id=context.market_id,
+        verifier_id=context.verifier_id,
+        node_id=context.receipt.node_id,
+        epoch=context.epoch,
+        assignment_digest=context.receipt.assignment_digest,
+        receipt_digest=context.receipt.receipt_digest,
+        receipt_log_index=context.receipt.index,
+        outcome=outcome,
+        issued_at_unix_ms=context.now_unix_ms,
+    )

@@ -1,0 +1,164 @@
+"""Doing duties: each one ends in an idempotent operation at the ledger."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from trueweight.protos.errors import NotFound
+from trueweight.protos.evidence import CONVICT, log10_milli
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
+from trueweight.protos.v1.market_pb2 import Suspension
+from trueweight.runtime.clock import Clock
+from trueweight.verifier import plan
+from trueweight.verifier.audit import Auditor
+from trueweight.verifier.conviction import change_point_index
+from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
+from trueweight.verifier.plan import Agenda, outcome_name
+from trueweight.verifier.publishing import Publisher
+from trueweight.verifier.standing import standings
+from trueweight.verifier.verdicts import AuditContext
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Turns a duty into statements and operations. Holds no state of its own."""
+
+    agenda: Agenda
+    auditor: Auditor
+    publisher: Publisher
+    clock: Clock
+    reward_ppm: int = 50_000
+
+    async def do(self, duty: plan.Duty) -> None:
+        """Does one duty. Raises errors of the one tree; it may then simply be done again."""
+        match duty:
+            case plan.PublishCalibration():
+                await self._calibrate(duty)
+            case plan.OpenEpoch():
+                await self._open_epoch(duty.epoch)
+            case plan.RevealEpoch():
+                await self._reveal_epoch(duty.epoch)
+            case plan.RequestAudit():
+                await self._request(duty)
+            case plan.PerformAudit():
+                await self._audit(duty)
+            case plan.ApplyRefund():
+                await self._refund(duty.receipt_digest)
+            case plan.PublishConviction():
+                await self._convict(duty.node_id)
+            case plan.PublishSuspension():
+                await self._suspend(duty.node_id)
+            case plan.ApplyConvict():
+                await self._forfeit(duty.node_id)
+
+    @property
+    def _me(self) -> str:
+        return self.agenda.verifier_id
+
+    @property
+    def _market_id(self) -> str:
+        return self.agenda.view.market.market_id
+
+    async def _calibrate(self, duty: plan.PublishCalibration) -> None:
+        message = duty.measured.statement(
+            self._market_id, duty.manifest_digest, self.clock.now_unix_ms()
+        )
+        version = duty.measured.version.to_bytes(4, "big")
+        await self.publisher.publish(message, "calibration", duty.manifest_digest, version)
+
+    async def _open_epoch(self, epoch: int) -> None:
+        secret = self.agenda.secrets.get_or_create(epoch)
+        now = self.clock.now_unix_ms()
+        message = open_epoch(
+            EpochPlan(self._market_id, self._me, epoch, now),
+            secret,
+            self.agenda.policy,
+            standings(self.agenda.view),
+        )
+        await self.publisher.publish(message, "epoch-open", epoch.to_bytes(8, "big"))
+
+    async def _reveal_epoch(self, epoch: int) -> None:
+        try:
+            secret = self.agenda.secrets.get(epoch)
+        except NotFound:
+            self.agenda.lost_epochs.add(epoch)  # shown by ``owed``; nothing else can be done
+            return
+        message = EpochReveal(
+            market_id=self._market_id, verifier_id=self._me, epoch=epoch, secret=secret
+        )
+        await self.publisher.publish(message, "epoch-reveal", epoch.to_bytes(8, "big"))
+
+    async def _request(self, duty: plan.RequestAudit) -> None:
+        receipt = duty.receipt
+        key = wrap_private_key(self.agenda.secrets.wrapping(), receipt.receipt_digest, 0)
+        message = AuditRequest(
+            market_id=self._market_id,
+            verifier_id=self._me,
+            epoch=duty.epoch,
+            assignment_digest=receipt.assignment_digest,
+            receipt_digest=receipt.receipt_digest,
+            wrap_public_key=key.public_key().public_bytes_raw(),
+            requested_at_unix_ms=self.clock.now_unix_ms(),
+        )
+        await self.publisher.publish(message, "audit-request", receipt.receipt_digest)
+
+    async def _audit(self, duty: plan.PerformAudit) -> None:
+        now = self.clock.now_unix_ms()
+        context = AuditContext(self._market_id, self._me, duty.epoch, duty.receipt, now)
+        late_at = duty.receipt.merged_at_unix_ms + self.agenda.policy.transcript_patience_ms
+        verdict = await self.auditor.run(context, last_try=now >= late_at)
+        verdict.issued_at_unix_ms = self.clock.now_unix_ms()
+        await self.publisher.publish(verdict, "verdict", duty.receipt.receipt_digest)
+        log.info("receipt leaf %d: %s", duty.receipt.index, outcome_name(verdict))
+
+    async def _refund(self, receipt_digest: bytes) -> None:
+        mine = self.agenda.view.verdicts.get((self._me, receipt_digest))
+        if mine is None:
+            return
+        reason = outcome_name(mine.leaf.message)
+        moved = await self.publisher.refund(receipt_digest, reason, mine.leaf.envelope)
+        self.agenda.refunded(receipt_digest)
+        log.info("refunded %d nanocredits: %s", moved, reason)
+
+    async def _convict(self, node_id: str) -> None:
+        view = self.agenda.view
+        own = view.node(node_id).by_verifier[self._me]
+        counted = view.counted(self._me, node_id)
+        message = Conviction(
+            market_id=self._market_id,
+            verifier_id=self._me,
+            node_id=node_id,
+            first_verdict_index=own.first_verdict_index,
+            last_verdict_index=own.last_verdict_index,
+            verdicts=own.wealth.r,
+            audited_tokens=own.wealth.tokens,
+            wealth_log10_milli=own.wealth.log10_milli,
+            threshold_log10_milli=log10_milli(CONVICT),
+            change_point_index=change_point_index(counted),
+            calibration_digest=bytes.fromhex(own.dominant_pair.partition("/")[0]),
+            issued_at_unix_ms=self.clock.now_unix_ms(),
+        )
+        await self.publisher.publish(message, "conviction", node_id.encode())
+        log.warning("convicted %s after %d tokens", node_id, own.wealth.tokens)
+
+    async def _suspend(self, node_id: str) -> None:
+        mine = self.agenda.view.node(node_id).convictions[self._me]
+        message = Suspension(
+            market_id=self._market_id,
+            node_id=node_id,
+            issuer=self._me,
+            reason="convicted",
+            conviction_digest=mine.digest,
+            issued_at_unix_ms=self.clock.now_unix_ms(),
+        )
+        await self.publisher.publish(message, "suspension", mine.digest)
+
+    async def _forfeit(self, node_id: str) -> None:
+        mine = self.agenda.view.node(node_id).convictions[self._me]
+        moved = await self.publisher.convict(mine.envelope, node_id, self.reward_ppm)
+        self.agenda.forfeited.add(node_id)
+        if moved:
+            log.warning("forfeited %d nanocredits of %s", moved, node_id)
