@@ -8,7 +8,6 @@ where that matters: peaked distributions, context dependence, outputs that end b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trueweight.protos.errors import InvalidRequest, WeightsRefused
+from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.model_directory import read_facts, read_json
 
 Logits = npt.NDArray[np.float32]
 _MASKED = np.float32(-30.0)
-_MAX_JSON_BYTES = 4 * 1024 * 1024
 _MAX_HASHED_BYTES = 64 * 1024 * 1024
 
 
@@ -112,48 +111,23 @@ def shape_from_directory(directory: Path, base: ModelShape | None = None) -> Mod
 
     Raises WeightsRefused if the directory does not describe a model.
     """
-    config = _read_json(directory / "config.json", required=True)
-    generation = _read_json(directory / "generation_config.json", required=False)
-    vocabulary_size = config.get("vocab_size")
-    if not isinstance(vocabulary_size, int):
-        raise WeightsRefused(f"{directory / 'config.json'} names no vocab_size")
-    eos = {*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))}
-    special = {
-        *_ids(config.get("bos_token_id")),
-        *_ids(config.get("pad_token_id")),
-        *_ids(generation.get("pad_token_id")),
-    }
-    context = config.get("max_position_embeddings", 4096)
+    facts = read_facts(directory)
+    config = read_json(directory / "config.json")
+    special = {*_ids(config.get("bos_token_id")), *_ids(config.get("pad_token_id"))}
+    silent = {i for i in special - set(facts.eos_token_ids) if i < facts.vocabulary_size}
     return replace(
         base or ModelShape(),
-        vocabulary_size=vocabulary_size,
-        eos_token_ids=tuple(sorted(eos)),
-        silent_ids=tuple(sorted(special - eos)),
-        max_context_tokens=context if isinstance(context, int) else 4096,
+        vocabulary_size=facts.vocabulary_size,
+        eos_token_ids=facts.eos_token_ids,
+        silent_ids=tuple(sorted(silent)),
+        max_context_tokens=facts.max_context_tokens,
         model_seed=_weights_seed(directory),
     )
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise WeightsRefused(f"{path} is too large")
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        if not required:
-            return {}
-        raise WeightsRefused(
-            f"there is no {path.name} in {path.parent}",
-            hint="--model names a directory in Hugging Face layout.",
-        ) from None
-    except ValueError:
-        raise WeightsRefused(f"{path} is not JSON") from None
-    return value if isinstance(value, dict) else {}
+    return tuple(v for v in values if type(v) is int and v >= 0)
 
 
 def _weights_seed(directory: Path) -> int:
