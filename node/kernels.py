@@ -11,7 +11,7 @@ function, not of files it calls.
 """
 
 # Numba infers the types of compiled functions; annotations there would only claim to.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, check-untyped-defs=False
 # ruff: noqa: ANN001, ANN201, ANN202, PLR0917
 
 from __future__ import annotations
@@ -286,52 +286,102 @@ def _process(row, out, rules, mask, prompt, history, length, counts):
 
 
 @_compiled
+def _sift(heap, at, size):
+    """Restore the max-heap below ``at``. Rows of ``heap`` are (key, value)."""
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            return
+        if child + 1 < size and heap[child + 1, 0] > heap[child, 0]:
+            child += 1
+        if heap[at, 0] >= heap[child, 0]:
+            return
+        key, value = heap[at, 0], heap[at, 1]
+        heap[at, 0], heap[at, 1] = heap[child, 0], heap[child, 1]
+        heap[child, 0], heap[child, 1] = key, value
+        at = child
+
+
+@_compiled
+def _heapify(heap, size):
+    for at in range(size // 2 - 1, -1, -1):
+        _sift(heap, at, size)
+
+
+@_compiled
+def _pop(heap, size):
+    """Take the row with the largest key out of a heap of ``size`` rows: it is now the last one."""
+    key, value = heap[0, 0], heap[0, 1]
+    heap[0, 0], heap[0, 1] = heap[size - 1, 0], heap[size - 1, 1]
+    heap[size - 1, 0], heap[size - 1, 1] = key, value
+    _sift(heap, 0, size - 1)
+
+
+@_compiled
+def _heap_of(scaled, lowest):
+    """A heap of the finite values not below ``lowest``, and their number."""
+    count = 0
+    for token in range(scaled.size):
+        count += scaled[token] >= lowest and scaled[token] > -np.inf
+    heap = np.empty((count, 2), np.float64)
+    size = 0
+    for token in range(scaled.size):
+        if scaled[token] >= lowest and scaled[token] > -np.inf:
+            heap[size, 0] = scaled[token]
+            heap[size, 1] = 0.0
+            size += 1
+    _heapify(heap, size)
+    return heap, size
+
+
+@_compiled
 def _threshold(scaled, rules, best):
     """Smallest allowed value of ``scaled``: the highest of the min-p, top-k and top-p cuts."""
-    low = np.float32(-np.inf)
-    if best == low:
-        return low
-    threshold = low
-    if rules.log_min_p > low:
+    threshold = np.float32(-np.inf)
+    if best == threshold:
+        return threshold
+    if rules.log_min_p > threshold:
         threshold = np.float32(best + rules.log_min_p)
     if 0 < rules.top_k < scaled.size:
-        kth = scaled.size - rules.top_k
-        threshold = max(threshold, np.partition(scaled, kth)[kth])
+        threshold = max(threshold, _kth_largest(scaled, threshold, rules.top_k))
     if rules.top_p < 1.0:
         threshold = max(threshold, _top_p_threshold(scaled, threshold, rules.top_p, best))
     return threshold
 
 
 @_compiled
+def _kth_largest(scaled, above, k):
+    """The k-th largest value if there are k not below ``above``; otherwise ``above``."""
+    heap, size = _heap_of(scaled, above)
+    if k > size:
+        return above
+    for _ in range(k - 1):
+        _pop(heap, size)
+        size -= 1
+    return np.float32(heap[0, 0])
+
+
+@_compiled
 def _top_p_threshold(scaled, above, top_p, best):
     """Value of the last token of the smallest set that holds ``top_p`` of what is ``above``.
 
-    Tokens so unlikely that all of them together are less than 1 - top_p of the total are not
-    sorted: they cannot be in the set.
+    Tokens so unlikely that all of them together are less than 1 - top_p of the total cannot be in
+    the set and do not enter the heap.
     """
     total = 0.0
-    left = 0
     for token in range(scaled.size):
         if scaled[token] >= above and scaled[token] > -np.inf:
             total += np.float64(_exponential(scaled[token] - best))
-            left += 1
-    smallest = 0.5 * (1.0 - top_p) * total / left
-    low = np.float32(max(above, best + np.float32(math.log(max(smallest, 1e-37)))))
-    candidates = np.empty(left, np.float32)
-    count = 0
-    for token in range(scaled.size):
-        if scaled[token] >= low and scaled[token] > -np.inf:
-            candidates[count] = scaled[token]
-            count += 1
-    candidates = np.sort(candidates[:count])
+    unlikely = max(0.5 * (1.0 - top_p) * total / scaled.size, 1e-37)
+    heap, size = _heap_of(scaled, max(above, np.float32(best + math.log(unlikely))))
     before = 0.0
-    last = candidates[count - 1]
-    for i in range(count - 1, -1, -1):
-        if before >= top_p * total:
-            break
-        last = candidates[i]
-        before += np.float64(_exponential(last - best))
-    return last
+    last = heap[0, 0]
+    while size > 0 and before < top_p * total:
+        last = heap[0, 0]
+        before += np.float64(_exponential(np.float32(last) - best))
+        _pop(heap, size)
+        size -= 1
+    return np.float32(last)
 
 
 @_compiled
@@ -372,30 +422,33 @@ def _move_cost(move, short):
 
 @_compiled
 def _rivals(scaled, state, own, lowest, scale, bounds):
-    """Logit and gap of each token at or above the logit ``lowest`` that beats ``own``."""
+    """A heap of (logit, gap) of the tokens at or above the logit ``lowest`` that beat ``own``."""
+    count = 0
     for token in range(scaled.size):
         bounds[token] = scaled[token] + _noise_bound(_uniform(state, token))
-    count = 0
     for token in range(scaled.size):
         count += bounds[token] > own
-    heights = np.empty(count, np.float64)
-    gaps = np.empty(count, np.float64)
-    count = 0
+    heap = np.empty((count, 2), np.float64)
+    size = 0
     for token in range(scaled.size):
         height = np.float64(scaled[token]) * scale
         if bounds[token] > own and height >= lowest:
             value = np.float32(scaled[token] + _noise(_uniform(state, token)))
             if value > own:
-                heights[count] = height
-                gaps[count] = scale * (np.float64(value) - np.float64(own))
-                count += 1
-    order = np.argsort(heights[:count])
-    return heights[order], gaps[order]
+                heap[size, 0] = height
+                heap[size, 1] = scale * (np.float64(value) - np.float64(own))
+                size += 1
+    _heapify(heap, size)
+    return heap, size
 
 
 @_compiled
 def _cut_margin(scaled, state, rules, claimed, clip, bounds):
-    """min over |s| <= clip of max(|s|, gap(s), below(s)); see the reference's ``_cut_margin``."""
+    """min over |s| <= clip of max(|s|, gap(s), below(s)); see the reference's ``_cut_margin``.
+
+    Rivals are taken from the highest down: with the cut just above one, only those before it
+    are left.
+    """
     scale = np.float64(rules.temperature)
     best = _largest(scaled)
     theta = scale * np.float64(_threshold(scaled, rules, best))
@@ -403,18 +456,17 @@ def _cut_margin(scaled, state, rules, claimed, clip, bounds):
     short = theta - scale * np.float64(scaled[claimed])
     start = max(-max(short, 0.0) / 2, -clip)
     own = np.float32(scaled[claimed] + _noise(_uniform(state, claimed)))
-    heights, gaps = _rivals(scaled, state, own, min(theta + start, top), scale, bounds)
-    # From here on gaps[i] is the gap that is left when the i lowest rivals are cut off.
-    for i in range(gaps.size - 2, -1, -1):
-        gaps[i] = max(gaps[i], gaps[i + 1])
-    least = max(_move_cost(start, short), gaps[0] if gaps.size else 0.0)
-    for i in range(gaps.size):
-        move = max(heights[i] - theta, start)
-        if move > clip or heights[i] >= top:
-            break
-        rest = gaps[i + 1] if i + 1 < gaps.size else 0.0
-        least = min(least, max(_move_cost(move, short), rest))
-    return least
+    heap, size = _rivals(scaled, state, own, min(theta + start, top), scale, bounds)
+    least = np.inf
+    gap = 0.0
+    while size > 0:
+        move = max(heap[0, 0] - theta, start)
+        if move <= clip and heap[0, 0] < top:
+            least = min(least, max(_move_cost(move, short), gap))
+        gap = max(gap, heap[0, 1])
+        _pop(heap, size)
+        size -= 1
+    return min(least, max(_move_cost(start, short), gap))
 
 
 @_compiled
