@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import click
 
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import Signer
-from trueweight.protos.v1.market_pb2 import Member
+from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.runtime.market import Market, load_market, with_endpoint
+from trueweight.runtime.market import Market, load_market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
 from trueweight.verifier.calibration_file import read_measured
@@ -98,7 +98,7 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
         )
     market = _market(options)
     if options["router"]:
-        market = with_endpoint(market, Member.ROUTER, options["router"])
+        market = _at(market, Member.ROUTER, options["router"])
     policy = RatePolicy(
         newcomer_tokens=options["newcomer_tokens"],
         floor_ppm=round(options["floor"] * 1e6),
@@ -120,8 +120,18 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
 def _market(options: dict[str, Any]) -> Market:
     market = load_market(options["market"])
     if options["ledger"]:
-        market = with_endpoint(market, Member.LEDGER, options["ledger"])
+        market = _at(market, Member.LEDGER, options["ledger"])
     return market
+
+
+def _at(market: Market, role: Member.Role, endpoint: str) -> Market:
+    """The market with another endpoint for a role; identity and certificate stay pinned."""
+    descriptor = MarketDescriptor()
+    descriptor.CopyFrom(market.descriptor)
+    for member in descriptor.members:
+        if member.role == role:
+            member.endpoint = endpoint
+    return replace(market, descriptor=descriptor)
 
 
 @verifier.command()

@@ -35,7 +35,7 @@ class Mortal:
         if self.after:
             await effect()
         self.dead.set()
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()
 
     async def apply(self, operations):
         return await self._step(lambda: self.world.ledger.apply(operations))
