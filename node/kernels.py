@@ -240,7 +240,8 @@ def _apply_masks(out, rules, mask, length):
 def _apply_penalties(out, rules, prompt, history, length, counts):
     """Repetition (prompt and output), then frequency and presence (output). ``counts`` is int32
     scratch: occurrences in the output, or -1 for a token that is only in the prompt."""
-    counts[:] = 0
+    for token in range(counts.size):
+        counts[token] = 0
     for i in range(prompt.size):
         if prompt[i] < counts.size:
             counts[prompt[i]] = -1
@@ -277,7 +278,8 @@ def _process(row, out, rules, mask, prompt, history, length, counts):
     """The row after masks, biases, penalties and bad words: ``row`` itself if there are none."""
     if not rules.changes_logits and mask.size == 0:
         return row
-    out[:] = row
+    for token in range(row.size):  # a slice assignment would compile string formatting: seconds
+        out[token] = row[token]
     _apply_masks(out, rules, mask, length)
     if rules.has_penalties:
         _apply_penalties(out, rules, prompt, history, length, counts)

@@ -27,7 +27,8 @@ from trueweight.node.vllm import self_test
 from trueweight.node.vllm.options import VllmOptions
 from trueweight.node.vllm.process import EngineProcess
 from trueweight.node.vllm.wire import EngineOrder
-from trueweight.protos.errors import ContextOverflow, InvalidRequest
+from trueweight.protos.errors import ContextOverflow, InvalidRequest, UnsupportedParameter
+from trueweight.protos.sampling_parameters import Sampling, check, check_token_ids
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
 
 __all__ = ["VllmEngine", "VllmOptions"]
@@ -86,6 +87,7 @@ class VllmEngine:
         """Steps of one leg; closing or cancelling the iterator aborts it in the engine."""
         prompt = [*job.prompt, *job.prefix]
         self._check_tokens(prompt, job.max_tokens)
+        self._check_sampling(job.sampling)
         order = EngineOrder(job.sampling, job.seed, len(job.prompt))
         stop_ids = frozenset(job.sampling.stop_token_ids)
         request_id = f"g{next(self._serial)}"
@@ -110,6 +112,7 @@ class VllmEngine:
         """
         for job in jobs:
             self._check_tokens([*job.prompt, *job.prefix, *job.output], 0)
+            self._check_sampling(job.sampling)
         scored = [job for job in jobs if job.output]
         batch = next(self._serial)
         keys = [f"s{batch}.{index}" for index in range(len(scored))]
@@ -129,6 +132,14 @@ class VllmEngine:
             kv_use=self._process.kv_use if self._open_jobs else 0.0,
             generated_tokens_total=self._generated_tokens,
         )
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        check(sampling)
+        check_token_ids(sampling, self.limits.vocabulary_size)
+        if sampling.grammar_sha256:
+            raise UnsupportedParameter(
+                "this engine has no grammars yet", param="grammar", hint="Send it without one."
+            )
 
     def _check_tokens(self, tokens: list[int], more: int) -> None:
         limits = self.limits

@@ -108,6 +108,10 @@ class _Scorer:
                     task.error = error.message
             position = stop
 
+    @property
+    def kept(self) -> int:
+        return len(self._tasks)
+
     def take(self, keys: list[str]) -> list[list[bytes] | str]:
         """Scores by key, forgotten here; a reason instead where there are none."""
         tasks = [self._tasks.pop(key, None) for key in keys]
@@ -142,3 +146,8 @@ class ScorerExtension:
         """See ``_Scorer.take``."""
         scorer: _Scorer = self.model_runner.trueweight_scorer
         return scorer.take(keys)
+
+    def trueweight_kept_scores(self) -> int:
+        """How many scores wait to be taken."""
+        scorer: _Scorer = self.model_runner.trueweight_scorer
+        return scorer.kept
