@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -130,7 +131,7 @@ class NodeApp:
         await server.start()
         self._cleanup.push_async_callback(server.stop, 1.0)
         if not config.score_only:
-            self._spawn("claims", claim_forever(journal, ledger, self._clock))
+            self._spawn("claims", partial(claim_forever, journal, ledger, self._clock))
             self._work_for_router(node)
 
     def _connect_ledger(self) -> LedgerPort:
@@ -226,14 +227,19 @@ class NodeApp:
             if router is None:
                 raise InvalidRequest("--attach needs a router to dial")
             channel = self._channel(router)
-            attached = attach_forever(
-                node, channel, router.identity, self._add_session, lambda: self._draining
+            attach = partial(
+                attach_forever,
+                node,
+                channel,
+                router.identity,
+                self._add_session,
+                lambda: self._draining,
             )
-            self._spawn("attach", attached)
+            self._spawn("attach", attach)
             return
         register = self._register or self._register_call(self._channel(router), router)
         self.registrar = Registrar(register, node.offer, self._clock, self._random)
-        self._spawn("register", self.registrar.run())
+        self._spawn("register", self.registrar.run)
 
     def _channel(self, router: Member | None) -> grpc.aio.Channel:
         if router is None:
@@ -257,7 +263,7 @@ class NodeApp:
 
         return register
 
-    def _spawn(self, name: str, work: Awaitable[None]) -> None:
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(asyncio.create_task(_logged(name, work), name=name))
 
     def _add_session(self, session: NodeSession) -> None:
@@ -271,9 +277,9 @@ class NodeApp:
         return bool(self._sessions)
 
 
-async def _logged(name: str, work: Awaitable[None]) -> None:
+async def _logged(name: str, work: Callable[[], Awaitable[None]]) -> None:
     try:
-        await work
+        await work()
     except asyncio.CancelledError:
         raise
     except Exception:

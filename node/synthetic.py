@@ -23,8 +23,10 @@ from trueweight.node.engine import (
     GenerateJob,
     Score,
     ScoreJob,
+    SelfTest,
     Step,
 )
+from trueweight.node.golden import prove_reference_sampler
 from trueweight.node.synthetic_model import (
     Logits,
     LogitsModel,
@@ -105,6 +107,7 @@ class SyntheticEngine:
         self._wake = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._closed = False
+        self.self_test = SelfTest()
 
     @classmethod
     def from_directory(
@@ -141,6 +144,8 @@ class SyntheticEngine:
         return self._limits
 
     async def start(self) -> None:
+        """Raises EngineError if the sampler differs from the golden vectors."""
+        self.self_test = prove_reference_sampler()
         if self._speed.start_ms:
             await self._clock.sleep_ms(self._speed.start_ms)
         self._loop_task = asyncio.create_task(self._guarded_loop())
