@@ -353,3 +353,8 @@ def fake_router():
         return FakeRouter(world, node_id, world.signers["router"])
 
     return make
+
+
+@pytest.fixture
+def clock():
+    return CLOCK
