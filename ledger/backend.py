@@ -1,0 +1,331 @@
+"""The writer's own connection: the few statements of the hot path, on SQLite and PostgreSQL.
+
+Both give the same four verbs (rows by key, insert, update, query) inside one explicit
+transaction, in batches, because a round trip per row is 6 to 40 times slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import psycopg
+import sqlalchemy as sa
+
+from trueweight.ledger.schema import BUSY_MS, sqlite_path
+from trueweight.protos.errors import StorageError, Unavailable
+
+Row = tuple[Any, ...]
+# Any fixed number: the advisory lock that makes one process the writer of a database.
+ADVISORY_LOCK = 0x7472756577
+_KEYS_PER_QUERY = 500
+# Column types of what is inserted by COPY, in SQL order.
+_PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
+
+
+class ConstraintViolated(StorageError):
+    """The database itself refused a change: Python was about to break an invariant."""
+
+    retryable = False
+
+
+class Backend(Protocol):
+    """One connection, one transaction at a time, used from one thread."""
+
+    def acquire(self) -> bool:
+        """True if this process is now the only writer."""
+        ...
+
+    def begin(self) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]: ...
+
+    def by_keys(self, select: str, column: str, keys: Iterable[Any]) -> list[Row]: ...
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None: ...
+
+    def update(
+        self, table: str, changes: Sequence[str], keys: Sequence[str], rows: Sequence[Row]
+    ) -> None:
+        """Rows are the changed columns' values, then the keys'. A change ``"+name"`` adds."""
+        ...
+
+    def upsert(
+        self, table: str, columns: Sequence[str], keys: int, rows: Sequence[Row]
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_backend(url: sa.URL) -> Backend:
+    """The backend of a URL."""
+    if url.get_backend_name() == "sqlite":
+        return SqliteBackend(url)
+    return PostgresBackend(url)
+
+
+class SqliteBackend:
+    """sqlite3 in WAL mode with synchronous=FULL; the writer's lock is a locked file beside it."""
+
+    def __init__(self, url: sa.URL) -> None:
+        self._path = sqlite_path(url)
+        self._lock: int | None = None
+        with _sqlite_errors():
+            self._connection = sqlite3.connect(
+                self._path,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=BUSY_MS / 1000,
+                cached_statements=256,
+            )
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "cache_size=-65536"):
+                self._connection.execute(f"PRAGMA {pragma}")
+
+    def acquire(self) -> bool:
+        if self._lock is not None:
+            return True
+        descriptor = os.open(f"{self._path}.writer", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._lock = descriptor
+        return True
+
+    def begin(self) -> None:
+        with _sqlite_errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        with _sqlite_errors():
+            self._connection.execute("COMMIT")
+
+    def rollback(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        with _sqlite_errors():
+            return self._connection.execute(sql, values).fetchall()
+
+    def by_keys(self, select: str, column: str, keys: Iterable[Any]) -> list[Row]:
+        found: list[Row] = []
+        wanted = list(keys)
+        with _sqlite_errors():
+            for start in range(0, len(wanted), _KEYS_PER_QUERY):
+                part = wanted[start : start + _KEYS_PER_QUERY]
+                # Padded to a few sizes, so that statements stay prepared.
+                size = next(s for s in (1, 8, 64, _KEYS_PER_QUERY) if s >= len(part))
+                part += [part[-1]] * (size - len(part))
+                marks = ",".join("?" * size)
+                found += self._connection.execute(f"{select} WHERE {column} IN ({marks})", part)
+        return found
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        if rows:
+            marks = ",".join("?" * len(columns))
+            sql = f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks})"  # noqa: S608
+            with _sqlite_errors():
+                self._connection.executemany(sql, rows)
+
+    def update(
+        self, table: str, changes: Sequence[str], keys: Sequence[str], rows: Sequence[Row]
+    ) -> None:
+        if not rows:
+            return
+        sets = ",".join(f"{c[1:]}={c[1:]}+?" if c[0] == "+" else f"{c}=?" for c in changes)
+        where = " AND ".join(f"{k}=?" for k in keys)
+        with _sqlite_errors():
+            cursor = self._connection.executemany(
+                f"UPDATE {table} SET {sets} WHERE {where}",  # noqa: S608
+                rows,
+            )
+        _check_count(cursor.rowcount, len(rows), table)
+
+    def upsert(self, table: str, columns: Sequence[str], keys: int, rows: Sequence[Row]) -> None:
+        if rows:
+            with _sqlite_errors():
+                self._connection.executemany(_upsert_sql(table, columns, keys, "?"), rows)
+
+    def close(self) -> None:
+        self.rollback()
+        self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class PostgresBackend:
+    """psycopg 3. The advisory lock lives in the same session as the writes: a session that lost
+    the lock has lost its connection, so that two processes can never both write."""
+
+    def __init__(self, url: sa.URL) -> None:
+        conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        with _pg_errors():
+            self._connection = psycopg.connect(
+                conninfo, autocommit=True, connect_timeout=5, application_name="trueweight-ledger"
+            )
+            for setting in (
+                "synchronous_commit TO on",
+                "statement_timeout TO '60s'",
+                "lock_timeout TO '5s'",
+                "idle_in_transaction_session_timeout TO '60s'",
+            ):
+                self._connection.execute(f"SET {setting}".encode())
+
+    def acquire(self) -> bool:
+        return bool(self.query("SELECT pg_try_advisory_lock(%s)", (ADVISORY_LOCK,))[0][0])
+
+    def begin(self) -> None:
+        with _pg_errors():
+            self._connection.execute("BEGIN")
+
+    def commit(self) -> None:
+        with _pg_errors():
+            self._connection.execute("COMMIT")
+
+    def rollback(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            self._connection.execute("ROLLBACK")
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        with _pg_errors():
+            return self._connection.execute(
+                sql.replace("?", "%s").encode(), values, binary=True
+            ).fetchall()
+
+    def by_keys(self, select: str, column: str, keys: Iterable[Any]) -> list[Row]:
+        wanted = list(keys)
+        if not wanted:
+            return []
+        with _pg_errors():
+            return self._connection.execute(
+                f"{select} WHERE {column} = ANY(%s)".encode(), (wanted,), binary=True
+            ).fetchall()
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        sql = f"COPY {table} ({','.join(columns)}) FROM STDIN (FORMAT BINARY)"
+        with _pg_errors(), self._connection.cursor().copy(sql.encode()) as copy:
+            copy.set_types(_PG_COLUMNS[table])
+            for row in rows:
+                copy.write_row(row)
+
+    def update(
+        self, table: str, changes: Sequence[str], keys: Sequence[str], rows: Sequence[Row]
+    ) -> None:
+        if not rows:
+            return
+        names = [c.lstrip("+") for c in changes]
+        sets = ",".join(
+            f"{n}=t.{n}+v.{n}" if c[0] == "+" else f"{n}=v.{n}"
+            for n, c in zip(names, changes, strict=True)
+        )
+        where = " AND ".join(f"t.{k}=v.{k}" for k in keys)
+        kinds = [_array_type(value) for value in rows[0]]
+        arrays = ",".join(f"%s::{kind}[]" for kind in kinds)
+        sql = (
+            f"UPDATE {table} t SET {sets} FROM unnest({arrays}) "  # noqa: S608
+            f"AS v({','.join([*names, *keys])}) WHERE {where}"
+        )
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        with _pg_errors():
+            cursor = self._connection.execute(sql.encode(), columns)
+        _check_count(cursor.rowcount, len(rows), table)
+
+    def upsert(self, table: str, columns: Sequence[str], keys: int, rows: Sequence[Row]) -> None:
+        if rows:
+            with _pg_errors():
+                self._connection.cursor().executemany(
+                    _upsert_sql(table, columns, keys, "%s").encode(), rows
+                )
+
+    def close(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            self._connection.close()
+
+
+_PG_COLUMNS: dict[str, list[str]] = {
+    "account": ["int8", "text", "int2", "text", "int8", "int8", "int8", "int8"],
+    "transfer": [
+        "int8", "bytea", "int4", "int8", "int8", "int8", "int2", "bytea", "int2", "int8",
+    ],
+    "pending": [
+        "bytea", "int2", "text", "text", "int8", "int8", "int2", "int8", "text", "text",
+    ],
+    "operation": ["bytea", "bytea", "int8", "int8"],
+    "leg": [
+        "bytea", "bytea", "text", "text", "int8", "int8", "int8", "int8", "int8", "int8", "int8",
+        "int8", "int8",
+    ],
+    "claim": ["bytea", "bytea", "bytea", "bytea", "text", "int8"],
+    "reference": ["text", "text", "bytea"],
+    "debt": ["bytea", "text", "int8"],
+    "bundle": ["int8", "int4", "int8", "int8", "bytea"],
+    "evidence": ["bytea", "int8"],
+    "tile": ["int2", "int8", "bytea"],
+    "checkpoint": ["int8", "bytea", "text", "int8"],
+    "meta": ["text", "text"],
+}  # fmt: skip
+
+
+def _array_type(value: Any) -> str:
+    return _PG_TYPES.get(type(value), "bigint")
+
+
+def _upsert_sql(table: str, columns: Sequence[str], keys: int, mark: str) -> str:
+    marks = ",".join([mark] * len(columns))
+    sets = ",".join(f"{c}=excluded.{c}" for c in columns[keys:])
+    return (
+        f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks}) "  # noqa: S608
+        f"ON CONFLICT ({','.join(columns[:keys])}) DO UPDATE SET {sets}"
+    )
+
+
+def _check_count(found: int, expected: int, table: str) -> None:
+    if found != expected:
+        raise ConstraintViolated(
+            f"{found} of {expected} rows of {table} were there to be changed",
+            hint="Run ledger fsck.",
+        )
+
+
+@contextlib.contextmanager
+def _sqlite_errors() -> Any:
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise ConstraintViolated(f"the database refused: {error}") from error
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(
+            f"the database failed: {error}", hint="Is the disk full? Nothing was half done."
+        ) from error
+
+
+@contextlib.contextmanager
+def _pg_errors() -> Any:
+    try:
+        yield
+    except psycopg.errors.IntegrityError as error:
+        raise ConstraintViolated(f"the database refused: {error.diag.message_primary}") from error
+    except psycopg.OperationalError as error:
+        raise Unavailable(
+            f"the database is not reachable: {str(error).partition(chr(10))[0]}",
+            hint="Send the same operations again.",
+        ) from error
+    except psycopg.Error as error:
+        raise StorageError(
+            f"the database failed: {str(error).partition(chr(10))[0]}",
+            hint="Nothing was half done.",
+        ) from error

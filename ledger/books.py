@@ -1,0 +1,272 @@
+"""The books in one database: applies groups of operations, each group in one transaction.
+
+Not thread-safe: it belongs to the writer thread. Everything it remembers between groups can be
+read again from the database, and is after any failure.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trueweight.ledger import bundle
+from trueweight.ledger.backend import Backend, ConstraintViolated
+from trueweight.ledger.book import Book
+from trueweight.ledger.core import ALONE, Outcome, chains, run
+from trueweight.ledger.load import Cache, Numbers, load
+from trueweight.ledger.save import remember, save
+from trueweight.ledger.tiles import Edge, TileReader
+from trueweight.ledger.values import Leaf, Prepared, Terms
+from trueweight.protos.checkpoint import LogState, log_origin, sign_note
+from trueweight.protos.errors import StorageError, TrueweightError
+from trueweight.protos.identity import Signer
+from trueweight.protos.merkle import leaf_hash
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one transaction did: outcomes per call, and the leaves others wait for."""
+
+    outcomes: list[list[Outcome]]
+    leaves: tuple[Leaf, ...] = ()
+    first_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Where the books go on, and the log's right edge, as of the last commit."""
+
+    numbers: Numbers
+    edge: Edge
+
+
+class Books:
+    """Owns the writer's connection."""
+
+    def __init__(self, backend: Backend, terms: Terms, signer: Signer | None) -> None:
+        self._backend, self._terms, self._signer = backend, terms, signer
+        self._cache = Cache()
+        self._state: _State | None = None
+        self._checkpointed = -1
+
+    @property
+    def size(self) -> int:
+        """Leaves in the log."""
+        return self._current().edge.size
+
+    def open(self) -> None:
+        """Reads where the books go on. Raises StorageError if they are another market's."""
+        self._forget()
+        self._claim_market()
+        self._current()
+
+    def apply(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
+        """One transaction for all calls. If the database refuses it, each chain gets its own, so
+        that only the guilty one fails."""
+        try:
+            return self._apply(calls, now_unix_ms)
+        except ConstraintViolated:
+            log.exception("the database refused a group; applying it one by one")
+            return self._one_by_one(calls, now_unix_ms)
+
+    def checkpoint(self, now_unix_ms: int) -> LogState | None:
+        """Signs and stores a checkpoint if the log has grown; None if there is nothing to do."""
+        edge = self._current().edge
+        if self._signer is None or edge.size == self._checkpointed:
+            return None
+        state = LogState(log_origin(self._terms.market_id), edge.size, edge.root(), now_unix_ms)
+        note = sign_note(state, self._signer.key)
+        with _Transaction(self):
+            if not self._backend.query("SELECT 1 FROM checkpoint WHERE size = ?", (edge.size,)):
+                self._backend.insert(
+                    "checkpoint",
+                    ("size", "root", "note", "issued_at"),
+                    [(edge.size, state.root, note, now_unix_ms)],
+                )
+        self._checkpointed = edge.size
+        return state
+
+    def has_due_holds(self, now_unix_ms: int) -> bool:
+        """True if some hold has expired and waits for an Expire."""
+        return bool(
+            self._backend.query(
+                "SELECT 1 FROM pending WHERE state = 1 AND kind = 1 AND due <= ? LIMIT 1",
+                (now_unix_ms,),
+            )
+        )
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _apply(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
+        state = self._current()
+        outcomes: list[Outcome] = []
+        books: list[Book] = []
+        leaves: list[Leaf] = []
+        numbers = state.numbers
+        with _Transaction(self):
+            for segment in _segments(calls):
+                operations = [operation for chain in segment for operation in chain]
+                snapshot = load(
+                    self._backend,
+                    self._cache,
+                    operations,
+                    self._terms,
+                    numbers,
+                    now_unix_ms=now_unix_ms,
+                )
+                results, book = run(segment, snapshot, self._terms)
+                outcomes += results
+                if book.applied:
+                    save(self._backend, book)
+                    # Later segments of this transaction read through the cache.
+                    remember(self._cache, book)
+                    books.append(book)
+                    leaves += book.leaves
+                    numbers = _after(numbers, book)
+            edge = self._save_leaves(state.edge, leaves, now_unix_ms)
+        self._state = _State(numbers, edge)
+        return Committed(_by_call(calls, outcomes), tuple(leaves), state.numbers.next_index)
+
+    def _save_leaves(self, edge: Edge, leaves: list[Leaf], now_unix_ms: int) -> Edge:
+        if not leaves:
+            return edge
+        mask, body = bundle.pack(leaves)
+        self._backend.insert(
+            "bundle",
+            ("first_index", "leaves", "kinds", "merged_at", "body"),
+            [(edge.size, len(leaves), mask, now_unix_ms, body)],
+        )
+        edge, tiles = edge.extend([leaf_hash(leaf.body) for leaf in leaves])
+        self._backend.insert("tile", ("level", "number", "hashes"), tiles)
+        return edge
+
+    def _one_by_one(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
+        first = self._current().numbers.next_index
+        outcomes: list[list[Outcome]] = []
+        leaves: list[Leaf] = []
+        for call in calls:
+            results: list[Outcome] = []
+            for chain in chains(call):
+                try:
+                    done = self._apply([chain], now_unix_ms)
+                except ConstraintViolated as error:
+                    results += [Outcome("refused", error=error) for _ in chain]
+                    continue
+                results += done.outcomes[0]
+                leaves += done.leaves
+            outcomes.append(results)
+        return Committed(outcomes, tuple(leaves), first)
+
+    def _current(self) -> _State:
+        if self._state is None:
+            self._state = self._read_state()
+        return self._state
+
+    def _read_state(self) -> _State:
+        query = self._backend.query
+        row = query("SELECT first_index + leaves FROM bundle ORDER BY first_index DESC LIMIT 1")
+        size = int(row[0][0]) if row else 0
+        sequence = query("SELECT COALESCE(MAX(sequence), 0) FROM transfer")[0][0]
+        account = query("SELECT COALESCE(MAX(no), 0) FROM account")[0][0]
+        edge = TileReader(self._read_tile, self._read_leaves).edge(size)
+        numbers = Numbers(int(sequence) + 1, size, int(account) + 1)
+        return _State(numbers, edge)
+
+    def _read_tile(self, level: int, number: int) -> bytes | None:
+        rows = self._backend.query(
+            "SELECT hashes FROM tile WHERE level = ? AND number = ?", (level, number)
+        )
+        return bytes(rows[0][0]) if rows else None
+
+    def _read_leaves(self, first: int, count: int) -> list[bytes]:
+        rows = self._backend.query(
+            "SELECT first_index, leaves, body FROM bundle WHERE first_index < ? AND first_index >= "
+            "(SELECT COALESCE(MAX(first_index), 0) FROM bundle WHERE first_index <= ?) "
+            "ORDER BY first_index",
+            (first + count, first),
+        )
+        return leaf_hashes(rows, first, count)
+
+    def _claim_market(self) -> None:
+        with _Transaction(self):
+            rows = self._backend.query("SELECT value FROM meta WHERE key = 'market'")
+            if not rows:
+                self._backend.insert("meta", ("key", "value"), [("market", self._terms.market_id)])
+            elif rows[0][0] != self._terms.market_id:
+                raise StorageError(
+                    "these books belong to another market", hint="Name another database."
+                )
+
+    def _forget(self) -> None:
+        self._cache = Cache()
+        self._state = None
+
+
+class _Transaction:
+    """BEGIN … COMMIT; on any error ROLLBACK, and everything remembered is read anew."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    def __enter__(self) -> None:
+        self._books._backend.begin()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        backend = self._books._backend
+        if kind is None:
+            try:
+                backend.commit()
+                return
+            except TrueweightError:
+                backend.rollback()
+                self._books._forget()
+                raise
+        backend.rollback()
+        self._books._forget()
+
+
+def leaf_hashes(rows: Sequence[tuple[int, int, bytes]], first: int, count: int) -> list[bytes]:
+    """Leaf hashes [first, first + count) out of bundle rows. Raises StorageError on a gap."""
+    hashes: list[bytes] = []
+    for start, leaves, body in rows:
+        for place, (_, leaf) in enumerate(bundle.unpack(leaves, bytes(body)), start=start):
+            if first <= place < first + count:
+                hashes.append(leaf_hash(leaf))
+    if len(hashes) != count:
+        raise StorageError("leaves of the log are missing", hint="Run ledger fsck.")
+    return hashes
+
+
+def _segments(calls: Sequence[Sequence[Prepared]]) -> list[list[list[Prepared]]]:
+    """Chains in order; an operation that reads more than its keys is a segment of its own."""
+    segments: list[list[list[Prepared]]] = [[]]
+    for call in calls:
+        for chain in chains(call):
+            if len(chain) == 1 and chain[0].kind in ALONE:
+                segments += [[chain], []]
+            else:
+                segments[-1].append(chain)
+    return [segment for segment in segments if segment]
+
+
+def _by_call(
+    calls: Sequence[Sequence[Prepared]], outcomes: Sequence[Outcome]
+) -> list[list[Outcome]]:
+    found, place = [], 0
+    for call in calls:
+        found.append(list(outcomes[place : place + len(call)]))
+        place += len(call)
+    return found
+
+
+def _after(numbers: Numbers, book: Book) -> Numbers:
+    new = sum(a.id not in book.snapshot.accounts for a in book.accounts.values())
+    return Numbers(
+        numbers.next_sequence + len(book.transfers),
+        numbers.next_index + len(book.leaves),
+        numbers.next_account + new,
+    )

@@ -1,0 +1,331 @@
+"""``trueweight ledger``: serve the books, look at them, move money, check them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from trueweight.ledger import reports
+from trueweight.ledger.connect import connected
+from trueweight.ledger.service import Ledger
+from trueweight.ledger.servicer import LedgerServer, check_address
+from trueweight.protos.ids import derived_id, uuid7
+from trueweight.protos.money import format_credits, parse_credits
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.runtime.cli import (
+    configure_logs,
+    json_option,
+    keys_option,
+    log_options,
+    market_option,
+    option,
+    path_option,
+    print_json,
+    print_ready,
+    print_table,
+    run_async,
+    serve_until_signal,
+)
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import load_signer
+from trueweight.runtime.ledger_port import LedgerPort, raise_refused
+from trueweight.runtime.market import load_market
+from trueweight.runtime.rpc import Authenticator
+from trueweight.runtime.tls import ensure_certificate
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@click.group()
+def ledger() -> None:
+    """The books: serve them, look at them, move money, check them."""
+
+
+def database_option(function: F) -> F:
+    """--database URL."""
+    return option(
+        "--database",
+        required=True,
+        envvar="TRUEWEIGHT_LEDGER_DATABASE",
+        help="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.",
+    )(function)
+
+
+def ledger_options(function: F) -> F:
+    """Where a running ledger is and who asks."""
+    function = option(
+        "--ledger", "endpoint", default=None, help="host:port; default: the market's."
+    )(function)
+    return market_option(keys_option(function))
+
+
+@ledger.command()
+@market_option
+@keys_option
+@database_option
+@option("--listen", default="127.0.0.1:0", help="host:port of the gRPC service; 0 is any port.")
+@log_options
+def serve(
+    *, market: Path, keys: Path, database: str, listen: str, log_level: str, log_json: bool
+) -> None:
+    """Serve the ledger until SIGTERM. Start it twice on one database for a warm standby."""
+    configure_logs(log_level, log_json)
+    run_async(serve_until_signal(lambda stop: _serve(stop, market, keys, database, listen)))
+
+
+async def _serve(
+    stop: asyncio.Event, market_path: Path, keys: Path, database: str, listen: str
+) -> None:
+    clock = SystemClock()
+    market, signer = load_market(market_path), load_signer(keys)
+    ensure_certificate(keys, clock.now_unix_ms())
+    books = Ledger(market, signer, database, clock)
+    gate = Authenticator(signer.identity, market.market_id, market.ring, clock)
+    server = LedgerServer(books, gate, check_address(listen), keys)
+    try:
+        # A standby serves reads while it waits for the writer's lock.
+        await books.start(wait_ms=2_000)
+        await server.start()
+        print_ready(
+            role="ledger",
+            endpoint=server.endpoint,
+            identity=signer.identity,
+            writer=books.is_writer,
+        )
+        await stop.wait()
+    finally:
+        await server.stop()
+        await books.close()
+
+
+@ledger.command()
+@click.argument("accounts", nargs=-1)
+@database_option
+@json_option
+def balance(*, accounts: tuple[str, ...], database: str, as_json: bool) -> None:
+    """Balances of ACCOUNTS, or of all."""
+    rows = reports.balances(database, accounts)
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("available", "debits_pending", "credits_pending", "debits", "credits")
+    table = [(row["account"], *(format_credits(int(row[c])) for c in columns)) for row in rows]
+    print_table("Balances in credits", ("account", *(c.replace("_", " ") for c in columns)), table)
+
+
+@ledger.command()
+@click.argument("account")
+@database_option
+@option("--limit", default=100, type=click.IntRange(1), help="Most rows, newest last.")
+@json_option
+def statement(*, account: str, database: str, limit: int, as_json: bool) -> None:
+    """Transfers of ACCOUNT with its running balance."""
+    rows = reports.statement(database, account, limit)
+    if as_json:
+        print_json(rows)
+        return
+    table = [
+        (r["at"], r["reason"], r["phase"], r["other"], r["amount"], r["available"]) for r in rows
+    ]
+    columns = ("at", "reason", "phase", "with", "amount", "available")
+    print_table(f"Statement of {account}, credits", columns, table)
+
+
+@ledger.command()
+@database_option
+@option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "ledger", "parquet"]),
+    default="csv",
+    help="csv, ledger (plain-text double entry) or parquet (needs pyarrow).",
+)
+@path_option("--out", required=True, help="File to write.")
+def export(*, database: str, form: str, out: Path) -> None:
+    """Write all transfers to a file."""
+    count = reports.export(database, form, out)
+    print_json({"transfers": count, "file": str(out)})
+
+
+@ledger.command()
+@click.argument("account")
+@click.argument("credits")
+@ledger_options
+@option("--rail", default="manual", help="Where the money came from.")
+@option("--reference", default="", help="The rail's reference: the same one never counts twice.")
+@json_option
+def deposit(
+    *,
+    account: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    rail: str,
+    reference: str,
+    as_json: bool,
+) -> None:
+    """Credit ACCOUNT (client:NAME) with CREDITS."""
+    amount = parse_credits(credits)
+    id_, reference = _deposit_id(rail, reference)
+    operation = pb.Operation(
+        id=id_,
+        deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
+    )
+    _move(market, keys, endpoint, operation, as_json)
+
+
+@ledger.command()
+@click.argument("node_id")
+@click.argument("credits")
+@ledger_options
+@option("--rail", default="manual", help="Where the money came from.")
+@option("--reference", default="", help="The rail's reference: the same one never counts twice.")
+@json_option
+def bond(
+    *,
+    node_id: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    rail: str,
+    reference: str,
+    as_json: bool,
+) -> None:
+    """Deposit CREDITS as bond of NODE_ID."""
+    amount = parse_credits(credits)
+    id_, reference = _deposit_id(rail, reference)
+    operation = pb.Operation(
+        id=id_,
+        bond_deposit=pb.BondDeposit(
+            node_id=node_id, amount_nano=amount, rail=rail, reference=reference
+        ),
+    )
+    _move(market, keys, endpoint, operation, as_json)
+
+
+@ledger.command()
+@click.argument("node_id")
+@click.argument("credits")
+@ledger_options
+@option("--rail", default="manual", help="Where the money goes.")
+@option("--settle/--start-only", default=False, help="Also mark it as paid.")
+@json_option
+def payout(
+    *,
+    node_id: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    rail: str,
+    settle: bool,
+    as_json: bool,
+) -> None:
+    """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled."""
+    start = pb.Operation(
+        id=_new_id(),
+        payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
+    )
+    operations = [start]
+    if settle:
+        operations.append(
+            pb.Operation(
+                id=_new_id(),
+                payout_settle=pb.PayoutSettle(payout_id=start.id, paid=True, reference="manual"),
+            )
+        )
+    for operation in operations:
+        _move(market, keys, endpoint, operation, as_json)
+
+
+@ledger.command()
+@click.argument("node_id")
+@click.argument("credits", default="0")
+@ledger_options
+@option("--below-log-index", type=int, default=None, help="Default: the log's end.")
+@json_option
+def release(
+    *,
+    node_id: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    below_log_index: int | None,
+    as_json: bool,
+) -> None:
+    """Release CREDITS (default: all that may be) of NODE_ID's locked earnings."""
+
+    async def run(port: LedgerPort) -> pb.Operation:
+        below = below_log_index
+        if below is None:
+            below = (await port.checkpoint()).size
+        return pb.Operation(
+            id=_new_id(),
+            release=pb.Release(
+                node_id=node_id, amount_nano=parse_credits(credits), below_log_index=below
+            ),
+        )
+
+    operation = _with_ledger(market, keys, endpoint, run)
+    _move(market, keys, endpoint, operation, as_json)
+
+
+@ledger.command()
+@ledger_options
+@option("--limit", default=1000, type=click.IntRange(1, 1000), help="Most holds.")
+@json_option
+def expire(*, market: Path, keys: Path, endpoint: str | None, limit: int, as_json: bool) -> None:
+    """Give back every hold whose time has passed (the ledger does so by itself, too)."""
+    operation = pb.Operation(id=_new_id(), expire=pb.Expire(limit=limit))
+    _move(market, keys, endpoint, operation, as_json)
+
+
+def _move(
+    market: Path, keys: Path, endpoint: str | None, operation: pb.Operation, as_json: bool
+) -> None:
+    async def run(port: LedgerPort) -> pb.Result:
+        return raise_refused((await port.apply([operation]))[0])
+
+    result = _with_ledger(market, keys, endpoint, run)
+    facts = {
+        "id": operation.id.hex(),
+        "status": pb.Result.Status.Name(result.status).lower(),
+        "credits": format_credits(result.amount_nano),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        kind = (operation.WhichOneof("body") or "").replace("_", " ")
+        print_table(kind, tuple(facts), [tuple(facts.values())])
+
+
+def _with_ledger(
+    market: Path, keys: Path, endpoint: str | None, use: Callable[[LedgerPort], Awaitable[T]]
+) -> T:
+    async def run() -> T:
+        async with connected(market, keys, endpoint) as port:
+            return await use(port)
+
+    return run_async(run())
+
+
+def _new_id() -> bytes:
+    return uuid7(SystemClock().now_unix_ms(), os.urandom(10))
+
+
+def _deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
+    """Operation id and reference. The same reference gives the same id, so that a command that is
+    run again after a lost answer is a replay."""
+    if not reference:
+        id_ = _new_id()
+        return id_, id_.hex()
+    return derived_id("deposit", rail.encode(), reference.encode()), reference

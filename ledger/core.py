@@ -1,0 +1,130 @@
+"""The state machine: a group of operations against a snapshot gives results and changes.
+
+``run`` is pure. Operations are taken in order; a chain of linked ones is applied as a whole or
+not at all; a refused one leaves no trace, so that it may be tried again under the same id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trueweight.ledger import movements, settlement
+from trueweight.ledger.book import Book
+from trueweight.ledger.values import Applied, Prepared, Snapshot, Terms
+from trueweight.protos.errors import Conflict, IdConflict, InvalidRequest, TrueweightError
+
+# These read a part of the books that is not known from their ids: each is a group of its own.
+ALONE = frozenset({"convict", "release", "expire"})
+NO_INDEX = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one operation."""
+
+    status: str  # "applied", "replayed", "refused"
+    amount: int = 0
+    log_index: int = NO_INDEX
+    error: TrueweightError | None = None
+
+
+def run(
+    group: Sequence[Sequence[Prepared]], snapshot: Snapshot, terms: Terms
+) -> tuple[list[Outcome], Book]:
+    """Outcomes of all operations of these chains, in order, and the book with every change."""
+    book = Book(snapshot)
+    outcomes: list[Outcome] = []
+    for chain in group:
+        outcomes.extend(_run_chain(book, chain, terms))
+    return outcomes, book
+
+
+def chains(operations: Sequence[Prepared]) -> list[list[Prepared]]:
+    """Splits operations into chains; an unlinked one is a chain of its own."""
+    found: list[list[Prepared]] = []
+    current: list[Prepared] = []
+    for operation in operations:
+        current.append(operation)
+        if not operation.linked:
+            found.append(current)
+            current = []
+    if current:
+        found.append(current)
+    return found
+
+
+def _run_chain(book: Book, chain: Sequence[Prepared], terms: Terms) -> list[Outcome]:
+    mark = book.mark()
+    outcomes: list[Outcome] = []
+    for operation in chain:
+        try:
+            if operation is chain[-1] and operation.linked:
+                raise InvalidRequest("the chain has no end", hint="The last is not linked.")
+            outcomes.append(_run_one(book, operation, len(chain) > 1, terms))
+        except TrueweightError as error:
+            book.rewind(mark)
+            return _refused_chain(chain, operation, error)
+    return outcomes
+
+
+def _refused_chain(
+    chain: Sequence[Prepared], culprit: Prepared, error: TrueweightError
+) -> list[Outcome]:
+    other = Conflict("another operation of the chain was refused", hint="None was applied.")
+    return [
+        Outcome("refused", error=error if operation is culprit else other) for operation in chain
+    ]
+
+
+def _run_one(book: Book, operation: Prepared, in_chain: bool, terms: Terms) -> Outcome:
+    before = book.applied.get(operation.id) or book.snapshot.applied.get(operation.id)
+    if before is not None and operation.body_hash:
+        if before.body_hash != operation.body_hash:
+            raise IdConflict(
+                "the id was used before with another body", hint="Every operation needs its own."
+            )
+        return Outcome("replayed", before.amount, before.log_index)
+    if operation.error is not None:
+        raise operation.error
+    if in_chain and operation.kind in ALONE:
+        raise InvalidRequest(f"{operation.kind} cannot be linked")
+    book.start(operation.id)
+    amount, index = _HANDLERS[operation.kind](book, operation, terms)
+    book.put(book.applied, operation.id, Applied(operation.id, operation.body_hash, amount, index))
+    return Outcome("applied", amount, index)
+
+
+Handler = Callable[[Book, Prepared, Terms], tuple[int, int]]
+
+
+def _moves(function: Callable[[Book, Prepared], int]) -> Handler:
+    return lambda book, operation, _: (function(book, operation), NO_INDEX)
+
+
+def _settles(function: Callable[[Book, Prepared, Terms], int]) -> Handler:
+    return lambda book, operation, terms: (function(book, operation, terms), NO_INDEX)
+
+
+def _publish(book: Book, operation: Prepared, _: Terms) -> tuple[int, int]:
+    return 0, settlement.publish_evidence(book, operation.facts)
+
+
+_HANDLERS: dict[str, Handler] = {
+    "deposit": _moves(movements.deposit),
+    "bond_deposit": _moves(movements.bond_deposit),
+    "hold": _moves(movements.hold),
+    "void_hold": _moves(movements.void_hold),
+    "payout_start": _moves(movements.payout_start),
+    "payout_settle": _moves(movements.payout_settle),
+    "bond_withdraw": _moves(movements.bond_withdraw),
+    "reward": _moves(movements.reward),
+    "set_spending_limit": _moves(movements.set_spending_limit),
+    "capture": _settles(settlement.capture),
+    "claim": _settles(settlement.claim),
+    "expire": _settles(settlement.expire),
+    "refund": _settles(settlement.refund),
+    "convict": _settles(settlement.convict),
+    "release": _settles(settlement.release),
+    "publish": _publish,
+}

@@ -1,0 +1,324 @@
+"""Which rows a group of operations may touch, and reading them into a Snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from trueweight.ledger.accounts import (
+    FEE_ACCOUNT,
+    POOL_ACCOUNT,
+    TREASURY_ACCOUNT,
+    Account,
+    clearing_of,
+    external,
+    node_available,
+    node_bond,
+    node_locked,
+)
+from trueweight.ledger.backend import Backend
+from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, ConvictFacts, RefundFacts
+from trueweight.ledger.values import (
+    OPEN,
+    WITHDRAWAL,
+    Applied,
+    Claim,
+    Leg,
+    LegTotal,
+    NodeRow,
+    Pending,
+    Prepared,
+    Snapshot,
+    Spending,
+    Terms,
+)
+
+_MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
+_MAX_CACHED = 200_000
+
+ACCOUNT_COLUMNS = (
+    "no", "id", "kind", "currency", "debits_pending", "debits_posted", "credits_pending",
+    "credits_posted",
+)  # fmt: skip
+PENDING_COLUMNS = (
+    "id", "kind", "debit", "credit", "amount", "posted", "state", "due", "api_key_id", "router_id",
+)  # fmt: skip
+LEG_COLUMNS = (
+    "receipt_digest", "hold_id", "node_id", "client", "charge", "fee", "pool", "node", "subsidy",
+    "log_index", "captured_at", "refunded", "refunded_node",
+)  # fmt: skip
+CLAIM_COLUMNS = (
+    "hold_id", "assignment_digest", "receipt_digest", "receipt", "node_id", "charge",
+)  # fmt: skip
+_ACCOUNTS = (
+    "SELECT no, id, kind, debits_pending, debits_posted, credits_pending, credits_posted "
+    "FROM account"
+)
+_PENDINGS = f"SELECT {', '.join(PENDING_COLUMNS)} FROM pending"  # noqa: S608
+_LEGS = f"SELECT {', '.join(LEG_COLUMNS)} FROM leg"  # noqa: S608
+_CLAIMS = f"SELECT {', '.join(CLAIM_COLUMNS)} FROM claim"  # noqa: S608
+
+
+@dataclass(slots=True)
+class Cache:
+    """Rows that only this writer can change. Dropped whenever a commit is in doubt."""
+
+    accounts: dict[str, Account] = field(default_factory=dict)
+    open_holds: dict[bytes, Pending] = field(default_factory=dict)
+
+    def trim(self) -> None:
+        """Keeps the cache bounded: a full one starts anew."""
+        if len(self.accounts) > _MAX_CACHED:
+            self.accounts.clear()
+        if len(self.open_holds) > _MAX_CACHED:
+            self.open_holds.clear()
+
+
+@dataclass(slots=True)
+class Needs:
+    """Keys that a group may touch."""
+
+    accounts: set[str] = field(default_factory=set)
+    pendings: set[bytes] = field(default_factory=set)
+    legs: set[bytes] = field(default_factory=set)
+    claims: set[bytes] = field(default_factory=set)
+    references: set[tuple[str, str]] = field(default_factory=set)
+    spending: set[str] = field(default_factory=set)
+    nodes: set[str] = field(default_factory=set)
+    digests: set[bytes] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Where the books go on."""
+
+    next_sequence: int
+    next_index: int
+    next_account: int
+
+
+def load(
+    backend: Backend,
+    cache: Cache,
+    operations: Sequence[Prepared],
+    terms: Terms,
+    numbers: Numbers,
+    *,
+    now_unix_ms: int,
+) -> Snapshot:
+    """Reads, in a few queries, all that the operations may touch."""
+    applied = _applied(backend, operations)
+    needs = _needs(op for op in operations if op.error is None and op.id not in applied)
+    special = _special(backend, operations[0], terms, needs, now_unix_ms)
+    pendings = _pendings(backend, cache, needs)
+    for pending in pendings.values():
+        needs.accounts.update((pending.debit, pending.credit))
+        if pending.api_key_id:
+            needs.spending.add(pending.api_key_id)
+    legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
+    for leg in legs.values():
+        needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
+    return Snapshot(
+        accounts=_accounts(backend, cache, needs.accounts),
+        pendings=pendings,
+        applied=applied,
+        legs=legs,
+        claims=_claims(backend, needs.claims),
+        references=_references(backend, needs.references),
+        spending={
+            row[0]: Spending(*row)
+            for row in backend.by_keys(
+                "SELECT api_key_id, limit_nano, spent FROM spending", "api_key_id", needs.spending
+            )
+        },
+        nodes={
+            row[0]: NodeRow(*row)
+            for row in backend.by_keys(
+                "SELECT node_id, released, convicted FROM node", "node_id", needs.nodes
+            )
+        },
+        published=dict(
+            _pairs(
+                backend.by_keys("SELECT digest, log_index FROM evidence", "digest", needs.digests)
+            )
+        ),
+        next_sequence=numbers.next_sequence,
+        next_index=numbers.next_index,
+        next_account=numbers.next_account,
+        now_unix_ms=now_unix_ms,
+        **special,  # type: ignore[arg-type]
+    )
+
+
+def _pairs(rows: Iterable[tuple[object, ...]]) -> Iterable[tuple[bytes, int]]:
+    return ((row[0], row[1]) for row in rows)  # type: ignore[misc]
+
+
+def _applied(backend: Backend, operations: Sequence[Prepared]) -> dict[bytes, Applied]:
+    rows = backend.by_keys(
+        "SELECT id, body_hash, amount, log_index FROM operation", "id", {op.id for op in operations}
+    )
+    return {row[0]: Applied(*row) for row in rows}
+
+
+def _needs(operations: Iterable[Prepared]) -> Needs:
+    needs = Needs()
+    for op in operations:
+        _add_needs(needs, op)
+    return needs
+
+
+def _add_needs(needs: Needs, op: Prepared) -> None:
+    body, facts = op.body, op.facts
+    if op.kind == "hold":
+        needs.accounts.update((body.account, clearing_of(body.account)))
+        if body.api_key_id:
+            needs.spending.add(body.api_key_id)
+    elif isinstance(facts, CaptureFacts):
+        needs.pendings.add(facts.hold_id)
+        needs.claims.add(facts.hold_id)
+        needs.accounts.update(_MARKET)
+        for leg in facts.legs:
+            needs.accounts.add(node_locked(leg.node_id))
+            needs.legs.add(leg.receipt_digest)
+    elif isinstance(facts, ClaimFacts):
+        needs.pendings.add(facts.hold_id)
+        needs.claims.add(facts.hold_id)
+        needs.legs.add(facts.receipt_digest)
+    elif isinstance(facts, RefundFacts):
+        needs.legs.add(facts.receipt_digest)
+        needs.accounts.update(_MARKET)
+        if facts.verdict is not None:
+            needs.digests.add(facts.verdict.digest)
+    else:
+        _add_rare_needs(needs, op)
+
+
+def _add_rare_needs(needs: Needs, op: Prepared) -> None:
+    body, kind = op.body, op.kind
+    if kind in ("deposit", "bond_deposit"):
+        target = body.account if kind == "deposit" else node_bond(body.node_id)
+        needs.accounts.update((external(body.rail), target))
+        needs.references.add((f"rail:{body.rail}", body.reference))
+    elif kind == "void_hold":
+        needs.pendings.add(body.hold_id)
+        needs.claims.add(body.hold_id)
+    elif kind == "payout_start":
+        needs.accounts.update((node_available(body.node_id), external(body.rail)))
+    elif kind == "bond_withdraw":
+        needs.accounts.update((node_bond(body.node_id), external("bond")))
+    elif kind == "payout_settle":
+        needs.pendings.add(body.payout_id)
+    elif kind == "reward":
+        needs.accounts.update((POOL_ACCOUNT, f"verifier:{body.verifier_id}"))
+        needs.digests.add(body.verdict_digest)
+        needs.references.add(("reward", f"{body.verifier_id}:{body.verdict_digest.hex()}"))
+    elif kind == "set_spending_limit":
+        needs.spending.add(body.api_key_id)
+    elif kind == "publish":
+        needs.digests.add(op.facts.digest)
+        if op.facts.conviction:
+            needs.references.add(("conviction", op.facts.conviction))
+    elif kind == "release":
+        needs.nodes.add(body.node_id)
+        needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
+
+
+def _special(
+    backend: Backend, op: Prepared, terms: Terms, needs: Needs, now_unix_ms: int
+) -> dict[str, object]:
+    """What the operations that stand alone read besides their keys."""
+    if op.error is not None:
+        return {}
+    if op.kind == "expire":
+        return {"due_holds": _due_holds(backend, needs, now_unix_ms, op.body.limit)}
+    if op.kind == "release":
+        return {"leg_total": _leg_total(backend, op, terms, now_unix_ms)}
+    if isinstance(op.facts, ConvictFacts):
+        return _conviction(backend, op.facts, terms, needs)
+    return {}
+
+
+def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> list[Pending]:
+    due = [
+        Pending(*row)
+        for row in backend.query(
+            f"{_PENDINGS} WHERE state = {OPEN} AND kind = 1 AND due <= ? ORDER BY due LIMIT ?",
+            (now_unix_ms, limit),
+        )
+    ]
+    needs.pendings.update(p.id for p in due)
+    needs.claims.update(p.id for p in due)
+    needs.accounts.update(_MARKET)
+    for claims in _claims(backend, needs.claims).values():
+        needs.accounts.update(node_locked(c.node_id) for c in claims)
+    return due
+
+
+def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -> LegTotal:
+    rows = backend.query(
+        "SELECT COALESCE(SUM(node + subsidy - refunded_node), 0) FROM leg "
+        "WHERE node_id = ? AND log_index < ? AND captured_at <= ?",
+        (op.body.node_id, op.body.below_log_index, now_unix_ms - terms.window_ms),
+    )
+    return LegTotal(int(rows[0][0]))
+
+
+def _conviction(
+    backend: Backend, facts: ConvictFacts, terms: Terms, needs: Needs
+) -> dict[str, object]:
+    node = facts.node_id
+    legs = [
+        Leg(*row)
+        for row in backend.query(
+            f"{_LEGS} WHERE node_id = ? AND log_index >= ? ORDER BY log_index",
+            (node, facts.change_point),
+        )
+    ]
+    withdrawals = [
+        Pending(*row)
+        for row in backend.query(
+            f"{_PENDINGS} WHERE debit = ? AND state = {OPEN} AND kind = {WITHDRAWAL}",
+            (node_bond(node),),
+        )
+    ]
+    needs.nodes.add(node)
+    needs.digests.add(facts.published.digest)
+    needs.pendings.update(p.id for p in withdrawals)
+    needs.references.update(("conviction", f"{node}:{v}") for v in terms.verifiers)
+    needs.accounts.update(
+        (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
+    )
+    needs.accounts.update(leg.client for leg in legs)
+    return {"node_legs": legs, "withdrawals": withdrawals}
+
+
+def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:
+    found = {id_: cache.open_holds[id_] for id_ in needs.pendings if id_ in cache.open_holds}
+    missing = needs.pendings - found.keys()
+    if missing:
+        found.update({row[0]: Pending(*row) for row in backend.by_keys(_PENDINGS, "id", missing)})
+    return found
+
+
+def _accounts(backend: Backend, cache: Cache, wanted: set[str]) -> dict[str, Account]:
+    found = {id_: cache.accounts[id_] for id_ in wanted if id_ in cache.accounts}
+    missing = wanted - found.keys()
+    if missing:
+        found.update({row[1]: Account(*row) for row in backend.by_keys(_ACCOUNTS, "id", missing)})
+    return found
+
+
+def _claims(backend: Backend, wanted: set[bytes]) -> dict[bytes, tuple[Claim, ...]]:
+    found: dict[bytes, tuple[Claim, ...]] = {}
+    for row in backend.by_keys(_CLAIMS, "hold_id", wanted):
+        made = Claim(*row)
+        found[made.hold_id] = (*found.get(made.hold_id, ()), made)
+    return found
+
+
+def _references(backend: Backend, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], bytes]:
+    rows = backend.by_keys(
+        "SELECT kind, key, operation_id FROM reference", "key", {key for _, key in wanted}
+    )
+    return {(row[0], row[1]): row[2] for row in rows if (row[0], row[1]) in wanted}

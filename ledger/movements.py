@@ -1,0 +1,198 @@
+"""Operations that move money without evidence: deposits, holds, payouts, bonds, rewards, limits.
+
+Each is a function of (book, prepared) that returns the amount moved, or raises a
+TrueweightError, after which the book is rewound.
+"""
+
+from __future__ import annotations
+
+from trueweight.ledger.accounts import (
+    POOL_ACCOUNT,
+    clearing_of,
+    external,
+    node_available,
+    node_bond,
+)
+from trueweight.ledger.book import Book, state_name
+from trueweight.ledger.values import (
+    CAPTURED,
+    EXPIRED,
+    HOLD,
+    OPEN,
+    PAYOUT,
+    VOIDED,
+    WITHDRAWAL,
+    Pending,
+    Prepared,
+    Spending,
+)
+from trueweight.protos.errors import (
+    Conflict,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+)
+
+MAX_HOLD_MS = 7 * 24 * 3600 * 1000
+MAX_WITHDRAWAL_MS = 366 * 24 * 3600 * 1000
+
+
+def deposit(book: Book, op: Prepared) -> int:
+    """external -> client, once per (rail, reference)."""
+    body = op.body
+    _rail_once(book, body.rail, body.reference)
+    book.move(external(body.rail), body.account, body.amount_nano, "deposit")
+    return int(body.amount_nano)
+
+
+def bond_deposit(book: Book, op: Prepared) -> int:
+    """external -> node bond, once per (rail, reference)."""
+    body = op.body
+    _rail_once(book, body.rail, body.reference)
+    book.move(external(body.rail), node_bond(body.node_id), body.amount_nano, "bond-deposit")
+    return int(body.amount_nano)
+
+
+def hold(book: Book, op: Prepared) -> int:
+    """client -> clearing, pending until captured, voided or expired."""
+    body = op.body
+    if not book.now < body.expires_at_unix_ms <= book.now + MAX_HOLD_MS:
+        raise InvalidRequest("a hold expires in the future, within 7 days", hint="Check the clock.")
+    if body.api_key_id:
+        _check_limit(book, body.api_key_id, body.amount_nano)
+    pending = Pending(
+        op.id,
+        HOLD,
+        body.account,
+        clearing_of(body.account),
+        body.amount_nano,
+        0,
+        OPEN,
+        body.expires_at_unix_ms,
+        body.api_key_id,
+        body.router_id or op.caller,
+    )
+    book.reserve(pending, "hold")
+    book.spend(body.api_key_id, body.amount_nano)
+    return int(body.amount_nano)
+
+
+def void_hold(book: Book, op: Prepared) -> int:
+    """Gives the whole hold back."""
+    pending = open_hold(book, op.body.hold_id)
+    if pending.router_id != op.caller:
+        raise PermissionDenied("the hold is another router's")
+    if book.claims_of(pending.id):
+        raise Conflict("a node has claimed from this hold", hint="Capture it with its bill.")
+    book.resolve(pending, VOIDED, 0, "void")
+    return pending.amount
+
+
+def open_hold(book: Book, hold_id: bytes) -> Pending:
+    """A hold that is still open and in time. Raises NotFound or Conflict."""
+    pending = book.pending(hold_id)
+    if pending is None or pending.kind != HOLD:
+        raise NotFound("there is no such hold")
+    if pending.state != OPEN:
+        raise Conflict(f"the hold is already {state_name(pending.state)}")
+    if pending.due_unix_ms <= book.now:
+        raise Conflict("the hold has expired")
+    return pending
+
+
+def payout_start(book: Book, op: Prepared) -> int:
+    """node available -> external, pending until the rail answers."""
+    body = op.body
+    pending = Pending(
+        op.id,
+        PAYOUT,
+        node_available(body.node_id),
+        external(body.rail),
+        body.amount_nano,
+        0,
+        OPEN,
+        0,
+        "",
+        "",
+    )
+    book.reserve(pending, "payout")
+    return int(body.amount_nano)
+
+
+def bond_withdraw(book: Book, op: Prepared) -> int:
+    """node bond -> external, pending; may be paid from ``not_before`` on unless forfeited."""
+    body = op.body
+    if not book.now <= body.not_before_unix_ms <= book.now + MAX_WITHDRAWAL_MS:
+        raise InvalidRequest("not_before must lie between now and a year from now")
+    pending = Pending(
+        op.id,
+        WITHDRAWAL,
+        node_bond(body.node_id),
+        external("bond"),
+        body.amount_nano,
+        0,
+        OPEN,
+        body.not_before_unix_ms,
+        "",
+        "",
+    )
+    book.reserve(pending, "bond-withdrawal")
+    return int(body.amount_nano)
+
+
+def payout_settle(book: Book, op: Prepared) -> int:
+    """Posts or voids a payout or a bond withdrawal."""
+    body = op.body
+    pending = book.pending(body.payout_id)
+    if pending is None or pending.kind not in (PAYOUT, WITHDRAWAL):
+        raise NotFound("there is no such payout")
+    if body.paid and pending.kind == WITHDRAWAL and pending.due_unix_ms > book.now:
+        raise Conflict("the bond may not be paid out yet")
+    state, posted = (CAPTURED, pending.amount) if body.paid else (VOIDED, 0)
+    book.resolve(pending, state, posted, "payout" if pending.kind == PAYOUT else "bond-withdrawal")
+    return posted
+
+
+def reward(book: Book, op: Prepared) -> int:
+    """verification pool -> verifier, once per verdict and verifier."""
+    body = op.body
+    if book.published_at(body.verdict_digest) is None:
+        raise NotFound("the verdict is not in the log", hint="Publish it first.")
+    book.claim_reference(
+        "reward", f"{body.verifier_id}:{body.verdict_digest.hex()}", "the verdict was rewarded"
+    )
+    book.move(POOL_ACCOUNT, f"verifier:{body.verifier_id}", body.amount_nano, "reward")
+    return int(body.amount_nano)
+
+
+def set_spending_limit(book: Book, op: Prepared) -> int:
+    """0 removes the limit; what was spent stays known."""
+    body = op.body
+    row = book.spending_of(body.api_key_id)
+    book.put(
+        book.spending,
+        body.api_key_id,
+        Spending(body.api_key_id, body.limit_nano, row.spent),
+    )
+    return int(body.limit_nano)
+
+
+def expired(book: Book, pending: Pending) -> None:
+    """The end of a hold that nobody captured and nobody claimed from."""
+    book.resolve(pending, EXPIRED, 0, "expire")
+
+
+def _check_limit(book: Book, api_key_id: str, amount: int) -> None:
+    row = book.spending_of(api_key_id)
+    if row.limit and row.spent + amount > row.limit:
+        raise LimitExceeded(
+            f"the API key may spend {row.limit} nanocredits, {row.spent} are spent or held",
+            hint="Raise its limit, or use another key.",
+        )
+
+
+def _rail_once(book: Book, rail: str, reference: str) -> None:
+    book.claim_reference(
+        f"rail:{rail}", reference, "this reference of the rail was deposited before"
+    )

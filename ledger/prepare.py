@@ -1,0 +1,220 @@
+"""From a protobuf operation to a checked value: who may ask for it, and is it well formed.
+
+No state is read here, so this part runs outside the writer and in parallel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from trueweight.ledger import evidence
+from trueweight.ledger.accounts import CLIENT, check_amount, check_owner, kind_of
+from trueweight.ledger.evidence import Court
+from trueweight.ledger.values import Prepared
+from trueweight.protos.envelope import digest_of
+from trueweight.protos.errors import InvalidRequest, PermissionDenied, TrueweightError
+from trueweight.protos.ids import ID_BYTES
+from trueweight.protos.money import MAX_NANO
+from trueweight.protos.v1 import ledger_pb2 as pb
+
+MAX_TEXT = 200
+MAX_EXPIRE = 1000
+# What the service itself may do (expiring what is due).
+SYSTEM = "system"
+_NODE = "the node itself"
+_SCOPES: dict[str, frozenset[str]] = {
+    "deposit": frozenset({"admin"}),
+    "bond_deposit": frozenset({"admin", "operator"}),
+    "hold": frozenset({"router"}),
+    "capture": frozenset({"router"}),
+    "void_hold": frozenset({"router"}),
+    "refund": frozenset({"verifier", "admin"}),
+    "convict": frozenset({"verifier", "admin"}),
+    "release": frozenset({"verifier", "admin"}),
+    "payout_start": frozenset({"admin", "operator", _NODE}),
+    "payout_settle": frozenset({"admin"}),
+    "claim": frozenset({_NODE}),
+    "reward": frozenset({"verifier", "admin"}),
+    "bond_withdraw": frozenset({"admin", "operator", _NODE}),
+    "publish": frozenset(),
+    "expire": frozenset({"router", "admin", SYSTEM}),
+    "set_spending_limit": frozenset({"admin"}),
+}
+
+
+def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
+    """Never raises for what a caller sent: a refusal is part of the value."""
+    kind = operation.WhichOneof("body") or ""
+    try:
+        if len(operation.id) != ID_BYTES:
+            raise InvalidRequest("an operation id has 16 bytes", hint="Use a UUIDv7.")
+        if not kind:
+            raise InvalidRequest("the operation has no body, or one that is not known here")
+        body = getattr(operation, kind)
+        body_hash = _body_hash(operation, kind, body)
+    except TrueweightError as error:
+        return Prepared(bytes(operation.id), b"", operation.linked, kind, caller, None, None, error)
+    try:
+        _check_scope(kind, body, caller, court)
+        facts = _CHECKS[kind](operation.id, body, caller, court)
+    except TrueweightError as error:
+        return Prepared(operation.id, body_hash, operation.linked, kind, caller, body, None, error)
+    return Prepared(operation.id, body_hash, operation.linked, kind, caller, body, facts)
+
+
+def _body_hash(operation: pb.Operation, kind: str, body: Any) -> bytes:
+    # The same message may come back in an envelope with other signatures: what counts is its
+    # digest. Everything else is hashed as it is.
+    if kind == "publish":
+        try:
+            return digest_of(body.envelope)[:ID_BYTES]
+        except TrueweightError:
+            pass
+    data = kind.encode() + body.SerializeToString(deterministic=True)
+    return hashlib.sha256(data).digest()[:ID_BYTES]
+
+
+def _check_scope(kind: str, body: Any, caller: str, court: Court) -> None:
+    allowed = _SCOPES[kind]
+    if not allowed or court.roles_of(caller) & allowed or (caller == SYSTEM and SYSTEM in allowed):
+        return
+    if _NODE in allowed and (kind == "claim" or (caller and body.node_id == caller)):
+        return
+    raise PermissionDenied(
+        f"{kind.replace('_', ' ')} is not for this caller",
+        hint=f"It takes: {', '.join(sorted(allowed - {SYSTEM}))}.",
+    )
+
+
+def _deposit(_: bytes, body: pb.Deposit, __: str, ___: Court) -> None:
+    if kind_of(body.account) not in (CLIENT,):
+        raise InvalidRequest("deposits go to client accounts", hint="Use --node for a bond.")
+    check_amount(body.amount_nano)
+    _rail(body.rail, body.reference)
+
+
+def _bond_deposit(_: bytes, body: pb.BondDeposit, __: str, ___: Court) -> None:
+    check_owner(body.node_id, "the node id")
+    check_amount(body.amount_nano)
+    _rail(body.rail, body.reference)
+
+
+def _hold(_: bytes, body: pb.Hold, caller: str, __: Court) -> None:
+    if kind_of(body.account) != CLIENT:
+        raise InvalidRequest("holds are taken from client accounts")
+    check_amount(body.amount_nano)
+    _text(body.api_key_id, "the API key id", empty=True)
+    if body.router_id and body.router_id != caller:
+        raise PermissionDenied("a router can only hold for itself")
+
+
+def _void(_: bytes, body: pb.VoidHold, __: str, ___: Court) -> None:
+    _id(body.hold_id, "the hold id")
+
+
+def _expire(_: bytes, body: pb.Expire, __: str, ___: Court) -> None:
+    if not 1 <= body.limit <= MAX_EXPIRE:
+        raise InvalidRequest(f"the limit must be between 1 and {MAX_EXPIRE}")
+
+
+def _release(_: bytes, body: pb.Release, __: str, ___: Court) -> None:
+    check_owner(body.node_id, "the node id")
+    if body.amount_nano > MAX_NANO:
+        raise InvalidRequest("the amount is too large")
+
+
+def _payout_start(_: bytes, body: pb.PayoutStart, __: str, ___: Court) -> None:
+    check_owner(body.node_id, "the node id")
+    check_amount(body.amount_nano)
+    check_owner(body.rail, "the rail")
+
+
+def _payout_settle(_: bytes, body: pb.PayoutSettle, __: str, ___: Court) -> None:
+    _id(body.payout_id, "the payout id")
+    _text(body.reference, "the reference", empty=True)
+
+
+def _reward(_: bytes, body: pb.Reward, __: str, ___: Court) -> None:
+    check_owner(body.verifier_id, "the verifier id")
+    check_amount(body.amount_nano)
+    if len(body.verdict_digest) != 32:
+        raise InvalidRequest("a verdict digest has 32 bytes")
+
+
+def _bond_withdraw(_: bytes, body: pb.BondWithdraw, __: str, ___: Court) -> None:
+    check_owner(body.node_id, "the node id")
+    check_amount(body.amount_nano)
+
+
+def _spending(_: bytes, body: pb.SetSpendingLimit, __: str, ___: Court) -> None:
+    _text(body.api_key_id, "the API key id")
+    if body.limit_nano > MAX_NANO:
+        raise InvalidRequest("the limit is too large")
+
+
+def _capture(id_: bytes, body: pb.Capture, caller: str, court: Court) -> evidence.CaptureFacts:
+    _id(body.hold_id, "the hold id")
+    facts = evidence.check_capture(id_, body, court)
+    for leg in facts.legs:
+        check_owner(leg.node_id, "the node id")
+    if facts.router_id != caller:
+        raise PermissionDenied("the bill is another router's")
+    return facts
+
+
+def _claim(_: bytes, body: pb.Claim, caller: str, court: Court) -> evidence.ClaimFacts:
+    _id(body.hold_id, "the hold id")
+    return evidence.check_claim(body, check_owner(caller, "the caller"), court)
+
+
+def _refund(_: bytes, body: pb.Refund, caller: str, court: Court) -> evidence.RefundFacts:
+    _text(body.reason, "the reason", empty=True)
+    return evidence.check_refund(body, court.roles_of(caller), court)
+
+
+def _convict(_: bytes, body: pb.Convict, caller: str, court: Court) -> evidence.ConvictFacts:
+    facts = evidence.check_convict(body, caller, court)
+    check_owner(facts.node_id, "the node id")
+    return facts
+
+
+def _publish(_: bytes, body: pb.Publish, __: str, court: Court) -> evidence.PublishFacts:
+    return evidence.check_publish(body.envelope, court)
+
+
+_CHECKS: dict[str, Callable[[bytes, Any, str, Court], Any]] = {
+    "deposit": _deposit,
+    "bond_deposit": _bond_deposit,
+    "hold": _hold,
+    "capture": _capture,
+    "void_hold": _void,
+    "refund": _refund,
+    "convict": _convict,
+    "release": _release,
+    "payout_start": _payout_start,
+    "payout_settle": _payout_settle,
+    "claim": _claim,
+    "reward": _reward,
+    "bond_withdraw": _bond_withdraw,
+    "publish": _publish,
+    "expire": _expire,
+    "set_spending_limit": _spending,
+}
+
+
+def _rail(rail: str, reference: str) -> None:
+    check_owner(rail, "the rail")
+    _text(reference, "the rail's reference")
+
+
+def _text(text: str, what: str, *, empty: bool = False) -> None:
+    printable = text.isprintable() and len(text) <= MAX_TEXT
+    if not printable or (not text and not empty):
+        raise InvalidRequest(f"{what} must be printable, at most {MAX_TEXT} characters")
+
+
+def _id(value: bytes, what: str) -> None:
+    if len(value) != ID_BYTES:
+        raise InvalidRequest(f"{what} has 16 bytes")

@@ -1,0 +1,196 @@
+"""What people ask of the books: balances, statements, exports. Read-only, straight from a
+database, so that it works without a running ledger."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trueweight.ledger.accounts import kind_of
+from trueweight.ledger.reader import MAX_PAGE, Reader
+from trueweight.ledger.schema import is_current, make_engine, normal_url, sqlite_path
+from trueweight.protos.errors import InvalidRequest, NotFound
+from trueweight.protos.money import format_credits
+from trueweight.protos.v1 import ledger_pb2 as pb
+
+_COLUMNS = (
+    "sequence", "id", "at", "debit_account", "credit_account", "amount_nano", "currency", "phase",
+    "pending_id", "reason", "operation_id",
+)  # fmt: skip
+_PENDING_PHASES = (pb.TransferRecord.POST, pb.TransferRecord.VOID, pb.TransferRecord.EXPIRE)
+
+
+def open_reader(database: str) -> Reader:
+    """A reader of existing books. Raises NotFound or InvalidRequest."""
+    url = normal_url(database)
+    if url.get_backend_name() == "sqlite" and not sqlite_path(url).exists():
+        raise NotFound(f"there are no books at {sqlite_path(url)}")
+    engine = make_engine(url)
+    if not is_current(engine):
+        raise InvalidRequest(
+            "the database has another schema version", hint="Start 'trueweight ledger serve' on it."
+        )
+    return Reader(engine)
+
+
+def balances(database: str, accounts: Sequence[str]) -> list[dict[str, Any]]:
+    """Counters and available balance of accounts, or of all."""
+    reader = open_reader(database)
+    try:
+        for account in accounts:
+            kind_of(account)
+        if accounts:
+            return [_balance(record) for record in reader.balances(accounts)]
+        found: list[dict[str, Any]] = []
+        after = ""
+        while page := reader.all_balances(after, MAX_PAGE):
+            found += [_balance(record) for record in page]
+            after = page[-1].account
+        return found
+    finally:
+        reader.close()
+
+
+def statement(database: str, account: str, limit: int) -> list[dict[str, Any]]:
+    """The last transfers of an account with the balance after each."""
+    kind_of(account)
+    reader = open_reader(database)
+    rows: list[dict[str, Any]] = []
+    held: dict[bytes, int] = {}
+    available = 0
+    try:
+        for record in _all_transfers(reader, account):
+            available += _effect(record, account, held)
+            rows.append(_statement_row(record, account, available))
+            del rows[:-limit]
+        return rows
+    finally:
+        reader.close()
+
+
+def export(database: str, form: str, out: Path) -> int:
+    """All transfers as CSV, plain-text double entry, or Parquet; their number."""
+    reader = open_reader(database)
+    try:
+        return _EXPORTS[form](_all_transfers(reader, ""), out)
+    finally:
+        reader.close()
+
+
+def _all_transfers(reader: Reader, account: str) -> Iterator[pb.TransferRecord]:
+    after = 0
+    while True:
+        page = reader.transfers(account, after, MAX_PAGE)
+        if not page.transfers:
+            return
+        yield from page.transfers
+        after = page.next_sequence
+
+
+def _effect(record: pb.TransferRecord, account: str, held: dict[bytes, int]) -> int:
+    """Change of the available balance of one side of a transfer."""
+    amount, debit = int(record.amount_nano), record.debit_account == account
+    if record.phase == pb.TransferRecord.PENDING:
+        held[record.id] = amount
+        return -amount if debit else 0
+    if record.phase in _PENDING_PHASES:
+        before = held.pop(record.pending_id, 0)
+        return before - amount if debit else amount
+    return -amount if debit else amount
+
+
+def _balance(record: pb.AccountRecord) -> dict[str, Any]:
+    return {
+        "account": record.account,
+        "kind": pb.AccountKind.Name(record.kind).lower(),
+        "currency": record.currency,
+        "available": record.available_nano,
+        "debits_pending": record.debits_pending_nano,
+        "credits_pending": record.credits_pending_nano,
+        "debits": record.debits_posted_nano,
+        "credits": record.credits_posted_nano,
+    }
+
+
+def _statement_row(record: pb.TransferRecord, account: str, available: int) -> dict[str, Any]:
+    debit = record.debit_account == account
+    return {
+        "sequence": record.sequence,
+        "at": _time(record),
+        "reason": record.reason,
+        "phase": pb.TransferRecord.Phase.Name(record.phase).lower(),
+        "other": record.credit_account if debit else record.debit_account,
+        "amount": format_credits(-record.amount_nano if debit else record.amount_nano),
+        "available": format_credits(available),
+    }
+
+
+def _row(record: pb.TransferRecord) -> tuple[Any, ...]:
+    return (
+        record.sequence,
+        record.id.hex(),
+        _time(record),
+        record.debit_account,
+        record.credit_account,
+        record.amount_nano,
+        record.currency,
+        pb.TransferRecord.Phase.Name(record.phase).lower(),
+        record.pending_id.hex(),
+        record.reason,
+        record.operation_id.hex(),
+    )
+
+
+def _time(record: pb.TransferRecord) -> str:
+    moment = datetime.fromtimestamp(record.created_at_unix_ms / 1000, tz=UTC)
+    return moment.isoformat(timespec="milliseconds")
+
+
+def _to_csv(records: Iterator[pb.TransferRecord], out: Path) -> int:
+    count = 0
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for record in records:
+            writer.writerow(_row(record))
+            count += 1
+    return count
+
+
+def _to_text(records: Iterator[pb.TransferRecord], out: Path) -> int:
+    """The format of ledger-cli and hledger. Pending phases are comments: they move nothing."""
+    count = 0
+    with out.open("w") as file:
+        for record in records:
+            count += 1
+            amount = format_credits(record.amount_nano)
+            head = f"{_time(record)[:10]} {record.reason} ; {record.id.hex()}"
+            if record.phase == pb.TransferRecord.PENDING or not record.amount_nano:
+                file.write(f"; {head} {amount} {record.currency}\n\n")
+                continue
+            file.write(
+                f"{head}\n    {record.credit_account}  {amount} {record.currency}\n"
+                f"    {record.debit_account}  -{amount} {record.currency}\n\n"
+            )
+    return count
+
+
+def _to_parquet(records: Iterator[pb.TransferRecord], out: Path) -> int:
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise InvalidRequest(
+            "Parquet needs the package pyarrow", hint="Install it, or use --format csv."
+        ) from None
+    rows = [_row(record) for record in records]
+    table = arrow.table({name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)})
+    parquet.write_table(table, out)
+    return len(rows)
+
+
+_EXPORTS = {"csv": _to_csv, "ledger": _to_text, "parquet": _to_parquet}

@@ -1,0 +1,136 @@
+"""Writing a finished book: few statements, each for many rows. History is only ever inserted."""
+
+from __future__ import annotations
+
+from trueweight.ledger.accounts import CURRENCY
+from trueweight.ledger.backend import Backend
+from trueweight.ledger.book import Book
+from trueweight.ledger.load import (
+    ACCOUNT_COLUMNS,
+    CLAIM_COLUMNS,
+    LEG_COLUMNS,
+    PENDING_COLUMNS,
+    Cache,
+)
+from trueweight.ledger.values import OPEN, Claim
+
+_TRANSFER_COLUMNS = (
+    "sequence", "operation_id", "ordinal", "debit", "credit", "amount", "phase", "pending_id",
+    "reason", "created_at",
+)  # fmt: skip
+
+
+def save(backend: Backend, book: Book) -> None:
+    """Every change of the book. Raises ConstraintViolated if the database refuses one."""
+    _save_accounts(backend, book)
+    _save_transfers(backend, book)
+    _save_pendings(backend, book)
+    backend.insert(
+        "operation", ("id", "body_hash", "amount", "log_index"), list(book.applied.values())
+    )
+    _save_legs(backend, book)
+    _save_rare(backend, book)
+
+
+def remember(cache: Cache, book: Book) -> None:
+    """Brings the cache up to what was just committed."""
+    cache.accounts.update(book.accounts)
+    for pending in book.pendings.values():
+        if pending.state == OPEN:
+            cache.open_holds[pending.id] = pending
+        else:
+            cache.open_holds.pop(pending.id, None)
+    cache.trim()
+
+
+def _save_accounts(backend: Backend, book: Book) -> None:
+    new, changed = [], []
+    for account in book.accounts.values():
+        old = book.snapshot.accounts.get(account.id)
+        if old is None:
+            new.append((account.no, account.id, account.kind, CURRENCY, *account[3:]))
+        elif old[3:] != account[3:]:
+            # Deltas, not values: the database's own row is what the CHECK judges.
+            changed.append(
+                (
+                    account.debits_pending - old.debits_pending,
+                    account.debits_posted - old.debits_posted,
+                    account.credits_pending - old.credits_pending,
+                    account.credits_posted - old.credits_posted,
+                    account.no,
+                )
+            )
+    backend.insert("account", ACCOUNT_COLUMNS, new)
+    backend.update("account", [f"+{name}" for name in ACCOUNT_COLUMNS[4:]], ("no",), changed)
+
+
+def _save_transfers(backend: Backend, book: Book) -> None:
+    backend.insert(
+        "transfer",
+        _TRANSFER_COLUMNS,
+        [
+            (
+                t.sequence,
+                t.operation_id,
+                t.ordinal,
+                t.debit.no,
+                t.credit.no,
+                t.amount,
+                t.phase,
+                t.pending_id or None,
+                t.reason,
+                t.created_at_unix_ms,
+            )
+            for t in book.transfers
+        ],
+    )
+
+
+def _save_pendings(backend: Backend, book: Book) -> None:
+    known = book.snapshot.pendings
+    new = [p for p in book.pendings.values() if p.id not in known]
+    # Held and resolved in one group: both phases are transfers, the row goes in as it ended.
+    backend.insert("pending", PENDING_COLUMNS, new)
+    backend.update(
+        "pending",
+        ("state", "posted"),
+        ("id",),
+        [(p.state, p.posted, p.id) for p in book.pendings.values() if p.id in known],
+    )
+
+
+def _save_legs(backend: Backend, book: Book) -> None:
+    known = {leg.receipt_digest for leg in book.snapshot.node_legs} | book.snapshot.legs.keys()
+    backend.insert("leg", LEG_COLUMNS, [leg for d, leg in book.legs.items() if d not in known])
+    backend.update(
+        "leg",
+        ("refunded", "refunded_node"),
+        ("receipt_digest",),
+        [(leg.refunded, leg.refunded_node, d) for d, leg in book.legs.items() if d in known],
+    )
+
+
+def _save_rare(backend: Backend, book: Book) -> None:
+    claims: list[Claim] = []
+    for hold_id, made in book.claims.items():
+        claims += made[len(book.snapshot.claims.get(hold_id, ())) :]
+    backend.insert("claim", CLAIM_COLUMNS, claims)
+    backend.insert(
+        "reference",
+        ("kind", "key", "operation_id"),
+        [(kind, key, operation) for (kind, key), operation in book.references.items()],
+    )
+    backend.upsert(
+        "spending", ("api_key_id", "limit_nano", "spent"), 1, list(book.spending.values())
+    )
+    backend.upsert("node", ("node_id", "released", "convicted"), 1, list(book.nodes.values()))
+    backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
+    backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
+
+
+def _summed(book: Book) -> list[tuple[bytes, str, int]]:
+    total: dict[tuple[bytes, str], int] = {}
+    for debt in book.debts:
+        key = (debt.operation_id, debt.creditor)
+        total[key] = total.get(key, 0) + debt.amount
+    return [(operation, creditor, amount) for (operation, creditor), amount in total.items()]

@@ -1,0 +1,91 @@
+"""The database: where it is, and bringing its schema up to date at start."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from trueweight.protos.errors import InvalidRequest, StorageError
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_MS = 5_000
+
+
+def normal_url(url: str) -> sa.URL:
+    """A database URL with the driver that is used here. A bare path means SQLite."""
+    if "://" not in url:
+        url = f"sqlite:///{url}"
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise InvalidRequest(
+            "not a database URL", hint="Write sqlite:///books.db or postgresql://…"
+        ) from None
+    backend = parsed.get_backend_name()
+    if backend == "sqlite" and parsed.database:
+        return parsed.set(drivername="sqlite")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    raise InvalidRequest(
+        f"{backend} is not supported", hint="Use SQLite (a file) or PostgreSQL 15 or later."
+    )
+
+
+def sqlite_path(url: sa.URL) -> Path:
+    """The file of a SQLite URL."""
+    return Path(str(url.database))
+
+
+def make_engine(url: sa.URL) -> sa.Engine:
+    """A small pool for migrations and reads."""
+    if url.get_backend_name() == "sqlite":
+        engine = sa.create_engine(url, pool_size=4, connect_args={"timeout": BUSY_MS / 1000})
+        sa.event.listen(engine, "connect", _sqlite_reader)
+        return engine
+    return sa.create_engine(
+        url,
+        pool_size=4,
+        pool_pre_ping=True,
+        pool_timeout=10,
+        isolation_level="REPEATABLE READ",
+        connect_args={"connect_timeout": 5},
+    )
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Applies missing migrations, in one transaction."""
+    if engine.dialect.name == "sqlite":
+        sqlite_path(engine.url).parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except sa.exc.OperationalError as error:
+        raise StorageError(f"the database cannot be opened: {_first_line(error)}") from error
+
+
+def is_current(engine: sa.Engine) -> bool:
+    """True if the schema is the one this program was written for."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    head = ScriptDirectory.from_config(config).get_current_head()
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision() == head
+
+
+def _sqlite_reader(connection: sqlite3.Connection, _: object) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]

@@ -1,0 +1,152 @@
+"""The ledger over gRPC: names the caller, bounds the request, asks ``Ledger``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from trueweight.ledger.service import Ledger
+from trueweight.protos.errors import InvalidRequest, TrueweightError
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1 import log_pb2
+from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
+from trueweight.runtime import rpc
+
+# Batches of one stream that may be in the writer's queue at once.
+MAX_BATCHES_IN_FLIGHT = 8
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class LedgerRpc(LedgerServicer):
+    """Thin: every rule is in ``Ledger``."""
+
+    def __init__(self, ledger: Ledger, gate: rpc.Authenticator) -> None:
+        self._ledger, self._gate = ledger, gate
+
+    @rpc.unary
+    async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
+        return await self._apply(request, self._caller(context))
+
+    @rpc.streaming
+    async def Submit(
+        self, request_iterator: AsyncIterator[pb.ApplyRequest], context: Context
+    ) -> AsyncIterator[pb.ApplyResponse]:
+        caller = self._caller(context)
+        async for response in _pipelined(request_iterator, lambda r: self._apply(r, caller)):
+            yield response
+
+    @rpc.unary
+    async def GetBalance(self, request: pb.BalanceRequest, context: Context) -> pb.BalanceResponse:
+        caller = self._caller(context)
+        if request.accounts:
+            found = await self._ledger.balances(list(request.accounts), caller)
+            return pb.BalanceResponse(accounts=found)
+        found = await self._ledger.all_balances(request.after, request.limit, caller)
+        return pb.BalanceResponse(accounts=found, next=found[-1].account if found else "")
+
+    @rpc.unary
+    async def ListTransfers(
+        self, request: pb.ListTransfersRequest, context: Context
+    ) -> pb.ListTransfersResponse:
+        caller = self._caller(context)
+        return await self._ledger.transfers(
+            request.account, request.after_sequence, request.limit, caller
+        )
+
+    @rpc.unary
+    async def GetHold(self, request: pb.GetHoldRequest, context: Context) -> pb.HoldRecord:
+        return await self._ledger.hold(request.hold_id, self._caller(context))
+
+    @rpc.unary
+    async def ReadLog(self, request: pb.ReadLogRequest, context: Context) -> pb.ReadLogResponse:
+        return await self._ledger.read_log(request.from_index, request.limit, list(request.kinds))
+
+    @rpc.streaming
+    async def FollowLog(
+        self, request: pb.ReadLogRequest, context: Context
+    ) -> AsyncIterator[pb.ReadLogResponse]:
+        pages = self._ledger.follow_pages(request.from_index, request.limit, list(request.kinds))
+        async for page in pages:
+            yield page
+
+    @rpc.unary
+    async def GetCheckpoint(
+        self, request: pb.CheckpointRequest, context: Context
+    ) -> log_pb2.Checkpoint:
+        return await self._ledger.checkpoint()
+
+    @rpc.unary
+    async def GetInclusionProof(
+        self, request: pb.InclusionProofRequest, context: Context
+    ) -> pb.InclusionProofResponse:
+        return await self._ledger.inclusion(request)
+
+    @rpc.unary
+    async def GetConsistencyProof(
+        self, request: pb.ConsistencyProofRequest, context: Context
+    ) -> log_pb2.ConsistencyProof:
+        return await self._ledger.consistency(request.old_size, request.new_size)
+
+    def _caller(self, context: Context) -> str:
+        return self._gate.caller(context).identity or ""
+
+    async def _apply(self, request: pb.ApplyRequest, caller: str) -> pb.ApplyResponse:
+        results = await self._ledger.apply(list(request.operations), caller)
+        return pb.ApplyResponse(batch=request.batch, results=results)
+
+
+async def _pipelined(
+    requests: AsyncIterator[pb.ApplyRequest], apply: Any
+) -> AsyncIterator[pb.ApplyResponse]:
+    """Answers in the order of the requests, with a bounded number in flight."""
+    flying: asyncio.Queue[asyncio.Task[pb.ApplyResponse] | None] = asyncio.Queue(
+        MAX_BATCHES_IN_FLIGHT
+    )
+
+    async def read() -> None:
+        try:
+            async for request in requests:
+                await flying.put(asyncio.ensure_future(apply(request)))
+        finally:
+            await flying.put(None)
+
+    reader = asyncio.ensure_future(read())
+    try:
+        while (task := await flying.get()) is not None:
+            yield await task
+    finally:
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError, TrueweightError):
+            await reader
+        while not flying.empty():
+            left = flying.get_nowait()
+            if left is not None:
+                left.cancel()
+
+
+class LedgerServer:
+    """A gRPC server around one ledger."""
+
+    def __init__(self, ledger: Ledger, gate: rpc.Authenticator, address: str, keys: Path) -> None:
+        self._server = rpc.make_server()
+        self.endpoint = rpc.listen(self._server, address, keys)
+        add_LedgerServicer_to_server(LedgerRpc(ledger, gate), self._server)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        await self._server.stop(grace_s)
+
+
+def check_address(address: str) -> str:
+    """host:port, or InvalidRequest."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise InvalidRequest(f"{address!r} is not host:port", hint="Write 127.0.0.1:0.")
+    return address

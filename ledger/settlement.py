@@ -1,0 +1,311 @@
+"""Operations that follow from evidence: capture, claim, expiry, refund, conviction, release.
+
+Each is a function of (book, prepared, terms) that returns the amount moved, or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trueweight.ledger import movements
+from trueweight.ledger.accounts import (
+    FEE_ACCOUNT,
+    POOL_ACCOUNT,
+    TREASURY_ACCOUNT,
+    clearing_of,
+    node_available,
+    node_bond,
+    node_locked,
+)
+from trueweight.ledger.book import Book
+from trueweight.ledger.evidence import (
+    CaptureFacts,
+    ClaimFacts,
+    ConvictFacts,
+    PublishFacts,
+    RefundFacts,
+)
+from trueweight.ledger.values import (
+    CAPTURED,
+    EXPIRED,
+    OPEN,
+    VOIDED,
+    Claim,
+    Debt,
+    Leaf,
+    Leg,
+    Pending,
+    Prepared,
+    Terms,
+)
+from trueweight.protos.errors import (
+    Conflict,
+    IdConflict,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+)
+from trueweight.protos.money import split_charge
+
+PPM = 1_000_000
+
+
+def capture(book: Book, op: Prepared, terms: Terms) -> int:
+    """Posts the hold by the bill, splits it and keeps what each receipt moved."""
+    facts: CaptureFacts = op.facts
+    pending = movements.open_hold(book, facts.hold_id)
+    if pending.router_id != facts.router_id:
+        raise PermissionDenied("the hold is another router's")
+    if facts.charge > pending.amount:
+        raise InvalidRequest("the bill is higher than its hold")
+    claimed = {c.assignment_digest for c in book.claims_of(pending.id)}
+    if not claimed <= {leg.assignment_digest for leg in facts.legs}:
+        raise Conflict("a node has claimed a leg that the bill leaves out")
+    indices = []
+    for leg in facts.legs:
+        if book.leg(leg.receipt_digest) is not None:
+            raise Conflict("a receipt of the bill was settled before")
+        indices.append(book.append(Leaf("receipt", leg.receipt, leg.receipt_digest)))
+    book.append(Leaf("bill", facts.bill, facts.bill_digest))
+    book.resolve(pending, CAPTURED, facts.charge, "capture")
+    clearing = pending.credit
+    for leg, index in zip(facts.legs, indices, strict=True):
+        locked = node_locked(leg.node_id)
+        book.move(clearing, locked, leg.node, "earning")
+        subsidy = _pay_up_to(book, POOL_ACCOUNT, locked, leg.subsidy, "subsidy")
+        _owe(book, locked, leg.subsidy - subsidy)
+        _keep_leg(
+            book,
+            Leg(
+                leg.receipt_digest,
+                pending.id,
+                leg.node_id,
+                pending.debit,
+                leg.charge,
+                leg.fee,
+                leg.pool,
+                leg.node,
+                subsidy,
+                index,
+                book.now,
+            ),
+        )
+    book.move(clearing, FEE_ACCOUNT, sum(leg.fee for leg in facts.legs), "fee")
+    book.move(clearing, POOL_ACCOUNT, sum(leg.pool for leg in facts.legs), "pool")
+    return facts.charge
+
+
+def claim(book: Book, op: Prepared, _: Terms) -> int:
+    """Keeps a node's claim. It is paid when the hold expires; a capture that bills the leg
+    replaces it, and a bill that leaves it out is refused."""
+    facts: ClaimFacts = op.facts
+    pending = movements.open_hold(book, facts.hold_id)
+    claims = book.claims_of(pending.id)
+    if any(c.assignment_digest == facts.assignment_digest for c in claims):
+        raise Conflict("the leg was claimed before")
+    if sum(c.charge for c in claims) + facts.charge > pending.amount:
+        raise InvalidRequest("the claims are higher than the hold")
+    if book.leg(facts.receipt_digest) is not None:
+        raise Conflict("the receipt was settled before")
+    made = Claim(
+        pending.id,
+        facts.assignment_digest,
+        facts.receipt_digest,
+        facts.receipt,
+        facts.node_id,
+        facts.charge,
+    )
+    book.put(book.claims, pending.id, (*claims, made))
+    return facts.charge
+
+
+def expire(book: Book, op: Prepared, terms: Terms) -> int:
+    """Ends every due hold of the snapshot: what nodes claimed is paid, the rest goes back."""
+    released = 0
+    for found in book.snapshot.due_holds[: op.body.limit]:
+        pending = book.pending(found.id) or found
+        if pending.state != OPEN or pending.due_unix_ms > book.now:
+            continue
+        claims = book.claims_of(pending.id)
+        if claims:
+            _pay_claims(book, pending, claims, terms)
+        else:
+            movements.expired(book, pending)
+        released += pending.amount - sum(c.charge for c in claims)
+    return released
+
+
+def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Terms) -> None:
+    claims = tuple(claims)
+    indices = [book.append(Leaf("receipt", c.receipt, c.receipt_digest)) for c in claims]
+    book.resolve(pending, EXPIRED, sum(c.charge for c in claims), "claim")
+    for made, index in zip(claims, indices, strict=True):
+        split = split_charge(made.charge, terms.fee_ppm, terms.pool_ppm)
+        book.move(pending.credit, node_locked(made.node_id), split.node_nano, "earning")
+        book.move(pending.credit, FEE_ACCOUNT, split.fee_nano, "fee")
+        book.move(pending.credit, POOL_ACCOUNT, split.pool_nano, "pool")
+        _keep_leg(
+            book,
+            Leg(
+                made.receipt_digest,
+                pending.id,
+                made.node_id,
+                pending.debit,
+                made.charge,
+                split.fee_nano,
+                split.pool_nano,
+                split.node_nano,
+                0,
+                index,
+                book.now,
+            ),
+        )
+
+
+def refund(book: Book, op: Prepared, _: Terms) -> int:
+    """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back."""
+    facts: RefundFacts = op.facts
+    leg = book.leg(facts.receipt_digest)
+    if leg is None:
+        raise NotFound("no capture with this receipt")
+    if facts.node_id not in ("", leg.node_id):
+        raise InvalidRequest("the verdict names another node than the receipt")
+    if leg.refunded:
+        raise Conflict("the leg was refunded before")
+    if facts.verdict is not None:
+        publish_evidence(book, facts.verdict)
+    from_node = 0
+    for source in (node_locked(leg.node_id), node_bond(leg.node_id)):
+        from_node += _pay_up_to(book, source, leg.client, leg.node - from_node, "refund")
+    missing = leg.node - from_node
+    missing += leg.fee - _pay_up_to(book, FEE_ACCOUNT, leg.client, leg.fee, "refund")
+    missing += leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
+    missing -= _pay_up_to(book, TREASURY_ACCOUNT, leg.client, missing, "refund")
+    _pay_up_to(book, node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
+    _owe(book, leg.client, missing)
+    paid = leg.charge - missing
+    # Marked with the whole charge: what could not be paid is owed, and is not claimed again.
+    book.put(
+        book.legs,
+        leg.receipt_digest,
+        leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy),
+    )
+    return paid
+
+
+def convict(book: Book, op: Prepared, terms: Terms) -> int:
+    """Forfeits locked and bond into the treasury, pays the challenger and the clients from it."""
+    facts: ConvictFacts = op.facts
+    row = book.node(facts.node_id)
+    if row.convicted:
+        raise Conflict("the node was convicted before")
+    publish_evidence(book, facts.published)
+    judges = sum(
+        book.reference("conviction", f"{facts.node_id}:{v}") is not None for v in terms.verifiers
+    )
+    if judges < terms.convictions_needed:
+        raise Conflict(
+            f"{judges} of {terms.convictions_needed} verifiers have convicted this node",
+            hint="The others publish their convictions first.",
+        )
+    book.put(book.nodes, facts.node_id, row._replace(convicted=1))
+    for withdrawal in book.snapshot.withdrawals:
+        pending = book.pending(withdrawal.id) or withdrawal
+        if pending.state == OPEN:
+            book.resolve(pending, VOIDED, 0, "bond-withdrawal")
+    forfeited = 0
+    for source in (node_locked(facts.node_id), node_bond(facts.node_id)):
+        amount = book.available(source)
+        book.move(source, TREASURY_ACCOUNT, amount, "forfeit")
+        forfeited += amount
+    reward = forfeited * op.body.reward_ppm // PPM
+    book.move(TREASURY_ACCOUNT, f"verifier:{facts.verifier_id}", reward, "challenger")
+    _refund_pro_rata(book, facts, forfeited - reward)
+    return forfeited
+
+
+def _refund_pro_rata(book: Book, facts: ConvictFacts, available: int) -> None:
+    legs = [
+        leg
+        for leg in book.snapshot.node_legs
+        if leg.log_index >= facts.change_point and not leg.refunded
+    ]
+    total = sum(leg.charge for leg in legs)
+    pay = min(available, total)
+    owed_by_client: dict[str, int] = {}
+    paid_by_client: dict[str, int] = {}
+    seen = 0
+    for leg in legs:
+        # Shares by cumulative rounding: they differ by at most one and sum to ``pay`` exactly.
+        before = pay * seen // total
+        seen += leg.charge
+        share = pay * seen // total - before
+        paid_by_client[leg.client] = paid_by_client.get(leg.client, 0) + share
+        owed_by_client[leg.client] = owed_by_client.get(leg.client, 0) + leg.charge - share
+        book.put(
+            book.legs,
+            leg.receipt_digest,
+            leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy),
+        )
+    for client, amount in paid_by_client.items():
+        book.move(TREASURY_ACCOUNT, client, amount, "refund")
+        _owe(book, client, owed_by_client[client])
+
+
+def release(book: Book, op: Prepared, _: Terms) -> int:
+    """locked -> available, up to what the counted captures earned and was not released yet."""
+    body = op.body
+    row = book.node(body.node_id)
+    if row.convicted:
+        raise Conflict("a convicted node's earnings are not released")
+    earned = book.snapshot.leg_total.earned if book.snapshot.leg_total else 0
+    locked = node_locked(body.node_id)
+    most = max(0, min(earned - row.released, book.available(locked)))
+    amount = body.amount_nano or most
+    if amount > most:
+        raise Conflict(
+            f"only {most} nanocredits may be released now",
+            hint="Wait for the settlement window and the audits that are owed.",
+        )
+    book.move(locked, node_available(body.node_id), amount, "release")
+    book.put(book.nodes, body.node_id, row._replace(released=row.released + amount))
+    return int(amount)
+
+
+def publish_evidence(book: Book, facts: PublishFacts) -> int:
+    """The index of the evidence in the log; appended unless it is there already."""
+    known = book.published_at(facts.digest)
+    if known is not None:
+        return known
+    if facts.conviction and book.reference("conviction", facts.conviction) is None:
+        book.put(book.references, ("conviction", facts.conviction), book.operation_id)
+    return book.append(Leaf(facts.kind, facts.envelope, facts.digest))
+
+
+def _keep_leg(book: Book, leg: Leg) -> None:
+    if book.leg(leg.receipt_digest) is not None:
+        raise IdConflict("two legs carry the same receipt")
+    book.put(book.legs, leg.receipt_digest, leg)
+
+
+def _pay_up_to(book: Book, source: str, target: str, amount: int, reason: str) -> int:
+    paid = min(amount, max(0, book.available(source)))
+    book.move(source, target, paid, reason)
+    return paid
+
+
+def _owe(book: Book, creditor: str, amount: int) -> None:
+    if amount > 0:
+        book.debts.append(Debt(book.operation_id, creditor, amount))
+
+
+__all__ = [
+    "capture",
+    "claim",
+    "clearing_of",
+    "convict",
+    "expire",
+    "publish_evidence",
+    "refund",
+    "release",
+]

@@ -1,0 +1,195 @@
+"""Values that the state machine reads and writes. All frozen; ids and digests are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trueweight.ledger.accounts import Account
+from trueweight.protos.errors import TrueweightError
+
+# Phases of a transfer; the numbers of TransferRecord.Phase.
+SINGLE, PENDING, POST, VOID, EXPIRE = 1, 2, 3, 4, 5
+# What a pending transfer is for.
+HOLD, PAYOUT, WITHDRAWAL = 1, 2, 3
+# States of a pending transfer; the numbers of HoldRecord.State.
+OPEN, CAPTURED, VOIDED, EXPIRED = 1, 2, 3, 4
+
+REASONS = (
+    "deposit", "bond-deposit", "hold", "capture", "earning", "fee", "pool", "subsidy", "void",
+    "expire", "refund", "forfeit", "challenger", "treasury", "release", "payout", "reward",
+    "bond-withdrawal", "claim",
+)  # fmt: skip
+REASON_NO = {name: number for number, name in enumerate(REASONS, start=1)}
+
+
+class Transfer(NamedTuple):
+    """One immutable movement: the ``ordinal``-th of its operation, the ``sequence``-th of all."""
+
+    sequence: int
+    operation_id: bytes
+    ordinal: int
+    debit: Account
+    credit: Account
+    amount: int
+    phase: int
+    pending_id: bytes
+    reason: int
+    created_at_unix_ms: int
+
+    @property
+    def id(self) -> bytes:
+        """The operation's id for its first transfer, else one more byte (or two) behind it."""
+        return transfer_id(self.operation_id, self.ordinal)
+
+
+def transfer_id(operation_id: bytes, ordinal: int) -> bytes:
+    """Unique because operation ids are, without another hash on the hot path."""
+    if ordinal == 0:
+        return operation_id
+    return operation_id + ordinal.to_bytes(1 if ordinal < 256 else 4, "big")
+
+
+class Pending(NamedTuple):
+    """A two-phase transfer: a hold, a payout or a bond withdrawal."""
+
+    id: bytes
+    kind: int
+    debit: str
+    credit: str
+    amount: int
+    posted: int
+    state: int
+    # A hold expires then; a bond withdrawal may be paid from then on.
+    due_unix_ms: int
+    api_key_id: str
+    router_id: str
+
+
+class Leg(NamedTuple):
+    """What one receipt moved: needed to undo it."""
+
+    receipt_digest: bytes
+    hold_id: bytes
+    node_id: str
+    client: str
+    charge: int
+    fee: int
+    pool: int
+    node: int
+    subsidy: int
+    log_index: int
+    captured_at_unix_ms: int
+    refunded: int = 0
+    refunded_node: int = 0
+
+
+class Claim(NamedTuple):
+    """A node's own bill for a leg, paid when the hold expires uncaptured."""
+
+    hold_id: bytes
+    assignment_digest: bytes
+    receipt_digest: bytes
+    receipt: bytes
+    node_id: str
+    charge: int
+
+
+class NodeRow(NamedTuple):
+    """What the ledger remembers of a node besides its accounts."""
+
+    node_id: str
+    released: int = 0
+    convicted: int = 0
+
+
+class Spending(NamedTuple):
+    """Limit of an API key; ``spent`` counts open holds and captures. Limit 0: none."""
+
+    api_key_id: str
+    limit: int
+    spent: int
+
+
+class Debt(NamedTuple):
+    """What remains owed after a refund or conviction that could not be paid in full."""
+
+    operation_id: bytes
+    creditor: str
+    amount: int
+
+
+class Applied(NamedTuple):
+    """An operation that was applied: what a replay gets."""
+
+    id: bytes
+    body_hash: bytes
+    amount: int
+    log_index: int  # -1: none
+
+
+class Leaf(NamedTuple):
+    """One leaf to be. ``digest`` is the message's, empty for transfers."""
+
+    kind: str
+    body: bytes
+    digest: bytes
+
+
+class LegTotal(NamedTuple):
+    """Earnings of a node's captures that the release conditions allow to count."""
+
+    earned: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An operation with everything checked that needs no state."""
+
+    id: bytes
+    body_hash: bytes
+    linked: bool
+    kind: str
+    caller: str
+    body: Any
+    facts: Any = None
+    error: TrueweightError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything of the database that a group of operations may touch."""
+
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    pendings: Mapping[bytes, Pending] = field(default_factory=dict)
+    applied: Mapping[bytes, Applied] = field(default_factory=dict)
+    legs: Mapping[bytes, Leg] = field(default_factory=dict)
+    claims: Mapping[bytes, Sequence[Claim]] = field(default_factory=dict)
+    references: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
+    spending: Mapping[str, Spending] = field(default_factory=dict)
+    nodes: Mapping[str, NodeRow] = field(default_factory=dict)
+    # Message digest -> log index, for evidence that may be published twice.
+    published: Mapping[bytes, int] = field(default_factory=dict)
+    # Only for a group of one such operation:
+    due_holds: Sequence[Pending] = ()
+    node_legs: Sequence[Leg] = ()
+    withdrawals: Sequence[Pending] = ()
+    leg_total: LegTotal | None = None
+    next_sequence: int = 1
+    next_index: int = 0
+    next_account: int = 1
+    now_unix_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The market's terms that settlement needs."""
+
+    market_id: str
+    fee_ppm: int
+    pool_ppm: int
+    window_ms: int
+    # Whose convictions count, and of how many different ones.
+    verifiers: tuple[str, ...] = ()
+    convictions_needed: int = 1
