@@ -44,11 +44,7 @@ def public_pem(private_key: Path) -> bytes:
 def sign_model(directory: Path, private_key: Path, signature: Path) -> None:
     """Writes the OpenSSF bundle of a directory. Raises WeightsRefused."""
     library = _library()
-    hashes = (
-        library.hashing.Config()
-        .set_allow_symlinks(True)
-        .set_ignored_paths(paths=_hidden(directory))
-    )
+    hashes = _hashing(library, directory)
     config = library.signing.Config().use_elliptic_key_signer(private_key=private_key)
     try:
         config.set_hashing_config(hashes).sign(directory, signature)
@@ -59,11 +55,7 @@ def sign_model(directory: Path, private_key: Path, signature: Path) -> None:
 def verify_model(directory: Path, public_key: Path, signature: Path) -> None:
     """Raises WeightsRefused unless the bundle is the key's and fits the directory's bytes."""
     library = _library()
-    hashes = (
-        library.hashing.Config()
-        .set_allow_symlinks(True)
-        .set_ignored_paths(paths=_hidden(directory))
-    )
+    hashes = _hashing(library, directory)
     config = library.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     try:
         config.set_hashing_config(hashes).verify(directory, signature)
