@@ -1,11 +1,12 @@
 """Calibrations as files: unsigned measurements that a verifier signs for its own market.
 
-A file names weights by their chunk root, because a manifest's digest differs from market to
-market while its weights do not.
+A file names what computes the logits (``weights_sha256``), because a manifest's digest differs
+from market to market and changes with a model card, while weights and configuration do not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,29 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import CLIP_LOGIT
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
+from trueweight.protos.v1.model_pb2 import Manifest
 from trueweight.verifier.calibration import is_usable
 
 FORMAT = "trueweight-calibration-1"
 MAX_FILE_BYTES = 1024 * 1024
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 CLIP_MICRO_LOGIT = round(CLIP_LOGIT * 1e6)
+
+
+def weights_sha256(manifest: Manifest) -> bytes:
+    """SHA-256 over path and SHA-256 of every file that decides the logits, in manifest order."""
+    digest = hashlib.sha256(b"trueweight/weights/v1\x00")
+    for entry in manifest.files:
+        if entry.path.endswith(WEIGHT_SUFFIXES) or entry.path == "config.json":
+            digest.update(entry.path.encode() + b"\x00" + entry.sha256)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a calibration file holds."""
 
-    chunk_root: bytes
+    weights: bytes
     version: int
     provenance: str
     entries: tuple[CalibrationEntry, ...]
@@ -48,7 +60,7 @@ def write_measured(path: Path, measured: Measured) -> None:
     """Writes the file, readable and diffable."""
     document = {
         "format": FORMAT,
-        "chunk_root": measured.chunk_root.hex(),
+        "weights_sha256": measured.weights.hex(),
         "version": measured.version,
         "clip_micro_logit": CLIP_MICRO_LOGIT,
         "provenance": measured.provenance,
@@ -64,7 +76,7 @@ def read_measured(path: Path) -> Measured:
             raise InvalidRequest(f"{path} is too large for a calibration file")
         document = json.loads(path.read_text())
         measured = Measured(
-            bytes.fromhex(document["chunk_root"]),
+            bytes.fromhex(document["weights_sha256"]),
             int(document["version"]),
             str(document["provenance"]),
             tuple(ParseDict(e, CalibrationEntry()) for e in document["entries"]),

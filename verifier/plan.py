@@ -13,7 +13,7 @@ from itertools import islice
 
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.audit_pb2 import Verdict
-from trueweight.verifier.calibration_file import Measured
+from trueweight.verifier.calibration_file import Measured, weights_sha256
 from trueweight.verifier.conviction import frozen_pairs, should_convict
 from trueweight.verifier.epochs import RatePolicy, SecretStore
 from trueweight.verifier.selection import (
@@ -211,7 +211,7 @@ class Agenda:
             newest = self.view.calibrations.in_force(digest, self.view.next_index)
             for measured in self.measured:
                 newer = newest is None or measured.version > newest.version
-                if newer and measured.chunk_root == manifest.chunk_root:
+                if newer and measured.weights == weights_sha256(manifest):
                     yield PublishCalibration(digest, measured)
 
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:

@@ -25,14 +25,13 @@ from trueweight.protos.v1.router_pb2 import OpenTranscriptResponse
 from trueweight.runtime.clock import ManualClock
 from trueweight.runtime.market import load_market, write_market
 from trueweight.verifier.app import Connections, VerifierApp
-from trueweight.verifier.calibration_file import Measured
+from trueweight.verifier.calibration_file import Measured, weights_sha256
 from trueweight.verifier.epochs import RatePolicy
 
 FINGERPRINT = EngineFingerprint(
     engine="synthetic", sampler_id="tw-gumbel-1", sampler_precision="fp32"
 )
 MU0_NANO = 400_000
-CHUNK_ROOT = b"w" * 32
 
 
 def make_signer(market_id: str | None) -> Signer:
@@ -213,7 +212,7 @@ class World:
             name="tiny",
             vocabulary_size=1000,
             eos_token_ids=[1],
-            chunk_root=CHUNK_ROOT,
+            files=[model_pb2.FileEntry(path="model.safetensors", sha256=b"w" * 32)],
         )
         envelope = seal(manifest, self.market_signer)
         entry = model_pb2.RegistryEntry(
@@ -223,6 +222,7 @@ class World:
             manifest_envelope=envelope,
         )
         self.ledger.log_envelope(seal(entry, self.market_signer))
+        self.weights = weights_sha256(manifest)
         return digest_of(envelope)
 
     def add_node(self, name: str) -> str:
@@ -355,7 +355,7 @@ class World:
         pass
 
     def measured(self, version=1, *entries):
-        return Measured(CHUNK_ROOT, version, "test", entries or (calibration_entry(),))
+        return Measured(self.weights, version, "test", entries or (calibration_entry(),))
 
     def app(self, number=0, *, ledger=None, policy=None, measured=None) -> VerifierApp:
         signer = self.verifiers[number]

@@ -1,0 +1,106 @@
+"""Honest traffic for calibration: prompts and parameters that cover every parameter class."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trueweight.node.engine import GenerateJob
+from trueweight.protos.sampling_parameters import Sampling, parameter_class, resolve
+from trueweight.simulation import demo_corpus
+
+MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 96, 200
+_TEMPERATURES = (0.6, 0.8, 1.0, 1.0, 1.0, 1.3)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids to start from, and the ids that end an output."""
+
+    heads: tuple[tuple[int, ...], ...]
+    stop_ids: tuple[int, ...]
+
+
+def load_prompts(model_directory: Path, stop_ids: Sequence[int], count: int, seed: int) -> Prompts:
+    """Beginnings of standard library sources in the model's own tokens."""
+    tokenizer = Tokenizer.from_file(str(model_directory / "tokenizer.json"))
+    chance = random.Random(seed)  # noqa: S311  (reproducible traffic, no secret)
+    heads = []
+    for text in _texts(chance, count):
+        ids = tokenizer.encode(text).ids[: chance.randint(4, MAX_PROMPT_TOKENS)]
+        heads.append(tuple(ids) or (stop_ids[0],))
+    return Prompts(tuple(heads), tuple(sorted(stop_ids)))
+
+
+def _texts(chance: random.Random, count: int) -> Iterator[str]:
+    sources = [d.source for d in demo_corpus.read_corpus(demo_corpus.standard_library()).documents]
+    for _ in range(count):
+        yield chance.choice(sources)
+
+
+def draw_sampling(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
+    """Random resolved parameters of one class, over the range that clients use."""
+    cuts: dict[str, Any] = {
+        "top_p": chance.choice((0.5, 0.8, 0.9, 0.95, 0.99)),
+        "top_k": chance.choice((2, 5, 20, 50)),
+        "min_p": chance.choice((0.02, 0.05, 0.1, 0.2)),
+    }
+    base = Sampling(temperature=chance.choice(_TEMPERATURES), stop_token_ids=stop_ids)
+    if wanted == "greedy":
+        drawn = replace(base, temperature=0.0)
+    elif wanted in cuts:
+        drawn = replace(base, **{wanted: cuts[wanted]})
+    elif wanted == "multi_cut":
+        drawn = replace(base, **dict(chance.sample(sorted(cuts.items()), chance.choice((2, 2, 3)))))
+    elif wanted == "penalties":
+        drawn = _with_penalties(base, chance, cuts)
+    else:
+        drawn = base
+    resolved = resolve(drawn)
+    if parameter_class(resolved) != wanted:
+        raise ValueError(f"drew {parameter_class(resolved)} for {wanted}")
+    return resolved
+
+
+def _with_penalties(base: Sampling, chance: random.Random, cuts: dict[str, Any]) -> Sampling:
+    """Penalties over greedy, plain and every cut, as their class must cover."""
+    kind = chance.choice(("plain", "plain", "greedy", "top_p", "top_k", "min_p", "multi"))
+    if kind == "greedy":
+        base = replace(base, temperature=0.0)
+    elif kind == "multi":
+        base = replace(base, **cuts)
+    elif kind in cuts:
+        base = replace(base, **{kind: cuts[kind]})
+    return replace(
+        base,
+        presence_penalty=chance.choice((0.0, 0.5, 1.0)),
+        frequency_penalty=chance.choice((0.0, 0.2, 0.7)),
+        repetition_penalty=chance.choice((1.05, 1.1, 1.3)),
+    )
+
+
+CLASSES = ("plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties")
+
+
+def draw_jobs(prompts: Prompts, wanted: str, seed: int, max_context: int) -> Iterator[GenerateJob]:
+    """Endless jobs of one class; lengths vary, short ones included."""
+    chance = random.Random(f"{seed}/{wanted}")  # noqa: S311
+    number = 0
+    while True:
+        prompt = chance.choice(prompts.heads)
+        room = max(1, min(MAX_OUTPUT_TOKENS, max_context - len(prompt) - 1))
+        most = chance.choice((1, 8, room, room, room, room, room, room))
+        number += 1
+        yield GenerateJob(
+            job_id=f"{wanted}-{number}",
+            prompt=prompt,
+            prefix=(),
+            sampling=draw_sampling(wanted, chance, prompts.stop_ids),
+            seed=chance.randrange(2**63 - 1),
+            max_tokens=min(most, room),
+        )

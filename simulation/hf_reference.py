@@ -1,0 +1,62 @@
+"""Another implementation as reference: transformers computes the logits, the contract's sampler
+scores them. Shares no code with vLLM's kernels, so agreement is not vacuous."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from trueweight.node.canonical import BlockScorer, Scratch
+from trueweight.node.engine import Score, ScoreJob
+
+# Rows of logits kept at once: bounds memory at any vocabulary.
+_BLOCK_ROWS = 512
+
+
+class HfReference:
+    """Scores claimed outputs one prefill at a time. ``dtype``: "bfloat16" or "float32"."""
+
+    def __init__(self, model_directory: Path, dtype: str) -> None:
+        self.name = f"transformers {dtype}"
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            str(model_directory), dtype=getattr(torch, dtype), attn_implementation="eager"
+        ).eval()
+        self._vocabulary = int(self._model.config.vocab_size)
+        self._scratch = Scratch(self._vocabulary)
+
+    def score(self, jobs: Sequence[ScoreJob]) -> list[Score]:
+        """Same meaning as ``Engine.score``."""
+        return [self._score_one(job) for job in jobs]
+
+    def _score_one(self, job: ScoreJob) -> Score:
+        tokens = [*job.prompt, *job.prefix, *job.output]
+        history = [*job.prefix, *job.output]
+        scorer = BlockScorer(job.sampling, job.seed, job.prompt, history, self._scratch)
+        start = len(job.prompt) + len(job.prefix) - 1
+        margins: list[float] = []
+        logprobs: list[float] = []
+        ranks: list[int] = []
+        hidden = self._hidden(tokens[:-1])
+        for first in range(start, len(tokens) - 1, _BLOCK_ROWS):
+            rows = self._logits(hidden, first, min(first + _BLOCK_ROWS, len(tokens) - 1))
+            block = scorer.score(rows, first + 1 - len(job.prompt))
+            margins.extend(float(m) for m in block.margins)
+            logprobs.extend(float(p) for p in block.logprobs)
+            ranks.extend(int(r) for r in block.ranks)
+        return Score(tuple(margins), tuple(logprobs), tuple(ranks))
+
+    def _hidden(self, tokens: Sequence[int]) -> Any:
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            return self._model.model(input_ids=ids).last_hidden_state[0]
+
+    def _logits(self, hidden: Any, first: int, end: int) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            rows = self._model.lm_head(hidden[first:end]).float()
+        return np.ascontiguousarray(rows.numpy())
