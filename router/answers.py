@@ -1,0 +1,109 @@
+"""The answer of one request as it grows, whichever nodes it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trueweight.protos.errors import EngineError, TrueweightError
+from trueweight.protos.v1.market_pb2 import FinishReason
+from trueweight.router.channel import Channel
+from trueweight.router.detokenizer import TextStream
+from trueweight.router.planning import Plan
+from trueweight.router.settlement import Settled
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text; the output so far has ``tokens`` tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The end: the text not given out before, why it ended, and what it came to. ``settled`` is
+    None if the receipt was lost with the node after the last token: then it is a present."""
+
+    text: str
+    finish_reason: FinishReason
+    output_tokens: int
+    settled: Settled | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end without a complete answer; nothing is charged unless ``settled`` says so."""
+
+    error: TrueweightError
+    settled: Settled | None = None
+
+
+AnswerEvent = TextDelta | Completed | Failed
+
+
+class Answer:
+    """Output ids of all legs, their text, and how much of it the client was given.
+
+    With streaming, a token counts as delivered once the HTTP side wrote its text; without, once
+    the router has it, because the client alone decides to leave before the end.
+    """
+
+    def __init__(self, plan: Plan, channel: Channel[AnswerEvent]) -> None:
+        if plan.model.tokenizer is None:
+            raise EngineError("this router has no tokenizer for the model")
+        self.output: list[int] = []
+        self.rest = ""
+        self._plan, self._channel = plan, channel
+        self._text = TextStream(plan.model.tokenizer.decoder(), plan.stops)
+        self._parts: list[str] = []
+        self._stopped = False
+        self._complete = False
+        self._written = 0
+
+    @property
+    def delivered(self) -> int:
+        """Output tokens that may be billed."""
+        if self._plan.stream and not self._complete:
+            return min(self._written, len(self.output))
+        return len(self.output)
+
+    def written(self, tokens: int) -> None:
+        """The HTTP side gave the client the text of this many output tokens."""
+        self._written = max(self._written, tokens)
+
+    async def take(self, token_ids: tuple[int, ...], timeout_ms: float) -> int | None:
+        """New ids of the running leg. Answers with how many of *these* ids are wanted once a stop
+        string appeared, else None. Raises ClientGone, DeadlineExceeded, EngineError."""
+        if len(token_ids) > self._plan.max_tokens - len(self.output):
+            raise EngineError("The node sent more tokens than were asked for.", hint="Try again.")
+        before = len(self.output)
+        self.output.extend(token_ids)
+        piece = self._text.push(token_ids)
+        if piece.stopped_at is not None:
+            self._stopped = True
+            del self.output[piece.stopped_at :]
+        if not self._plan.stream:
+            self._parts.append(piece.text)
+        elif piece.text:
+            await self._channel.put(TextDelta(piece.text, len(self.output)), timeout_ms)
+        return len(self.output) - before if self._stopped else None
+
+    async def finish(self, timeout_ms: float) -> None:
+        """The output is complete: waits until what was streamed is written. Raises ClientGone,
+        DeadlineExceeded."""
+        last = self._text.finish()
+        self.rest = "".join(self._parts) + last.text
+        if self._plan.stream:
+            await self._channel.drained(timeout_ms)
+        self._complete = True
+
+    def ended_by(self) -> FinishReason | None:
+        """Why the output is complete by its own content, None if it is not."""
+        if self._stopped:
+            return FinishReason.STOPPED
+        if self.output and self.output[-1] in self._plan.sampling.stop_token_ids:
+            return FinishReason.EOS
+        if len(self.output) >= self._plan.max_tokens:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,243 @@
+"""Puts a router together. Used by ``trueweight router serve`` and, in process, by simulations."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random as random_module
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+from aiohttp import web
+
+from trueweight.protos.errors import TrueweightError, Unavailable
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1.router_pb2_grpc import add_RouterServicer_to_server
+from trueweight.router.api_keys import KeyGate
+from trueweight.router.billing import Terms
+from trueweight.router.catalog import Catalog
+from trueweight.router.connections import Connections
+from trueweight.router.fleet import Fleet
+from trueweight.router.front import Front
+from trueweight.router.http import make_app
+from trueweight.router.journal import Journal
+from trueweight.router.keyring import Keys
+from trueweight.router.lifecycle import Services, Timing
+from trueweight.router.market_feed import MarketFeed
+from trueweight.router.metrics import Metrics
+from trueweight.router.node_session import SessionIdentity
+from trueweight.router.offers import AllowList
+from trueweight.router.receipts_view import ReceiptsView
+from trueweight.router.service import RouterService
+from trueweight.router.settlement import Settlement
+from trueweight.router.settling import Settler
+from trueweight.router.store import Store
+from trueweight.router.transcripts import TranscriptBox, load_master_key
+from trueweight.runtime import rpc
+from trueweight.runtime.clock import Clock, SystemClock
+from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.market import Market
+from trueweight.runtime.tls import ensure_certificate
+
+log = logging.getLogger(__name__)
+
+STORE_FILE = "router.sqlite"
+SWEEP_EVERY_MS = 60_000.0
+BONDS_EVERY_MS = 5_000.0
+DAY_MS = 24 * 60 * 60 * 1000
+
+
+def _draw() -> float:
+    # Which of two honest nodes serves is no secret; statistical quality is what counts.
+    return random_module.random()  # noqa: S311
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How one router runs. ``model_directories``: model id to directory with its tokenizer.
+
+    ``min_bond_nano`` 0 asks for no bond. Retentions are in days.
+    """
+
+    data: Path
+    keys: Path
+    model_directories: Mapping[str, Path] = field(default_factory=dict)
+    http_address: str = "127.0.0.1:8000"
+    grpc_address: str = "127.0.0.1:0"
+    allow_synthetic: bool = False
+    min_bond_nano: int = 0
+    transcript_days: float = 7.0
+    record_days: float = 90.0
+    timing: Timing = field(default_factory=Timing)
+
+
+class Router:
+    """A whole router: ``start`` once, ``close`` once. Endpoints are known after ``start``."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        market: Market,
+        signer: Signer,
+        ledger: LedgerPort,
+        *,
+        clock: Clock | None = None,
+        random: Callable[[int], bytes] = os.urandom,
+        draw: Callable[[], float] = _draw,
+    ) -> None:
+        self._config, self._market, self._ledger = config, market, ledger
+        self._clock = clock or SystemClock()
+        self.store = Store(config.data / STORE_FILE)
+        keys = Keys(market.market_id, market.ring)
+        allow = AllowList().with_synthetic() if config.allow_synthetic else AllowList()
+        self.fleet = Fleet(self._clock, allow, config.min_bond_nano)
+        self.catalog = Catalog(keys, config.model_directories)
+        self._feed = MarketFeed(market, keys, self.catalog, self.fleet)
+        self.journal = Journal(self.store)
+        box = TranscriptBox(load_master_key(config.data, random), random)
+        self.settler = Settler(ledger, self.journal, self._clock)
+        me = SessionIdentity(signer, market.market_id, market.ring, random, self._clock)
+        self._connections = Connections(me, self.fleet)
+        settlement = Settlement(
+            signer=signer,
+            terms=Terms(market.descriptor.fee_ppm, market.descriptor.verification_pool_ppm),
+            journal=self.journal,
+            settler=self.settler,
+            box=box,
+            clock=self._clock,
+            random=random,
+            wait_ms=config.timing.capture_wait_ms,
+        )
+        services = Services(
+            signer=signer,
+            keys=keys,
+            fleet=self.fleet,
+            ledger=ledger,
+            settler=self.settler,
+            settlement=settlement,
+            clock=self._clock,
+            random=random,
+            draw=draw,
+            timing=config.timing,
+        )
+        self.front = Front(
+            services=services,
+            catalog=self.catalog,
+            gate=KeyGate(self.store, self._clock),
+            receipts=ReceiptsView(self.journal, self.store, box, ledger),
+            metrics=Metrics(),
+        )
+        self._service = RouterService(
+            market=market,
+            me=me,
+            keys=keys,
+            fleet=self.fleet,
+            catalog=self.catalog,
+            connections=self._connections,
+            ledger=ledger,
+            store=self.store,
+            box=box,
+            random=random,
+        )
+        self.http_endpoint = ""
+        self.grpc_endpoint = ""
+        self._runner: web.AppRunner | None = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Catches up with the log, replays the journal, then serves. Raises Unavailable if an
+        address is taken or the ledger cannot be reached."""
+        await self._feed.catch_up(self._ledger)
+        self._tasks = [
+            asyncio.create_task(self._replay()),
+            asyncio.create_task(self._feed.follow(self._ledger)),
+            asyncio.create_task(self._sweep_forever()),
+        ]
+        if self._config.min_bond_nano:
+            self._tasks.append(asyncio.create_task(self._bonds_forever()))
+        for task in self._tasks:
+            task.add_done_callback(_report)
+        await self._serve_grpc()
+        await self._serve_http()
+
+    async def close(self, drain_ms: float = 2_000.0) -> None:
+        """Ends requests in good order, settles what can be settled, then closes everything."""
+        await self.front.drain(drain_ms)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._connections.close()
+        if self._server is not None:
+            await self._server.stop(0.5)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.settler.close(wait_ms=2_000.0)
+        await self.store.close()
+
+    async def _serve_grpc(self) -> None:
+        ensure_certificate(self._config.keys, self._clock.now_unix_ms())
+        self._server = rpc.make_server()
+        add_RouterServicer_to_server(self._service, self._server)
+        self.grpc_endpoint = rpc.listen(self._server, self._config.grpc_address, self._config.keys)
+        await self._server.start()
+
+    async def _serve_http(self) -> None:
+        # A client who leaves cancels its handler; the request itself runs in a task of its own.
+        self._runner = web.AppRunner(
+            make_app(self.front), handler_cancellation=True, access_log=None, tcp_keepalive=True
+        )
+        await self._runner.setup()
+        host, _, port = self._config.http_address.rpartition(":")
+        site = web.TCPSite(self._runner, host or "127.0.0.1", int(port), backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise Unavailable(
+                f"cannot listen on {self._config.http_address}: {error.strerror}",
+                hint="Is the port taken? Use port 0.",
+            ) from None
+        bound = self._runner.addresses[0]
+        self.http_endpoint = f"{host or '127.0.0.1'}:{bound[1]}"
+
+    async def _replay(self) -> None:
+        count = await self.settler.replay()
+        if count:
+            log.info("replayed %d captures of an earlier run", count)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            now = self._clock.now_unix_ms()
+            with contextlib.suppress(TrueweightError):
+                await self.journal.sweep(
+                    now - int(self._config.transcript_days * DAY_MS),
+                    now - int(self._config.record_days * DAY_MS),
+                )
+            await self._clock.sleep_ms(SWEEP_EVERY_MS)
+
+    async def _bonds_forever(self) -> None:
+        while True:
+            try:
+                await self.refresh_bonds()
+            except TrueweightError as error:
+                log.warning("bonds are not up to date: %s", error)
+            await self._clock.sleep_ms(BONDS_EVERY_MS)
+
+    async def refresh_bonds(self) -> None:
+        """Asks the ledger how much each known node has staked."""
+        records = {f"node-bond:{r.node_id}": r for r in self.fleet.all()}
+        names = list(records)
+        for start in range(0, len(names), 1000):
+            for account in await self._ledger.balances(names[start : start + 1000]):
+                if record := records.get(account.account):
+                    record.bond_nano = int(account.available_nano or 0)
+        self.fleet.wake()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a router task ended: %s", type(error).__name__, exc_info=error)

@@ -1,0 +1,219 @@
+"""Who may serve a request and who does. Pure; randomness is injected.
+
+Filters fail closed: a node about which something is not known is not eligible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from trueweight.router.openai_requests import Preferences
+from trueweight.router.quoting import Prices
+
+HOT_WAITING = 8
+HOT_KV_USE_PPM = 800_000
+EXPLORE = 0.015
+# Below this a price makes no more difference: dumping must not buy all traffic.
+PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
+PRICE_EXPONENT = -2.0
+MIN_SUCCESS = 0.05
+# Until measured: a slow machine's rates, so that the unknown never looks better than the known.
+DEFAULT_PREFILL_TOKENS_PER_S = 2_000.0
+DEFAULT_DECODE_TOKENS_PER_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as it stands now. Rates are the router's own measurements, 0 if there are none;
+    ``waiting`` and ``kv_use_ppm`` are the node's own word."""
+
+    node_id: str
+    prices: Prices
+    capacity: int
+    max_context_tokens: int
+    in_flight: int = 0
+    tokens_in_flight: int = 0
+    waiting: int = 0
+    kv_use_ppm: int = 0
+    connected: bool = False
+    lease_fresh: bool = False
+    draining: bool = False
+    breaker_closed: bool = False
+    suspended: bool = True
+    bonded: bool = False
+    fingerprint_allowed: bool = False
+    success: float = 1.0
+    verified: float = 1.0
+    capacity_seen: float = 1.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    completed: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """No free place by the router's own count."""
+        return self.in_flight >= self.capacity
+
+    @property
+    def is_hot(self) -> bool:
+        """Another node should be preferred."""
+        return self.is_full or self.waiting >= HOT_WAITING or self.kv_use_ppm >= HOT_KV_USE_PPM
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be placed. ``tried`` nodes are left out."""
+
+    prompt_tokens: int
+    max_tokens: int
+    preferences: Preferences = Preferences()
+    tried: frozenset[str] = frozenset()
+
+
+class Ineligible(Enum):
+    """Why a node cannot serve, in the order in which it is asked."""
+
+    SUSPENDED = "suspended"
+    NOT_ALLOWED = "engine fingerprint not allowed"
+    NOT_BONDED = "bond too small"
+    EXCLUDED = "excluded by the client"
+    DISCONNECTED = "not connected"
+    LEASE = "lease over"
+    DRAINING = "draining"
+    BREAKER = "breaker open"
+    CONTEXT = "context too short"
+    PRICE = "dearer than the client's maximum"
+    TRIED = "tried already"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen node and why, for the client's route header."""
+
+    node: NodeView
+    why: str
+    drawn: tuple[str, ...]
+    eligible: int
+
+    def as_json(self) -> dict[str, object]:
+        """The explanation for people and machines."""
+        return {
+            "node": self.node.node_id,
+            "why": self.why,
+            "drawn": list(self.drawn),
+            "eligible": self.eligible,
+            "ask_input_nano_per_mtok": self.node.prices.input_nano_per_mtok,
+            "ask_output_nano_per_mtok": self.node.prices.output_nano_per_mtok,
+        }
+
+
+def ineligible(node: NodeView, work: Work) -> Ineligible | None:
+    """The first reason against a node, None if it may serve."""
+    checks = (
+        (node.suspended, Ineligible.SUSPENDED),
+        (not node.fingerprint_allowed, Ineligible.NOT_ALLOWED),
+        (not node.bonded, Ineligible.NOT_BONDED),
+        (_is_excluded(node, work.preferences), Ineligible.EXCLUDED),
+        (not node.connected, Ineligible.DISCONNECTED),
+        (not node.lease_fresh, Ineligible.LEASE),
+        (node.draining, Ineligible.DRAINING),
+        (not node.breaker_closed, Ineligible.BREAKER),
+        (work.prompt_tokens + work.max_tokens > node.max_context_tokens, Ineligible.CONTEXT),
+        (_is_too_dear(node, work.preferences), Ineligible.PRICE),
+        (node.node_id in work.tried, Ineligible.TRIED),
+    )
+    return next((reason for applies, reason in checks if applies), None)
+
+
+def eligible(nodes: Sequence[NodeView], work: Work) -> list[NodeView]:
+    """All nodes that may serve, full ones included."""
+    return [node for node in nodes if ineligible(node, work) is None]
+
+
+def highest_prices(nodes: Sequence[NodeView]) -> Prices:
+    """The most that any of these nodes charges, part by part."""
+    return Prices(
+        max(n.prices.input_nano_per_mtok for n in nodes),
+        max(n.prices.output_nano_per_mtok for n in nodes),
+    )
+
+
+def choose(
+    candidates: Sequence[NodeView], work: Work, random: Callable[[], float]
+) -> Choice | None:
+    """Draws two by price and honesty, then takes the better placed. ``candidates`` are eligible;
+    full ones are never chosen. None if all are full. ``random`` gives floats in [0, 1)."""
+    free = sorted((n for n in candidates if not n.is_full), key=lambda n: n.node_id)
+    if not free:
+        return None
+    if len(free) == 1:
+        return Choice(free[0], "only free node", (free[0].node_id,), len(candidates))
+    newest = min(free, key=lambda n: (n.completed, n.node_id))
+    if random() < EXPLORE and not newest.is_hot:
+        return Choice(newest, "exploring", (newest.node_id,), len(candidates))
+    first = _draw(free, work, random())
+    second = _draw([n for n in free if n is not first], work, random())
+    node, why = _better(first, second, work)
+    return Choice(node, why, (first.node_id, second.node_id), len(candidates))
+
+
+def expected_price_nano(node: NodeView, work: Work) -> float:
+    """Price of the work per million tokens, with a floor; half of ``max_tokens`` is expected."""
+    output = max(1, work.max_tokens // 2)
+    total = (
+        work.prompt_tokens * node.prices.input_nano_per_mtok
+        + output * node.prices.output_nano_per_mtok
+    )
+    return max(float(PRICE_FLOOR_NANO_PER_MTOK), total / (work.prompt_tokens + output))
+
+
+def weight(node: NodeView, work: Work) -> float:
+    """Weight in the draw: capacity seen × (expected price of a verified success)^-2."""
+    honest_success = max(MIN_SUCCESS, node.success) * max(MIN_SUCCESS, node.verified)
+    cost = expected_price_nano(node, work) / honest_success
+    return float(max(1.0, min(node.capacity_seen, node.capacity)) * cost**PRICE_EXPONENT)
+
+
+def expected_completion_s(node: NodeView, work: Work) -> float:
+    """Seconds until the work is done there, from measured rates and tokens in flight."""
+    prefill = node.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
+    decode = node.decode_tokens_per_s or DEFAULT_DECODE_TOKENS_PER_S
+    queued = node.tokens_in_flight / (decode * max(1, node.capacity))
+    return work.prompt_tokens / prefill + work.max_tokens / decode + queued
+
+
+def _draw(nodes: Sequence[NodeView], work: Work, point: float) -> NodeView:
+    weights = [weight(n, work) for n in nodes]
+    mark = point * sum(weights)
+    for node, share in zip(nodes, weights, strict=True):
+        mark -= share
+        if mark < 0:
+            return node
+    return nodes[-1]
+
+
+def _better(first: NodeView, second: NodeView, work: Work) -> tuple[NodeView, str]:
+    if first.is_hot != second.is_hot:
+        return (second if first.is_hot else first), "the other is hot"
+    if first.is_hot:
+        fewer = min(first, second, key=lambda n: n.in_flight)
+        return fewer, "both hot, fewer in flight"
+    sooner = min(first, second, key=lambda n: expected_completion_s(n, work))
+    return sooner, "sooner done"
+
+
+def _is_excluded(node: NodeView, preferences: Preferences) -> bool:
+    named = bool(preferences.only) and node.node_id not in preferences.only
+    return named or node.node_id in preferences.ignore
+
+
+def _is_too_dear(node: NodeView, preferences: Preferences) -> bool:
+    most_input, most_output = (
+        preferences.max_input_nano_per_mtok,
+        preferences.max_output_nano_per_mtok,
+    )
+    return (most_input is not None and node.prices.input_nano_per_mtok > most_input) or (
+        most_output is not None and node.prices.output_nano_per_mtok > most_output
+    )

@@ -1,0 +1,118 @@
+"""Keeps a session to every registered node that can be dialled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from trueweight.protos.errors import TrueweightError, Unavailable
+from trueweight.protos.v1.node_pb2 import NodeFrame
+from trueweight.protos.v1.node_pb2_grpc import NodeStub
+from trueweight.router.fleet import Fleet, NodeRecord
+from trueweight.router.node_session import NodeSession, SessionIdentity
+from trueweight.runtime import rpc
+
+log = logging.getLogger(__name__)
+
+_PAUSES_MS = (200.0, 500.0, 1_000.0, 2_000.0, 5_000.0)
+
+
+class Connections:
+    """One task per dialled node, for as long as its registration is fresh."""
+
+    def __init__(self, me: SessionIdentity, fleet: Fleet) -> None:
+        self._me, self._fleet = me, fleet
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._dialled: dict[str, tuple[str, str]] = {}
+
+    def ensure(self, record: NodeRecord) -> None:
+        """Starts dialling a node unless that is under way; a new endpoint is dialled anew."""
+        node_id, target = record.node_id, _target(record)
+        task = self._tasks.get(node_id)
+        if task is not None and not task.done():
+            if self._dialled.get(node_id) == target:
+                return
+            task.cancel()
+        if target[0]:
+            self._dialled[node_id] = target
+            self._tasks[node_id] = asyncio.create_task(self._keep(record, target))
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+        for record in self._fleet.all():
+            if record.session is not None:
+                record.session.close("the router is going away")
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _keep(self, record: NodeRecord, target: tuple[str, str]) -> None:
+        failures = 0
+        channel = rpc.make_channel(*target)
+        try:
+            while self._is_wanted(record):
+                started = self._me.clock.monotonic_ms()
+                await self._dial(record, channel)
+                if self._me.clock.monotonic_ms() - started > 10_000:
+                    failures = 0
+                await self._me.clock.sleep_ms(_PAUSES_MS[min(failures, len(_PAUSES_MS) - 1)])
+                failures += 1
+        finally:
+            await channel.close(grace=None)
+
+    async def _dial(self, record: NodeRecord, channel: grpc.aio.Channel) -> None:
+        session = NodeSession(self._me, record.node_id)
+        call = NodeStub(channel).Session(session.outgoing())
+        try:
+            await session.run(
+                _frames(call), lambda s: self.adopt(record, s), lambda: _lease(record)
+            )
+            log.info("session with node %s ended", record.node_id)
+        except TrueweightError as error:
+            log.info("no session with node %s: %s", record.node_id, error)
+        finally:
+            call.cancel()
+            self.drop(record, session)
+
+    def drop(self, record: NodeRecord, session: NodeSession) -> None:
+        """A session is over."""
+        if record.session is session:
+            record.session = None
+        self._fleet.wake()
+
+    def adopt(self, record: NodeRecord, session: NodeSession) -> None:
+        """A session has proved itself; an older one of the same node ends."""
+        if record.session is not None and record.session is not session:
+            record.session.close("the node opened another session")
+        record.session = session
+        log.info("session with node %s", record.node_id)
+        self._fleet.wake()
+
+    def _is_wanted(self, record: NodeRecord) -> bool:
+        """A node that neither answers nor registers for three leases is not dialled any more."""
+        silent_ms = self._me.clock.monotonic_ms() - record.last_heard_ms()
+        return silent_ms < 3 * _lease(record)
+
+
+def _target(record: NodeRecord) -> tuple[str, str]:
+    return record.offer.endpoint, record.offer.tls_certificate_pem
+
+
+def _lease(record: NodeRecord) -> float:
+    return float(record.offer.lease_ms)
+
+
+async def _frames(
+    call: grpc.aio.StreamStreamCall[object, NodeFrame],
+) -> AsyncIterator[NodeFrame]:
+    try:
+        async for frame in call:
+            yield frame
+    except grpc.aio.AioRpcError as error:
+        failure = rpc.from_rpc_error(error)
+        if isinstance(failure, Unavailable):
+            raise failure from None
+        raise Unavailable(f"the node ended the session: {failure.message}") from None

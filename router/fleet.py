@@ -1,0 +1,200 @@
+"""The router's table of nodes: offers, leases, breakers, in-flight counts, measurements.
+
+Holds state and answers with frozen views; ``trueweight.router.choosing`` decides on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from trueweight.protos.errors import InvalidRequest, OverCapacity
+from trueweight.protos.v1.market_pb2 import Offer
+from trueweight.router.breaker import Breaker, Measured
+from trueweight.router.choosing import NodeView
+from trueweight.router.node_session import NodeSession
+from trueweight.router.offers import AllowList
+from trueweight.router.quoting import Prices
+from trueweight.runtime.clock import Clock
+
+MAX_NODES = 4096
+MAX_WAITERS = 2048
+# A lost wake-up costs at most this much; it also notices leases and breakers that changed.
+POLL_MS = 100.0
+# Offers of nodes that were not heard for this long are forgotten.
+FORGET_AFTER_MS = 60 * 60_000.0
+
+
+@dataclass
+class NodeRecord:
+    """One known node. ``in_flight`` and ``tokens_in_flight`` are this router's own counts."""
+
+    offer: Offer
+    offer_envelope: bytes
+    heard_ms: float
+    session: NodeSession | None = None
+    breaker: Breaker = field(default_factory=Breaker)
+    measured: Measured = field(default_factory=Measured)
+    in_flight: int = 0
+    tokens_in_flight: int = 0
+    bond_nano: int = -1
+
+    @property
+    def node_id(self) -> str:
+        return self.offer.node_id
+
+    def last_heard_ms(self) -> float:
+        """When it last gave a sign of life, registration included (monotonic)."""
+        heard = self.session.last_heard_ms if self.session else 0.0
+        return max(self.heard_ms, heard)
+
+
+class Fleet:
+    """All nodes. ``min_bond_nano`` 0 means that no bond is asked for."""
+
+    def __init__(self, clock: Clock, allow: AllowList, min_bond_nano: int = 0) -> None:
+        self._clock, self._allow, self._min_bond_nano = clock, allow, min_bond_nano
+        self._nodes: dict[str, NodeRecord] = {}
+        self._suspended: set[str] = set()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    def remember(self, offer: Offer, envelope: bytes) -> NodeRecord:
+        """Takes a verified offer. An older one than known is refused; what was measured stays."""
+        record = self._nodes.get(offer.node_id)
+        if record is None:
+            self._make_room()
+            record = NodeRecord(offer, envelope, self._clock.monotonic_ms())
+            self._nodes[offer.node_id] = record
+        elif offer.issued_at_unix_ms < record.offer.issued_at_unix_ms:
+            raise InvalidRequest("a newer offer of this node is known", hint="Sign a new one.")
+        record.offer, record.offer_envelope = offer, envelope
+        record.heard_ms = self._clock.monotonic_ms()
+        return record
+
+    def get(self, node_id: str) -> NodeRecord | None:
+        """The record of a node, None if it is not known."""
+        return self._nodes.get(node_id)
+
+    def all(self) -> list[NodeRecord]:
+        """All known nodes in order of id."""
+        return [self._nodes[node_id] for node_id in sorted(self._nodes)]
+
+    def suspend(self, node_id: str) -> None:
+        """No new work from now on, known node or not."""
+        self._suspended.add(node_id)
+
+    def lift(self, node_id: str) -> None:
+        """Ends a suspension."""
+        self._suspended.discard(node_id)
+        self.wake()
+
+    def is_suspended(self, node_id: str) -> bool:
+        return node_id in self._suspended
+
+    def refusal(self, record: NodeRecord) -> str:
+        """Why a connected node would get no paid work, in words; empty if it would."""
+        if record.node_id in self._suspended:
+            return "the node is suspended; see the log for the reason"
+        if reason := self._allow.refusal(record.offer.fingerprint):
+            return reason
+        if not self._is_bonded(record):
+            return f"its bond is below {self._min_bond_nano} nanocredits"
+        return ""
+
+    def views(self, manifest_digest: bytes) -> list[NodeView]:
+        """How all nodes that offer these weights stand now."""
+        found = []
+        for record in self._nodes.values():
+            for model in record.offer.models:
+                if model.manifest_digest == manifest_digest:
+                    prices = Prices(model.ask_input_nano_per_mtok, model.ask_output_nano_per_mtok)
+                    found.append(self._view(record, prices, model.max_context_tokens))
+                    break
+        return found
+
+    @contextmanager
+    def place(self, record: NodeRecord, tokens: int) -> Iterator[None]:
+        """Counts a request in flight for as long as the block runs, whatever happens in it."""
+        record.in_flight += 1
+        record.tokens_in_flight += tokens
+        record.measured = record.measured.with_in_flight(record.in_flight)
+        record.breaker = record.breaker.started()
+        try:
+            yield
+        finally:
+            record.in_flight -= 1
+            record.tokens_in_flight -= tokens
+            self.wake()
+
+    async def room(self, timeout_ms: float) -> None:
+        """Waits until something changed, at most a short while. Raises OverCapacity if too many
+        requests wait already or the time is over."""
+        if timeout_ms <= 0 or len(self._waiters) >= MAX_WAITERS:
+            raise OverCapacity(
+                "All nodes for this model are busy.", hint="Try again in a few seconds."
+            )
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(min(timeout_ms, POLL_MS) / 1000):
+                await waiter
+        except TimeoutError:
+            return
+        finally:
+            if not waiter.done():
+                waiter.cancel()
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """Lets the longest waiting request look again."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _view(self, record: NodeRecord, prices: Prices, context: int) -> NodeView:
+        session, now = record.session, self._clock.monotonic_ms()
+        is_open = session is not None and session.is_open
+        load = session.load if session else None
+        silent_ms = now - (session.last_heard_ms if session else record.heard_ms)
+        return NodeView(
+            node_id=record.node_id,
+            prices=prices,
+            capacity=record.offer.capacity,
+            max_context_tokens=context,
+            in_flight=record.in_flight,
+            tokens_in_flight=record.tokens_in_flight,
+            waiting=load.waiting if load else 0,
+            kv_use_ppm=load.kv_use_ppm if load else 0,
+            connected=is_open,
+            lease_fresh=silent_ms < record.offer.lease_ms,
+            draining=session.draining if session else False,
+            breaker_closed=record.breaker.allows(now),
+            suspended=record.node_id in self._suspended,
+            bonded=self._is_bonded(record),
+            fingerprint_allowed=not self._allow.refusal(record.offer.fingerprint),
+            success=record.measured.success,
+            capacity_seen=float(record.measured.most_in_flight),
+            prefill_tokens_per_s=record.measured.prefill_tokens_per_s,
+            decode_tokens_per_s=record.measured.decode_tokens_per_s,
+            completed=record.measured.completed,
+        )
+
+    def _is_bonded(self, record: NodeRecord) -> bool:
+        return self._min_bond_nano == 0 or record.bond_nano >= self._min_bond_nano
+
+    def _make_room(self) -> None:
+        if len(self._nodes) < MAX_NODES:
+            return
+        now = self._clock.monotonic_ms()
+        for record in list(self._nodes.values()):
+            idle = record.in_flight == 0 and record.session is None
+            if idle and now - record.last_heard_ms() > FORGET_AFTER_MS:
+                del self._nodes[record.node_id]
+        if len(self._nodes) >= MAX_NODES:
+            raise OverCapacity("this router knows too many nodes", hint="Try another router.")

@@ -1,0 +1,311 @@
+"""The OpenAI API over HTTP: thin routes around ``Front``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from trueweight.protos.errors import (
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    TrueweightError,
+    Unavailable,
+)
+from trueweight.protos.ids import ID_BYTES
+from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
+from trueweight.router.front import Front, parse_json
+from trueweight.router.lifecycle import RequestRun
+from trueweight.router.openai_requests import ParsedRequest, parse_chat, parse_completion
+from trueweight.router.openai_responses import (
+    DONE,
+    Shape,
+    Usage,
+    error_body,
+    event,
+    finish_reason,
+    model_list,
+    model_object,
+)
+from trueweight.router.planning import MAX_CLIENT_NONCE_BYTES
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+WRITE_TIMEOUT_S = 60.0
+RETRY_AFTER_S = 2
+_FRONT: web.AppKey[Front] = web.AppKey("front", Front)
+_NONCE_HEADER = "x-trueweight-nonce"
+_JSON = "application/json"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(front: Front) -> web.Application:
+    """The application. Serve it with ``handler_cancellation`` on, so that a client who leaves is
+    noticed at once."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
+    app[_FRONT] = front
+    app.router.add_post("/v1/chat/completions", _chat)
+    app.router.add_post("/v1/completions", _completion)
+    app.router.add_get("/v1/models", _models)
+    app.router.add_get("/v1/models/{model:.+}", _model)
+    app.router.add_get("/v1/receipts/{id}", _receipt)
+    app.router.add_delete("/v1/receipts/{id}/transcript", _erase)
+    app.router.add_get("/healthz", _health)
+    app.router.add_get("/metrics", _metrics)
+    return app
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error leaves as an OpenAI error body."""
+    front = request.app[_FRONT]
+    try:
+        response = await handler(request)
+    except TrueweightError as error:
+        response = _error(error)
+    except web.HTTPRequestEntityTooLarge:
+        response = _error(
+            PayloadTooLarge(f"The body has more than {MAX_BODY_BYTES} bytes.", hint="Shorten it.")
+        )
+    except web.HTTPException as error:
+        response = _error(_of_http(error), status=error.status)
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        response = _error(TrueweightError("Internal error.", hint="Try again."))
+    if request.path.startswith("/v1/"):
+        front.metrics.requests.labels(str(response.status)).inc()
+    return response
+
+
+async def _chat(request: web.Request) -> web.StreamResponse:
+    return await _answer(request, parse_chat)
+
+
+async def _completion(request: web.Request) -> web.StreamResponse:
+    return await _answer(request, parse_completion)
+
+
+async def _answer(
+    request: web.Request, parse: Callable[[Any], ParsedRequest]
+) -> web.StreamResponse:
+    front, started = request.app[_FRONT], asyncio.get_running_loop().time()
+    key = await front.who(request.headers.get("Authorization"))
+    parsed = parse(parse_json(await request.read()))
+    run = await front.start(parsed, key, _client_nonce(request))
+    writer = _Writer(request, front, run, parsed, started)
+    try:
+        return await writer.write()
+    finally:
+        # Whatever ended this handler: nobody reads any more.
+        run.abandon()
+
+
+class _Writer:
+    """Turns one run's events into one response."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        front: Front,
+        run: RequestRun,
+        parsed: ParsedRequest,
+        started: float,
+    ) -> None:
+        self._request, self._front, self._run, self._parsed = request, front, run, parsed
+        self._started = started
+        plan = run.plan
+        prefix = "chatcmpl-" if parsed.is_chat else "cmpl-"
+        self._shape = Shape(
+            is_chat=parsed.is_chat,
+            response_id=prefix + plan.request_id.hex(),
+            model=plan.model.model_id,
+            created=int.from_bytes(plan.request_id[:6], "big") // 1000,
+        )
+
+    async def write(self) -> web.StreamResponse:
+        first = await self._run.answers.get()
+        metrics = self._front.metrics
+        loop = asyncio.get_running_loop()
+        metrics.first_token.observe(loop.time() - self._started)
+        try:
+            if isinstance(first, Failed):
+                return self._failure(first)
+            if self._parsed.stream:
+                return await self._stream(first)
+            if isinstance(first, Completed):
+                return self._whole(first)
+            raise TrueweightError("Internal error.", hint="Try again.")
+        finally:
+            metrics.duration.observe(loop.time() - self._started)
+
+    def _whole(self, end: Completed) -> web.Response:
+        body = self._shape.full(end.text, finish_reason(end.finish_reason), self._usage(end))
+        return web.Response(
+            body=body, content_type=_JSON, headers=self._headers(end.settled is not None)
+        )
+
+    def _failure(self, end: Failed) -> web.Response:
+        response = _error(end.error)
+        response.headers.update(self._headers(end.settled is not None))
+        return response
+
+    async def _stream(self, first: AnswerEvent) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._headers(charged=True))
+        response.content_type = "text/event-stream"
+        response.charset = "utf-8"
+        response.headers["Cache-Control"] = "no-cache"
+        await response.prepare(self._request)
+        item, is_first = first, True
+        while True:
+            data = self._data(item, is_first)
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await response.write(data)
+            if not isinstance(item, TextDelta):
+                await response.write_eof()
+                return response
+            self._run.answer.written(item.tokens)
+            item, is_first = await self._run.answers.get(), False
+
+    def _data(self, item: AnswerEvent, is_first: bool) -> bytes:
+        usage = self._parsed.include_usage
+        if isinstance(item, TextDelta):
+            return self._shape.chunk(item.text, first=is_first, usage=usage)
+        if isinstance(item, Failed):
+            # The status line is gone; this is how OpenAI's clients learn of it.
+            return event(error_body(item.error))
+        finish, used = finish_reason(item.finish_reason), self._usage(item)
+        parts = []
+        if item.text or is_first:
+            parts.append(self._shape.chunk(item.text, first=is_first, usage=usage))
+        parts.append(self._shape.chunk(None, finish, usage=usage))
+        if usage:
+            parts.append(self._shape.usage_chunk(used))
+        return b"".join([*parts, DONE])
+
+    def _usage(self, end: Completed) -> Usage:
+        used = Usage(
+            prompt_tokens=len(self._run.plan.prompt),
+            completion_tokens=end.output_tokens,
+            cost_nano=end.settled.charge_nano if end.settled else 0,
+        )
+        metrics = self._front.metrics
+        metrics.tokens.labels("prompt").inc(used.prompt_tokens)
+        metrics.tokens.labels("completion").inc(used.completion_tokens)
+        metrics.charged.inc(used.cost_nano)
+        return used
+
+    def _headers(self, charged: bool) -> dict[str, str]:
+        request_id = self._run.plan.request_id.hex()
+        headers = {"x-request-id": request_id}
+        if charged:
+            headers["x-trueweight-receipt"] = request_id
+        if self._run.route is not None:
+            headers["x-trueweight-route"] = orjson.dumps(self._run.route.as_json()).decode()
+        return headers
+
+
+async def _models(request: web.Request) -> web.StreamResponse:
+    front = request.app[_FRONT]
+    await _optional_key(request)
+    return _json(
+        model_list(
+            [
+                model_object(m.model_id, m.registered_unix_ms // 1000, m.publisher, terms)
+                for m, terms in front.models()
+            ]
+        )
+    )
+
+
+async def _model(request: web.Request) -> web.StreamResponse:
+    front = request.app[_FRONT]
+    await _optional_key(request)
+    model, terms = front.model(request.match_info["model"])
+    created = model.registered_unix_ms // 1000
+    return _json(model_object(model.model_id, created, model.publisher, terms))
+
+
+async def _receipt(request: web.Request) -> web.StreamResponse:
+    front = request.app[_FRONT]
+    key = await front.who(request.headers.get("Authorization"))
+    return _json(await front.receipts.read(_request_id(request), key.account))
+
+
+async def _erase(request: web.Request) -> web.StreamResponse:
+    front = request.app[_FRONT]
+    key = await front.who(request.headers.get("Authorization"))
+    count = await front.receipts.erase(_request_id(request), key.account)
+    return _json({"erased": count})
+
+
+async def _health(request: web.Request) -> web.StreamResponse:
+    return _json(request.app[_FRONT].health())
+
+
+async def _metrics(request: web.Request) -> web.StreamResponse:
+    return web.Response(
+        body=request.app[_FRONT].metrics_text(), content_type="text/plain", charset="utf-8"
+    )
+
+
+async def _optional_key(request: web.Request) -> None:
+    """The list of models is public, but a wrong key should not look right."""
+    header = request.headers.get("Authorization")
+    if header is not None:
+        await request.app[_FRONT].who(header)
+
+
+def _request_id(request: web.Request) -> bytes:
+    text = request.match_info["id"]
+    # Ids of answers ("chatcmpl-…") are accepted as well.
+    text = text.rpartition("-")[2]
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if len(found) != ID_BYTES:
+        raise InvalidRequest(
+            "A receipt id has 32 hex digits.", hint="See the header x-trueweight-receipt."
+        )
+    return found
+
+
+def _client_nonce(request: web.Request) -> bytes:
+    nonce = request.headers.get(_NONCE_HEADER, "").encode("utf-8", "surrogateescape")
+    if len(nonce) > MAX_CLIENT_NONCE_BYTES:
+        raise InvalidRequest(f"{_NONCE_HEADER} has at most {MAX_CLIENT_NONCE_BYTES} bytes.")
+    return nonce
+
+
+def _json(body: Any) -> web.Response:
+    return web.Response(body=orjson.dumps(body), content_type=_JSON)
+
+
+def _error(error: TrueweightError, status: int | None = None) -> web.Response:
+    response = web.Response(
+        body=orjson.dumps(error_body(error)),
+        content_type=_JSON,
+        status=status or error.http_status,
+    )
+    if response.status in (429, 503):
+        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+def _of_http(error: web.HTTPException) -> TrueweightError:
+    if error.status == 404:
+        return NotFound("There is no such path.", hint="The API is under /v1/.")
+    if error.status == 405:
+        return InvalidRequest("This path does not know the method.")
+    if error.status >= 500:
+        return Unavailable("The server cannot answer now.")
+    return InvalidRequest(f"The request cannot be understood: {error.reason}")

@@ -1,0 +1,303 @@
+"""The life of a request: hold, choose, dispatch, stream, check, journal, capture; or void.
+
+A request runs in its own task, so that a client who leaves cannot interrupt the settlement. One
+hold, one bill. A dead leg's tokens are free for the client; whoever continues is paid for reading
+them again from the verification pool.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from trueweight.protos.errors import EngineError, TrueweightError, Unavailable
+from trueweight.protos.identity import Signer
+from trueweight.protos.ids import uuid7
+from trueweight.protos.v1.ledger_pb2 import Hold, Operation
+from trueweight.protos.v1.market_pb2 import FinishReason
+from trueweight.router.answers import Answer, AnswerEvent, Completed, Failed
+from trueweight.router.billing import ServedLeg
+from trueweight.router.channel import Channel, ClientGone
+from trueweight.router.choosing import Choice, Work, choose, eligible, highest_prices
+from trueweight.router.fleet import Fleet, NodeRecord
+from trueweight.router.keyring import Keys
+from trueweight.router.legs import (
+    LegEnd,
+    LegOrder,
+    LegResult,
+    LegRunner,
+    LegTiming,
+    make_assignment,
+)
+from trueweight.router.planning import Plan
+from trueweight.router.quoting import Prices, Quote, quote
+from trueweight.router.settlement import Account, Settlement
+from trueweight.router.settling import Settler
+from trueweight.runtime.clock import Clock
+from trueweight.runtime.ledger_port import LedgerPort, raise_refused
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+# An answer that ran into its deadline still gets this long to be written out.
+_LAST_WORD_MS = 5_000.0
+# Refusals that say nothing about the node's health.
+_HARMLESS = frozenset(
+    {
+        "OVER_CAPACITY",
+        "UNAVAILABLE",
+        "INVALID_REQUEST",
+        "UNSUPPORTED_PARAMETER",
+        "CONTEXT_LENGTH_EXCEEDED",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Deadlines of a request in milliseconds."""
+
+    request_ms: float = 600_000.0
+    # Waiting for a free place on some node.
+    queue_ms: float = 60_000.0
+    # From the deadline until the hold expires: time for receipts, captures and skewed clocks.
+    hold_grace_ms: float = 120_000.0
+    # How long an answer waits for its capture; it goes on in the background.
+    capture_wait_ms: float = 2_000.0
+    leg: LegTiming = LegTiming()
+
+
+@dataclass(frozen=True)
+class Services:
+    """What requests run on. ``draw`` gives floats in [0, 1)."""
+
+    signer: Signer
+    keys: Keys
+    fleet: Fleet
+    ledger: LedgerPort
+    settler: Settler
+    settlement: Settlement
+    clock: Clock
+    random: Callable[[int], bytes]
+    draw: Callable[[], float]
+    timing: Timing = field(default_factory=Timing)
+
+
+class RequestRun:
+    """One request. The HTTP side reads ``answers``; ``abandon`` says that the client left."""
+
+    def __init__(self, plan: Plan, services: Services) -> None:
+        self.plan, self._services = plan, services
+        self.answers: Channel[AnswerEvent] = Channel()
+        self.answer = Answer(plan, self.answers)
+        self.route: Choice | None = None
+        self._leg: LegRunner | None = None
+        self._legs: list[LegResult] = []
+        now = services.clock.now_unix_ms()
+        self._until_ms = services.clock.monotonic_ms() + services.timing.request_ms
+        self._hold_id = uuid7(now, services.random(10))
+        self._hold_expires = now + int(services.timing.request_ms + services.timing.hold_grace_ms)
+
+    def abandon(self) -> None:
+        """The client left: stop the work, bill what was delivered."""
+        self.answers.hang_up()
+        if self._leg is not None:
+            self._leg.cancel()
+
+    async def run(self) -> None:
+        """Runs to the end. Never raises for what goes wrong; the last event tells."""
+        try:
+            end = await self._hold_serve_settle()
+        except TrueweightError as error:
+            end = Failed(error)
+        except Exception:
+            log.exception("request %s failed", self.plan.request_id.hex())
+            end = Failed(TrueweightError("Internal error.", hint="Try again."))
+        try:
+            await self.answers.put(end, self._left_ms() + _LAST_WORD_MS)
+        except TrueweightError:
+            log.debug("request %s ended without a reader", self.plan.request_id.hex())
+
+    async def _hold_serve_settle(self) -> AnswerEvent:
+        most = self._highest_prices()
+        await self._hold(quote(len(self.plan.prompt), self.plan.max_tokens, most))
+        failure: TrueweightError | None = None
+        reason = FinishReason.CANCELLED
+        try:
+            reason = await self._serve(most)
+            await self.answer.finish(self._left_ms() + _LAST_WORD_MS)
+        except TrueweightError as error:
+            failure = error
+        except Exception:
+            log.exception("request %s failed", self.plan.request_id.hex())
+            failure = TrueweightError("Internal error.", hint="Try again.")
+        # Whatever happened: a hold never outlives its request.
+        settled = await self._services.settlement.settle(self._account())
+        if failure is not None:
+            return Failed(failure, settled)
+        return Completed(self.answer.rest, reason, len(self.answer.output), settled)
+
+    async def _hold(self, cost: Quote) -> None:
+        operation = Operation(
+            id=self._hold_id,
+            hold=Hold(
+                account=self.plan.account,
+                amount_nano=cost.hold_nano,
+                expires_at_unix_ms=self._hold_expires,
+                api_key_id=self.plan.api_key_id,
+                router_id=self._services.signer.identity,
+            ),
+        )
+        try:
+            result = (await self._services.ledger.apply([operation]))[0]
+        except TrueweightError:
+            # It may or may not stand: take it back either way.
+            await self._services.settler.void(self._hold_id, self._hold_expires, wait_ms=0)
+            raise
+        raise_refused(result)
+
+    def _highest_prices(self) -> Prices:
+        views = self._services.fleet.views(self.plan.model.manifest_digest)
+        able = eligible(views, self._work(frozenset()))
+        if not able:
+            raise Unavailable(
+                f"No node can serve {self.plan.model.model_id!r} under these conditions now.",
+                hint="Try again soon, or ask for less: price, context, named nodes.",
+            )
+        return highest_prices(able)
+
+    async def _serve(self, most: Prices) -> FinishReason:
+        """Legs until the output is complete. Raises if it cannot be completed."""
+        tried: set[str] = set()
+        problem = "none is left to try"
+        for _ in range(MAX_ATTEMPTS):
+            choice = await self._choose(most, frozenset(tried))
+            if choice is None:
+                break
+            leg = await self._run_leg(choice)
+            if self.answers.is_gone:
+                raise ClientGone("the client is gone")
+            if leg.end is LegEnd.SERVED and leg.receipt is not None:
+                return self.answer.ended_by() or leg.receipt.message.finish_reason
+            problem = leg.problem
+            log.info("node %s did not serve: %s", leg.node.node_id, problem)
+            if (complete := self.answer.ended_by()) is not None:
+                return complete
+            if leg.code == "OVER_CAPACITY":
+                await self._services.fleet.room(self._left_ms())
+            else:
+                tried.add(leg.node.node_id)
+        if self.answer.output:
+            raise EngineError(
+                "The node was lost in the middle of the answer and no other could go on.",
+                hint="The lost part is free; send the request again.",
+            )
+        raise Unavailable(
+            f"No node could serve the request: {problem}.", hint="You were not charged; try again."
+        )
+
+    async def _choose(self, most: Prices, tried: frozenset[str]) -> Choice | None:
+        """A node with a free place, waiting for one if need be; None if nobody is eligible."""
+        services, work = self._services, self._work(tried, most)
+        queue_until_ms = services.clock.monotonic_ms() + services.timing.queue_ms
+        while True:
+            if self.answers.is_gone:
+                raise ClientGone("the client is gone")
+            able = eligible(services.fleet.views(self.plan.model.manifest_digest), work)
+            if not able:
+                return None
+            if (choice := choose(able, work, services.draw)) is not None:
+                return choice
+            now_ms = services.clock.monotonic_ms()
+            await services.fleet.room(min(queue_until_ms, self._until_ms) - now_ms)
+
+    async def _run_leg(self, choice: Choice) -> LegResult:
+        services = self._services
+        node = services.fleet.get(choice.node.node_id)
+        if node is None:
+            raise Unavailable("The chosen node is gone.", hint="Try again.")
+        self.route = choice
+        order = self._order(choice.node.prices)
+        now_unix_ms = services.clock.now_unix_ms()
+        assignment = make_assignment(
+            order, node.node_id, services.signer, services.keys.market_id, now_unix_ms
+        )
+        runner = LegRunner(
+            order,
+            node,
+            assignment,
+            clock=services.clock,
+            timing=services.timing.leg,
+            keys=services.keys,
+        )
+        self._leg = runner
+        self._legs.append(runner.result)
+        with services.fleet.place(node, len(self.plan.prompt) + self.plan.max_tokens):
+            try:
+                return await runner.run(lambda ids: self.answer.take(ids, self._left_ms()))
+            finally:
+                self._leg = None
+                rate(node, runner.result, services.clock.monotonic_ms())
+
+    def _order(self, prices: Prices) -> LegOrder:
+        return LegOrder(
+            plan=self.plan,
+            # Attempts that brought no token leave nothing to continue.
+            leg=sum(1 for leg in self._legs if leg.received),
+            prefix=tuple(self.answer.output),
+            prices=prices,
+            deadline_ms=self._left_ms(),
+            hold_id=self._hold_id,
+            hold_expires_at_unix_ms=self._hold_expires,
+        )
+
+    def _account(self) -> Account:
+        delivered = self.answer.delivered
+        legs, events = [], []
+        for leg in self._legs:
+            if leg.receipt is None:
+                continue
+            mine = min(len(leg.received), max(0, delivered - len(leg.prefix)))
+            received = tuple(leg.received)
+            legs.append(ServedLeg(leg.assignment, leg.receipt, leg.prefix, received, mine))
+            events.extend(leg.node.offer.key_events)
+        return Account(
+            plan=self.plan,
+            legs=legs,
+            key_events=events,
+            hold_id=self._hold_id,
+            hold_expires_at_unix_ms=self._hold_expires,
+            route=self.route.as_json() if self.route else {},
+        )
+
+    def _work(self, tried: frozenset[str], most: Prices | None = None) -> Work:
+        preferences = self.plan.preferences
+        if most is not None:
+            # What is held must cover every leg.
+            preferences = replace(
+                preferences,
+                max_input_nano_per_mtok=most.input_nano_per_mtok,
+                max_output_nano_per_mtok=most.output_nano_per_mtok,
+            )
+        return Work(len(self.plan.prompt), self.plan.max_tokens, preferences, tried)
+
+    def _left_ms(self) -> float:
+        return max(0.0, self._until_ms - self._services.clock.monotonic_ms())
+
+
+def rate(node: NodeRecord, leg: LegResult, now_ms: float) -> None:
+    """Remembers what a leg says about its node."""
+    if leg.end is LegEnd.SERVED:
+        node.breaker = node.breaker.succeeded()
+        node.measured = node.measured.with_success(
+            prompt_tokens=len(leg.prefix) + leg.assignment.message.prompt_len,
+            output_tokens=len(leg.received),
+            first_ms=leg.first_ms,
+            rest_ms=leg.rest_ms,
+        )
+    elif leg.end is LegEnd.REJECTED and leg.code in _HARMLESS:
+        node.breaker = node.breaker.abandoned()
+    else:
+        node.breaker = node.breaker.failed(now_ms)
+        node.measured = node.measured.with_failure()

@@ -1,0 +1,96 @@
+"""Follows the log, the market's notice board: names sold, keys, suspensions, convictions."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+
+from trueweight.protos.envelope import open_envelope
+from trueweight.protos.errors import BadSignature, TrueweightError
+from trueweight.protos.v1.audit_pb2 import Conviction
+from trueweight.protos.v1.log_pb2 import LogEntry
+from trueweight.protos.v1.market_pb2 import Member, Suspension
+from trueweight.router.catalog import Catalog
+from trueweight.router.fleet import Fleet
+from trueweight.router.keyring import Keys
+from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.market import Market
+
+log = logging.getLogger(__name__)
+
+KINDS = ("key-event", "registry-entry", "suspension", "conviction")
+
+
+class MarketFeed:
+    """Applies leaves in order. A leaf that does not hold is skipped, never trusted."""
+
+    def __init__(self, market: Market, keys: Keys, catalog: Catalog, fleet: Fleet) -> None:
+        self._market, self._keys, self._catalog, self._fleet = market, keys, catalog, fleet
+        self._convictions: defaultdict[str, set[str]] = defaultdict(set)
+        self.next_index = 0
+
+    async def follow(self, ledger: LedgerPort) -> None:
+        """Runs until cancelled."""
+        async for entry in ledger.follow_log(self.next_index, KINDS):
+            await self.apply(entry)
+
+    async def catch_up(self, ledger: LedgerPort) -> None:
+        """Everything that is in the log now."""
+        while True:
+            page = await ledger.read_log(self.next_index, kinds=KINDS)
+            for entry in page.entries:
+                await self.apply(entry)
+            if page.next_index <= self.next_index or page.next_index >= page.tree_size:
+                self.next_index = max(self.next_index, page.next_index)
+                return
+            self.next_index = page.next_index
+
+    async def apply(self, entry: LogEntry) -> None:
+        """One leaf."""
+        self.next_index = max(self.next_index, entry.index + 1)
+        try:
+            await self._apply(_kind(entry.kind), entry)
+        except TrueweightError as error:
+            log.warning("leaf %d is not believed: %s", entry.index, error)
+
+    async def _apply(self, kind: str, entry: LogEntry) -> None:
+        if kind == "key-event":
+            self._keys.learn(entry.body)
+        elif kind == "registry-entry":
+            await self._catalog.learn(entry.body, entry.index)
+        elif kind == "suspension":
+            self._suspend(entry.body)
+        elif kind == "conviction":
+            self._convict(entry.body)
+
+    def _suspend(self, body: bytes) -> None:
+        opened = open_envelope(body, Suspension, self._keys.ring, self._market.market_id)
+        message = opened.message
+        if opened.signer != self._market.market_id and not self._is_verifier(opened.signer):
+            raise BadSignature("a suspension by somebody who may not suspend")
+        if message.issuer != opened.signer:
+            raise BadSignature("a suspension in another's name")
+        if message.lifted:
+            self._fleet.lift(message.node_id)
+        else:
+            self._fleet.suspend(message.node_id)
+        log.info("node %s %s", message.node_id, "is back" if message.lifted else "is suspended")
+
+    def _convict(self, body: bytes) -> None:
+        opened = open_envelope(body, Conviction, self._keys.ring, self._market.market_id)
+        if not self._is_verifier(opened.signer) or opened.message.verifier_id != opened.signer:
+            raise BadSignature("a conviction by somebody who is no verifier")
+        node_id = opened.message.node_id
+        self._convictions[node_id].add(opened.signer)
+        needed = max(1, self._market.descriptor.convictions_needed)
+        if len(self._convictions[node_id]) >= needed:
+            self._fleet.suspend(node_id)
+            log.info("node %s is convicted", node_id)
+
+    def _is_verifier(self, identity: str) -> bool:
+        return self._market.has_role(identity, Member.VERIFIER)
+
+
+def _kind(kind: str) -> str:
+    """The short name; the log may carry the whole payload type."""
+    return kind.removeprefix("application/vnd.trueweight.").removesuffix(".v1+proto")

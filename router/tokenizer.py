@@ -1,0 +1,216 @@
+"""Text to token ids the way the model wants it, with nothing in user text acting as control.
+
+- A prompt without control tokens in user text is encoded whole, as everybody else encodes it.
+- Otherwise the template's own text is encoded with special tokens and the users' text without,
+  so that "<|end|>" in a message is just those characters.
+Deterministic: tokenizer files, template, messages and date give the ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trueweight.protos.errors import ContextOverflow, EngineError, InvalidRequest
+from trueweight.protos.model_directory import TOKENIZER_CONFIG, read_chat_template, read_json
+from trueweight.router.byte_level import byte_table
+from trueweight.router.chat_template import ChatTemplate, TemplateVariables
+from trueweight.router.detokenizer import ByteLevelDecoder, IncrementalDecoder, WindowDecoder
+from trueweight.router.openai_requests import Message, ParsedRequest
+
+# Above this, encoding goes to a thread: it takes milliseconds and lets go of the interpreter lock.
+THREAD_ABOVE_CHARS = 4096
+# No tokenizer makes fewer than one token of this many characters on real text; a longer prompt
+# cannot fit and is refused before any work.
+MAX_CHARS_PER_TOKEN = 256
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a router needs of a model directory. ``template`` is None for completion-only models."""
+
+    tokenizer_json: str = field(repr=False)
+    template: str | None
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+def read_model_files(directory: Path, tokenizer_path: str) -> ModelFiles:
+    """Reads tokenizer and template from a model directory. Raises EngineError, WeightsRefused."""
+    if not tokenizer_path:
+        raise EngineError("the model has no tokenizer", hint="The router needs tokenizer.json.")
+    config: dict[str, Any] = {}
+    if (directory / TOKENIZER_CONFIG).is_file():
+        config = read_json(directory / TOKENIZER_CONFIG)
+    _, template = read_chat_template(directory)
+    return ModelFiles(
+        tokenizer_json=_read_text(directory / tokenizer_path),
+        template=template or None,
+        bos_token=_token_text(config.get("bos_token")),
+        eos_token=_token_text(config.get("eos_token")),
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise EngineError(f"{path.name} is too large")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise EngineError(f"cannot read {path.name}", hint="Is it the model directory?") from None
+
+
+def _token_text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+class ModelTokenizer:
+    """Tokenises and detokenises for one model. Immutable after construction; thread-safe."""
+
+    def __init__(self, files: ModelFiles, max_context_tokens: int) -> None:
+        try:
+            self._full = Tokenizer.from_str(files.tokenizer_json)
+            self._plain = Tokenizer.from_str(files.tokenizer_json)
+        # The library raises bare Exception for a malformed file.
+        except Exception as error:  # noqa: BLE001
+            raise EngineError(f"the tokenizer does not load: {str(error)[:200]}") from None
+        for tokenizer in (self._full, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._plain.encode_special_tokens = True
+        self._specials = {
+            token_id: token.content
+            for token_id, token in self._full.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._files, self._max_context_tokens = files, max_context_tokens
+        self.template = ChatTemplate(files.template) if files.template is not None else None
+        self._bytes = byte_table(self._full, files.tokenizer_json, set(self._specials))
+
+    @property
+    def template_sha256(self) -> bytes:
+        """Digest of the chat template; empty without one."""
+        return self.template.sha256 if self.template else b""
+
+    async def encode(self, request: ParsedRequest, date: str) -> tuple[int, ...]:
+        """Prompt ids of a request. Long texts are encoded off the event loop."""
+        if request.token_ids is not None:
+            return request.token_ids
+        size = sum(len(m.content) for m in request.messages) + len(request.text or "")
+        if size > self._max_context_tokens * MAX_CHARS_PER_TOKEN:
+            raise ContextOverflow(
+                f"The prompt has {size} characters and cannot fit the model's context of "
+                f"{self._max_context_tokens} tokens.",
+                hint="Shorten it.",
+                param="messages" if request.is_chat else "prompt",
+            )
+        if size > THREAD_ABOVE_CHARS:
+            return await asyncio.to_thread(self.encode_now, request, date)
+        return self.encode_now(request, date)
+
+    def encode_now(self, request: ParsedRequest, date: str) -> tuple[int, ...]:
+        """The same, in the calling thread."""
+        if request.is_chat:
+            return self._encode_chat(request.messages, date)
+        return tuple(self._encode_user_text(request.text or "", add_special_tokens=True))
+
+    def decoder(self) -> IncrementalDecoder:
+        """A fresh incremental decoder for one output."""
+        if self._bytes is not None:
+            table = self._bytes
+            return ByteLevelDecoder(lambda token_id: table.get(token_id, b""))
+        return WindowDecoder(self.decode)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a whole output without special tokens."""
+        text: str = self._full.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _encode_chat(self, messages: tuple[Message, ...], date: str) -> tuple[int, ...]:
+        if self.template is None:
+            raise InvalidRequest(
+                "This model has no chat template.", hint="Use /v1/completions.", param="messages"
+            )
+        rendered = self._render(messages, date, lambda text: text)
+        segments = self._segments(messages, date, rendered)
+        if segments is not None:
+            literals = [i for text, is_user in segments if not is_user for i in self._ids(text)]
+            whole = self._ids(rendered)
+            if self._count_specials(whole) == self._count_specials(literals):
+                return tuple(whole)
+            return tuple(
+                token_id
+                for text, is_user in segments
+                for token_id in (self._encode_user_text(text) if is_user else self._ids(text))
+            )
+        if any(self._has_control(m.content) for m in messages):
+            raise InvalidRequest(
+                "A message contains a control token of this model, and its template rewrites "
+                "messages, so the token cannot be kept as plain text.",
+                hint="Remove it.",
+                param="messages",
+            )
+        return tuple(self._ids(rendered))
+
+    def _segments(
+        self, messages: tuple[Message, ...], date: str, rendered: str
+    ) -> list[tuple[str, bool]] | None:
+        """The rendered prompt as (text, is the user's) parts; None if the template rewrites
+        messages in a way that cannot be followed."""
+        digest = hashlib.sha256("\x00".join(m.content for m in messages).encode()).hexdigest()
+        opening, closing = f"\ue000{digest}\ue001", f"\ue002{digest}\ue003"
+        for prepare in (str, str.strip):
+            marked = self._render(
+                messages, date, lambda text, f=prepare: f"{opening}{f(text)}{closing}"
+            )
+            if marked.replace(opening, "").replace(closing, "") == rendered:
+                return _split(marked, opening, closing)
+        return None
+
+    def _render(self, messages: tuple[Message, ...], date: str, wrap: Any) -> str:
+        if self.template is None:
+            raise EngineError("no chat template")
+        variables = TemplateVariables(self._files.bos_token, self._files.eos_token, date)
+        return self.template.render(
+            [{"role": m.role, "content": wrap(m.content)} for m in messages], variables
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._full.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_user_text(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+            if token_id in self._specials and not added:
+                raise InvalidRequest(
+                    f"The text contains {self._specials[token_id]!r}, which this model's "
+                    "tokenizer cannot represent as plain text.",
+                    hint="Remove it.",
+                )
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _has_control(self, text: str) -> bool:
+        return any(content in text for content in self._specials.values())
+
+    def _count_specials(self, ids: Sequence[int]) -> int:
+        return sum(1 for token_id in ids if token_id in self._specials)
+
+
+def _split(marked: str, opening: str, closing: str) -> list[tuple[str, bool]]:
+    first, *rest = marked.split(opening)
+    parts = [(first, False)]
+    for piece in rest:
+        user, _, literal = piece.partition(closing)
+        parts += [(user, True), (literal, False)]
+    return [part for part in parts if part[0]]
