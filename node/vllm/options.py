@@ -80,6 +80,7 @@ def engine_environment(options: VllmOptions, owner_variable: str) -> dict[str, s
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": options.log_level,
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the command's own
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_HOST_IP": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
