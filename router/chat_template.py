@@ -59,7 +59,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.check_time()
         return super().getitem(obj, argument)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.check_time()
         return super().call(context, obj, *args, **kwargs)
 

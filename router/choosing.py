@@ -6,7 +6,7 @@ Filters fail closed: a node about which something is not known is not eligible.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from trueweight.router.openai_requests import Preferences
@@ -68,7 +68,7 @@ class Work:
 
     prompt_tokens: int
     max_tokens: int
-    preferences: Preferences = Preferences()
+    preferences: Preferences = field(default_factory=Preferences)
     tried: frozenset[str] = frozenset()
 
 

@@ -60,7 +60,7 @@ def router() -> None:
 @option("--min-bond", default="0", help="Credits a node must have staked; 0 asks for none.")
 @option("--transcript-days", default=7.0, help="How long transcripts are kept.")
 @log_options
-def serve(
+def serve(  # noqa: PLR0917  (click passes them by name)
     market: Path,
     keys: Path,
     data: Path,

@@ -83,7 +83,7 @@ class Connections:
             record.session = None
         self._fleet.wake()
 
-    def adopt(self, record: NodeRecord, session: NodeSession) -> None:
+    async def adopt(self, record: NodeRecord, session: NodeSession) -> None:
         """A session has proved itself; an older one of the same node ends."""
         if record.session is not None and record.session is not session:
             record.session.close("the node opened another session")

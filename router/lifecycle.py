@@ -65,7 +65,7 @@ class Timing:
     hold_grace_ms: float = 120_000.0
     # How long an answer waits for its capture; it goes on in the background.
     capture_wait_ms: float = 2_000.0
-    leg: LegTiming = LegTiming()
+    leg: LegTiming = field(default_factory=LegTiming)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,8 @@ class RequestRun:
 
     def _account(self) -> Account:
         delivered = self.answer.delivered
-        legs, events = [], []
+        legs: list[ServedLeg] = []
+        events: list[bytes] = []
         for leg in self._legs:
             if leg.receipt is None:
                 continue

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from trueweight.protos.errors import (
@@ -78,7 +78,7 @@ class NodeSession:
     async def run(
         self,
         incoming: AsyncIterator[NodeFrame],
-        on_open: Callable[[NodeSession], None],
+        on_open: Callable[[NodeSession], Awaitable[None]],
         lease_ms: Callable[[], float],
     ) -> None:
         """Handshake, then frames until the session ends. ``on_open`` is called once the node has
@@ -88,8 +88,8 @@ class NodeSession:
         try:
             async with asyncio.timeout(HANDSHAKE_MS / 1000):
                 await self._shake_hands(incoming)
-            self.is_open = True
-            on_open(self)
+                self.is_open = True
+                await on_open(self)
             await self._read(incoming, lease_ms)
         except TimeoutError:
             reason = "the node did not prove itself in time"

@@ -7,7 +7,7 @@ are accepted, because clients send them without meaning anything.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
@@ -116,7 +116,7 @@ class ParsedRequest:
     ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
-    preferences: Preferences = Preferences()
+    preferences: Preferences = field(default_factory=Preferences)
 
     @property
     def is_chat(self) -> bool:

@@ -82,7 +82,7 @@ class RouterService(RouterServicer):
     async def Attach(
         self, request_iterator: AsyncIterator[NodeFrame], context: Any
     ) -> AsyncIterator[RouterFrame]:
-        """A session opened by a node that nobody can dial; it has registered before."""
+        """A session opened by a node that nobody can dial; its offer comes with its proof."""
         session = NodeSession(self._me)
         incoming = _frames(request_iterator)
         task = asyncio.create_task(self._attach(session, incoming))
@@ -149,14 +149,12 @@ class RouterService(RouterServicer):
     async def _attach(self, session: NodeSession, incoming: AsyncIterator[NodeFrame]) -> None:
         record: list[NodeRecord] = []
 
-        def opened(open_session: NodeSession) -> None:
-            found = self._fleet.get(open_session.node_id)
-            if found is None:
-                raise Unauthenticated(
-                    "this node has not registered", hint="Call Register before Attach."
-                )
+        async def opened(open_session: NodeSession) -> None:
+            found = await self._take_offer(open_session.offer)
+            if found.node_id != open_session.node_id:
+                raise Unauthenticated("the offer is another node's than the proof")
             record.append(found)
-            self._connections.adopt(found, open_session)
+            await self._connections.adopt(found, open_session)
 
         try:
             await session.run(
