@@ -9,28 +9,31 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
 import grpc.aio
 
-from trueweight.node.admission import ModelTerms, Terms
+from trueweight.node.assembly import Parts, make_context, make_service
 from trueweight.node.attach import attach_forever
-from trueweight.node.challenge import Challenger
 from trueweight.node.claims import claim_forever
-from trueweight.node.config import NodeConfig, advertised_endpoint
+from trueweight.node.config import NodeConfig, check_config
 from trueweight.node.context import NodeContext
 from trueweight.node.engine import Engine
 from trueweight.node.journal import ReceiptJournal
-from trueweight.node.registration import OfferTerms, RegisterCall, Registrar, sign_offer
-from trueweight.node.scoring import Scorer
-from trueweight.node.service import NodeService
+from trueweight.node.registration import RegisterCall, Registrar
 from trueweight.node.session import NodeSession
-from trueweight.node.weights import ServedWeights, check_weights, read_registry
+from trueweight.node.weights import (
+    Registry,
+    ServedWeights,
+    check_weights,
+    read_registry,
+    until_withdrawn,
+)
 from trueweight.node.workload import Workload
-from trueweight.protos.errors import InvalidRequest, WeightsRefused
-from trueweight.protos.v1.market_pb2 import Member, OfferedModel
+from trueweight.protos.errors import EngineError, InvalidRequest, TrueweightError, WeightsRefused
+from trueweight.protos.v1.market_pb2 import Member
 from trueweight.protos.v1.node_pb2_grpc import add_NodeServicer_to_server
 from trueweight.protos.v1.router_pb2 import RegisterRequest, RegisterResponse
 from trueweight.protos.v1.router_pb2_grpc import RouterStub
@@ -44,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _REGISTER_TIMEOUT_MS = 10_000
 _POLL_MS = 50
+_END_MS = 3_000
 
 
 class NodeApp:
@@ -74,6 +78,7 @@ class NodeApp:
         self.endpoint = ""
         self.registrar: Registrar | None = None
         self.weights: ServedWeights | None = None
+        self._broken: asyncio.Future[TrueweightError] | None = None
 
     @property
     def node_id(self) -> str:
@@ -91,6 +96,12 @@ class NodeApp:
             await self.close()
             raise
 
+    async def broken(self) -> TrueweightError:
+        """Waits until the node can no longer do honest work; the reason."""
+        if self._broken is None:
+            raise InvalidRequest("the node was not started")
+        return await self._broken
+
     async def drain(self) -> None:
         """Takes no new work and waits, bounded, until running calls have ended."""
         self._draining = True
@@ -99,12 +110,14 @@ class NodeApp:
                 task.cancel()
         for session in list(self._sessions):
             session.drain()
-        deadline_ms = self._clock.monotonic_ms() + self._config.drain_ms
-        while self._live_sessions() and self._clock.monotonic_ms() < deadline_ms:
-            await self._clock.sleep_ms(_POLL_MS)
+        await self._until_sessions_end(self._config.drain_ms)
 
     async def close(self) -> None:
         """Ends sessions (their calls get partial receipts), the service and the engine."""
+        self._draining = True
+        for session in list(self._sessions):
+            session.end()
+        await self._until_sessions_end(_END_MS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -112,27 +125,46 @@ class NodeApp:
 
     async def _start(self) -> None:
         config = self._config
+        check_config(config, has_register=self._register is not None)
         ledger = self._connect_ledger()
-        registry = await read_registry(ledger, config.market.market_id, config.market.ring)
+        empty = Registry(config.market.market_id, config.market.ring)
+        registry = await read_registry(ledger, empty)
         weights = await check_weights(config.model_dir, registry, config.model_id)
         self.weights = weights
         log.info("weights of %s are registered and unaltered; starting engine", weights.model_id)
         self._cleanup.push_async_callback(self._engine.close)
         await self._engine.start()
-        if self._engine.limits.vocabulary_size < weights.manifest.vocabulary_size:
-            raise WeightsRefused("the engine's vocabulary is smaller than the manifest's")
         journal = ReceiptJournal(config.journal_path)
         self._cleanup.callback(journal.close)
-        pem = ensure_certificate(config.keys, self._clock.now_unix_ms())
-        server = rpc.make_server()
-        self.endpoint = rpc.listen(server, config.listen, config.keys)
-        node = self._context(weights, journal, pem)
-        add_NodeServicer_to_server(self._service(node, weights), server)
-        await server.start()
-        self._cleanup.push_async_callback(server.stop, 1.0)
+        node = await self._serve(weights, journal)
+        self._broken = asyncio.get_running_loop().create_future()
+        self._spawn("watch engine", partial(self._watch_engine, node.workload))
+        self._spawn("watch registry", partial(self._watch_registry, ledger, registry, weights))
         if not config.score_only:
             self._spawn("claims", partial(claim_forever, journal, ledger, self._clock))
             self._work_for_router(node)
+
+    async def _serve(self, weights: ServedWeights, journal: ReceiptJournal) -> NodeContext:
+        keys = self._config.keys
+        pem = ensure_certificate(keys, self._clock.now_unix_ms())
+        server = rpc.make_server()
+        self.endpoint = rpc.listen(server, self._config.listen, keys)
+        parts = Parts(
+            config=self._config,
+            signer=self.signer,
+            engine=self._engine,
+            weights=weights,
+            journal=journal,
+            listening=self.endpoint,
+            certificate_pem=pem,
+            clock=self._clock,
+            random=self._random,
+        )
+        node = make_context(parts)
+        add_NodeServicer_to_server(make_service(parts, node, self._add_session), server)
+        await server.start()
+        self._cleanup.push_async_callback(server.stop, 1.0)
+        return node
 
     def _connect_ledger(self) -> LedgerPort:
         if self._ledger is not None:
@@ -148,84 +180,9 @@ class NodeApp:
         self._cleanup.push_async_callback(ledger.close)
         return ledger
 
-    def _context(self, weights: ServedWeights, journal: ReceiptJournal, pem: str) -> NodeContext:
-        config, limits = self._config, self._engine.limits
-        capacity = config.capacity or limits.max_running
-        context_tokens = limits.max_context_tokens
-        if weights.manifest.max_context_tokens:
-            context_tokens = min(context_tokens, weights.manifest.max_context_tokens)
-        model = ModelTerms(
-            ask_input_nano_per_mtok=config.ask_input_nano_per_mtok,
-            ask_output_nano_per_mtok=config.ask_output_nano_per_mtok,
-            max_context_tokens=context_tokens,
-            vocabulary_size=weights.manifest.vocabulary_size,
-        )
-        offer_terms = OfferTerms(
-            market_id=config.market.market_id,
-            endpoint=advertised_endpoint(config, self.endpoint),
-            tls_certificate_pem=pem,
-            models=(
-                OfferedModel(
-                    manifest_digest=weights.manifest_digest,
-                    ask_input_nano_per_mtok=model.ask_input_nano_per_mtok,
-                    ask_output_nano_per_mtok=model.ask_output_nano_per_mtok,
-                    max_context_tokens=context_tokens,
-                ),
-            ),
-            fingerprint=self._engine.fingerprint,
-            capacity=capacity,
-            lease_ms=config.lease_ms,
-            operator_id=config.operator_id,
-        )
-        routers = (
-            {config.router.identity}
-            if config.router is not None
-            else {m.identity for m in config.market.members(Member.ROUTER)}
-        )
-        return NodeContext(
-            signer=self.signer,
-            market_id=config.market.market_id,
-            ring=config.market.ring,
-            router_ids=frozenset() if config.score_only else frozenset(routers),
-            terms=Terms(
-                market_id=config.market.market_id,
-                node_id=self.node_id,
-                models={weights.manifest_digest: model},
-                capacity=capacity,
-            ),
-            engine=self._engine,
-            clock=self._clock,
-            random=self._random,
-            journal=journal,
-            workload=Workload(journal.knows),
-            offer=lambda: sign_offer(offer_terms, self.signer, self._clock.now_unix_ms()),
-            timing=config.timing,
-        )
-
-    def _service(self, node: NodeContext, weights: ServedWeights) -> NodeService:
-        market = self._config.market
-        verifiers = {m.identity for m in market.members(Member.VERIFIER)}
-        context_tokens = node.terms.models[weights.manifest_digest].max_context_tokens
-        return NodeService(
-            node,
-            authenticator=rpc.Authenticator(
-                self.node_id, market.market_id, market.ring, self._clock
-            ),
-            scorer=Scorer(self._engine, weights.manifest_digest, context_tokens),
-            challenger=Challenger(weights, self.node_id),
-            score_for=self._config.score_for,
-            challengers=frozenset(verifiers | self._config.score_for),
-            manifests=(weights.manifest_envelope,),
-            on_session=self._add_session,
-        )
-
     def _work_for_router(self, node: NodeContext) -> None:
         router = self._config.router
-        if router is None and self._register is None:
-            raise InvalidRequest("a node needs a router", hint="Give --router or --score-only.")
-        if self._config.attach:
-            if router is None:
-                raise InvalidRequest("--attach needs a router to dial")
+        if self._config.attach and router is not None:
             channel = self._channel(router)
             attach = partial(
                 attach_forever,
@@ -266,11 +223,30 @@ class NodeApp:
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         self._tasks.append(asyncio.create_task(_logged(name, work), name=name))
 
+    async def _watch_engine(self, workload: Workload) -> None:
+        await workload.engine_broken.wait()
+        self._give_up(EngineError("the engine fails every call", hint="See the log; restart."))
+
+    async def _watch_registry(
+        self, ledger: LedgerPort, registry: Registry, weights: ServedWeights
+    ) -> None:
+        reason = await until_withdrawn(ledger, registry, weights, self._clock)
+        self._give_up(WeightsRefused(reason, hint="Serve what the market sells."))
+
+    def _give_up(self, error: TrueweightError) -> None:
+        if self._broken is not None and not self._broken.done():
+            self._broken.set_result(error)
+
     def _add_session(self, session: NodeSession) -> None:
         self._live_sessions()
         self._sessions.add(session)
         if self._draining:
             session.drain()
+
+    async def _until_sessions_end(self, at_most_ms: float) -> None:
+        deadline_ms = self._clock.monotonic_ms() + at_most_ms
+        while self._live_sessions() and self._clock.monotonic_ms() < deadline_ms:
+            await self._clock.sleep_ms(_POLL_MS)
 
     def _live_sessions(self) -> bool:
         self._sessions = {s for s in self._sessions if not s.ended}
@@ -293,13 +269,36 @@ async def run_node(
     on_ready: Callable[[NodeApp], Any] = lambda _app: None,
     **parts: Any,
 ) -> None:
-    """A node's whole life: start, serve until ``stop``, drain, close. ``parts`` go to NodeApp."""
+    """A node's whole life: start, serve until ``stop``, drain, close. ``parts`` go to NodeApp.
+
+    Raises what ``NodeApp.start`` raises, and, after draining, the reason if the engine broke or
+    the market withdrew the weights.
+    """
     app = NodeApp(config, engine, **parts)
-    await app.start()
+    stopping = asyncio.create_task(stop.wait())
     try:
+        if not await _finished_first(app.start(), stopping):
+            return
         on_ready(app)
-        await stop.wait()
+        broken = asyncio.create_task(app.broken())
+        await asyncio.wait([broken, stopping], return_when=asyncio.FIRST_COMPLETED)
         log.info("draining; running calls will be finished")
         await app.drain()
+        if broken.done():
+            raise broken.result()
+        broken.cancel()
     finally:
+        stopping.cancel()
         await app.close()
+
+
+async def _finished_first(work: Coroutine[Any, Any, None], other: asyncio.Task[Any]) -> bool:
+    """Runs ``work`` to its end (True), or cancels it when ``other`` ends first."""
+    task = asyncio.create_task(work)
+    await asyncio.wait([task, other], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False

@@ -23,7 +23,12 @@ from trueweight.node.context import NodeContext
 from trueweight.node.journal import JournalEntry
 from trueweight.node.outbox import Outbox
 from trueweight.node.receipts import Durations, build_receipt, sign_receipt
-from trueweight.protos.errors import StorageError, TrueweightError
+from trueweight.protos.errors import (
+    InvalidRequest,
+    OverCapacity,
+    StorageError,
+    TrueweightError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +76,16 @@ class CallRunner:
                     self.feed(Produced(step.token_ids, step.finish))
                     if self._state.end is not None or self._state.finished:
                         break
+            self._node.workload.note_engine(failed=False)
+        except (InvalidRequest, OverCapacity) as error:
+            # The call's fault or the moment's, not the engine's.
+            log.warning("the engine refused a call: %s", error)
         except TrueweightError as error:
             log.warning("the engine gave up on a call: %s", error)
+            self._node.workload.note_engine(failed=True)
         except Exception:
             log.exception("the engine failed on a call")
+            self._node.workload.note_engine(failed=True)
         if self._state.end is None:
             self.feed(EngineFailed())
 

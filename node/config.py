@@ -88,3 +88,12 @@ def advertised_endpoint(config: NodeConfig, listening: str) -> str:
             f"nobody can dial {host}", hint="Say how to reach this node: --advertise HOST:PORT."
         )
     return listening
+
+
+def check_config(config: NodeConfig, *, has_register: bool) -> None:
+    """Raises InvalidRequest for what can be seen to be wrong before an engine is started."""
+    if config.attach and config.router is None:
+        raise InvalidRequest("--attach needs a router to dial", hint="Give --router.")
+    if config.router is None and not config.score_only and not has_register:
+        raise InvalidRequest("a node needs a router", hint="Give --router or --score-only.")
+    advertised_endpoint(config, config.listen)

@@ -58,6 +58,11 @@ class Outbox:
             self._tokens or self._finished or self._rejected or self._load or self._draining
         )
 
+    @property
+    def urgent(self) -> bool:
+        """True if somebody waits for the end of a call, not only for more tokens."""
+        return bool(self._finished or self._rejected)
+
     async def filled(self) -> None:
         """Waits until there is something to send."""
         await self._filled.wait()

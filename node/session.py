@@ -13,7 +13,13 @@ from typing import Protocol
 
 from trueweight.node.admission import Refused, Situation, admit
 from trueweight.node.call_runner import CallRunner
-from trueweight.node.calls import Cancelled, DeadlinePassed, StopAt, WindowGrown
+from trueweight.node.calls import (
+    Cancelled,
+    DeadlinePassed,
+    EngineFailed,
+    StopAt,
+    WindowGrown,
+)
 from trueweight.node.context import NodeContext
 from trueweight.node.outbox import Outbox
 from trueweight.protos.errors import (
@@ -29,6 +35,9 @@ from trueweight.protos.v1.node_pb2 import Dispatch, NodeFrame, RouterFrame, Sess
 from trueweight.runtime.handshake import NONCE_BYTES, check_proof, make_proof, new_nonce
 
 log = logging.getLogger(__name__)
+
+# How long at most a frame that ends a call is held back for others.
+_URGENT_MS = 5.0
 
 
 class FrameStream(Protocol):
@@ -76,9 +85,13 @@ class NodeSession:
         self._draining = True
         self._outbox.announce_draining()
 
-    @property
-    def running(self) -> int:
-        return len(self._calls)
+    def end(self) -> None:
+        """Ends the session soon: running calls get receipts for what they sent, which the router
+        still receives if it reads."""
+        self.drain()
+        for runner in list(self._calls.values()):
+            runner.feed(EngineFailed())
+        self._idle.set()
 
     async def _shake_hands_in_time(self) -> None:
         try:
@@ -192,9 +205,7 @@ class NodeSession:
         last_ms = clock.monotonic_ms() - timing.coalesce_ms
         while not (self._draining and self._outbox.empty and not self._calls):
             await self._something_to_do()
-            # The first frame after a pause leaves at once; a stream of steps is joined.
-            wait_ms = timing.coalesce_ms - (clock.monotonic_ms() - last_ms)
-            await clock.sleep_ms(max(0.0, wait_ms))
+            await self._coalesce(last_ms)
             if self._outbox.empty:
                 continue
             last_ms = clock.monotonic_ms()
@@ -203,6 +214,17 @@ class NodeSession:
                     await self._stream.write(self._outbox.take())
             except TimeoutError:
                 raise Unavailable("the router does not read") from None
+
+    async def _coalesce(self, last_frame_ms: float) -> None:
+        """Gives the calls of one engine step time to join one frame. After a pause a frame leaves
+        at once; one with a receipt or a rejection hardly waits."""
+        timing, clock = self._node.timing, self._node.clock
+        await clock.sleep_ms(0)
+        while not self._outbox.urgent:
+            left_ms = last_frame_ms + timing.coalesce_ms - clock.monotonic_ms()
+            if left_ms <= 0:
+                return
+            await clock.sleep_ms(min(_URGENT_MS, left_ms))
 
     async def _something_to_do(self) -> None:
         if not self._draining:

@@ -8,21 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trueweight.protos.envelope import apply_key_event, open_envelope
-from trueweight.protos.errors import BadSignature, Conflict, WeightsRefused
+from trueweight.protos.errors import BadSignature, Conflict, TrueweightError, WeightsRefused
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.manifest import check_directory
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
+from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
 
 log = logging.getLogger(__name__)
 
 _KINDS = ("key-event", "registry-entry")
 MAX_PAGES = 10_000
+WATCH_MS = 30_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Registry:
 
     market_id: str
     ring: KeyRing
-    entries: Mapping[str, RegistryEntry]
+    entries: Mapping[str, RegistryEntry] = field(default_factory=dict)
     next_index: int = 0
 
     def after(self, entry: LogEntry) -> Registry:
@@ -51,15 +53,15 @@ class Registry:
         try:
             if entry.kind == "key-event":
                 ring = apply_key_event(self.ring, entry.body, self.market_id)
-                return replace(self, ring=ring, next_index=entry.index + 1)
+                return replace(self, ring=ring)
             opened = open_envelope(
                 entry.body, RegistryEntry, self.ring, self.market_id, signer=self.market_id
             )
         except (BadSignature, Conflict) as error:
             log.warning("ignoring log entry %d: %s", entry.index, error)
-            return replace(self, next_index=entry.index + 1)
+            return self
         entries = {**self.entries, opened.message.model_id: opened.message}
-        return replace(self, entries=entries, next_index=entry.index + 1)
+        return replace(self, entries=entries)
 
     def served(self, model_id: str | None = None) -> tuple[RegistryEntry, ...]:
         """Entries that are not revoked; only that of ``model_id`` if given."""
@@ -70,18 +72,40 @@ class Registry:
         )
 
 
-async def read_registry(ledger: LedgerPort, market_id: str, ring: KeyRing) -> Registry:
-    """The registry from the ledger's log. Raises Unavailable if the ledger cannot be reached."""
-    registry = Registry(market_id, ring, {})
-    index = 0
+async def read_registry(ledger: LedgerPort, known: Registry) -> Registry:
+    """The registry as of now, from the ledger's log after ``known.next_index``.
+
+    Raises Unavailable if the ledger cannot be reached.
+    """
+    registry, index = known, known.next_index
     for _ in range(MAX_PAGES):
         page = await ledger.read_log(index, kinds=_KINDS)
         for entry in page.entries:
             registry = registry.after(entry)
-        if page.next_index <= index or page.next_index >= page.tree_size:
+        if page.next_index <= index:
             break
         index = page.next_index
-    return registry
+        if index >= page.tree_size:
+            break
+    return replace(registry, next_index=index)
+
+
+async def until_withdrawn(
+    ledger: LedgerPort, registry: Registry, weights: ServedWeights, clock: Clock
+) -> str:
+    """Follows the registry until these weights may no longer be served; says why."""
+    while True:
+        await clock.sleep_ms(WATCH_MS)
+        try:
+            registry = await read_registry(ledger, registry)
+        except TrueweightError as error:
+            log.debug("the registry is out of reach: %s", error)
+            continue
+        entry = registry.entries.get(weights.model_id)
+        if entry is None or entry.revoked:
+            return f"the market has withdrawn {weights.model_id}"
+        if entry.manifest_digest != weights.manifest_digest:
+            return f"the market sells other weights as {weights.model_id} now"
 
 
 async def check_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ from trueweight.node.admission import FRESH_MS
 from trueweight.protos.errors import OverCapacity
 
 MAX_REMEMBERED = 500_000
+# So many calls in a row that the engine fails, and it counts as broken.
+MAX_ENGINE_FAILURES = 3
 
 
 class Workload:
@@ -17,8 +20,17 @@ class Workload:
 
     def __init__(self, known_before: Callable[[bytes], bool] = lambda _digest: False) -> None:
         self.running = 0
+        self.engine_broken = asyncio.Event()
+        self._engine_failures = 0
         self._seen: OrderedDict[bytes, int] = OrderedDict()
         self._known_before = known_before
+
+    def note_engine(self, *, failed: bool) -> None:
+        """Counts what became of a call in the engine; sets ``engine_broken`` when it is clear that
+        the node only burns requests."""
+        self._engine_failures = self._engine_failures + 1 if failed else 0
+        if self._engine_failures >= MAX_ENGINE_FAILURES:
+            self.engine_broken.set()
 
     def was_seen(self, assignment_digest: bytes) -> bool:
         return assignment_digest in self._seen or self._known_before(assignment_digest)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from trueweight.node.weights import check_weights, read_registry
+from trueweight.node.weights import Registry, check_weights, read_registry
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import Unavailable, WeightsRefused
 from trueweight.protos.manifest import build_manifest
 
 
 async def served(world, model_id=None):
-    registry = await read_registry(world.ledger, world.market.market_id, world.market.ring)
+    empty = Registry(world.market.market_id, world.market.ring)
+    registry = await read_registry(world.ledger, empty)
     return await check_weights(world.model_dir, registry, model_id)
 
 
