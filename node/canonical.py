@@ -124,13 +124,14 @@ class RowSampler:
         self._known = 0
         self._scratch = scratch
 
-    def winner(self, row: F32, output: Sequence[int], mask: Mask = _NO_MASK) -> int:
+    def winner(self, row: F32, output: Sequence[int], mask: Mask | None = None) -> int:
         """The canonical token after prefix and ``output``, which must only ever grow.
 
         Raises EngineError if the row holds NaN or plus infinity.
         """
         self._extend(output)
         length = self._prefix_len + self._known
+        mask = _NO_MASK if mask is None else mask
         winner: int = kernels.sample_row(
             row, self._rules, mask, self._prompt, self._history, length, self._seed,
             self._scratch.rows, self._scratch.counts,
@@ -168,12 +169,13 @@ class BlockScorer:
             raise InvalidRequest("a claimed token is outside the vocabulary")
         self._scratch = scratch
 
-    def score(self, logits: F32, first: int, masks: Mask = _NO_MASKS) -> BlockScore:
+    def score(self, logits: F32, first: int, masks: Mask | None = None) -> BlockScore:
         """Row i of ``logits`` predicts output token ``first + i``. Raises EngineError if a row
         holds NaN or plus infinity."""
         count = logits.shape[0]
         if not 0 <= first <= first + count <= self._history.size:
             raise InvalidRequest("scored rows are outside the claimed output")
+        masks = _NO_MASKS if masks is None else masks
         margins, logprobs = np.empty(count), np.empty(count)
         ranks = np.empty(count, dtype=np.int64)
         valid = kernels.score_rows(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trueweight.node.engine import SelfTest
 from trueweight.protos.errors import EngineError
@@ -12,11 +15,30 @@ from trueweight.protos.golden_vectors import load_golden
 from trueweight.protos.sampling import Sampling, sample
 
 
-def prove_reference_sampler() -> SelfTest:
-    """Every golden sampling case through the numpy reference. Raises EngineError if one differs,
-    for instance because this machine's arithmetic does."""
-    cases = load_golden("sampling")["cases"]
-    equal = sum(_sampled(case) == case["token"] for case in cases)
+@dataclass(frozen=True, slots=True, eq=False)
+class GoldenCase:
+    """One row and what must come out of it. ``scores``: claimed token, margin, logprob, rank."""
+
+    logits: NDArray[np.float32]
+    sampling: Sampling
+    seed: int
+    prompt: list[int]
+    output: list[int]
+    mask: NDArray[np.bool_] | None
+    token: int
+    scores: list[tuple[int, float, float, int]]
+
+
+def golden_cases() -> tuple[list[GoldenCase], float]:
+    """All sampling cases, and the absolute tolerance of margins and log-probabilities."""
+    return [_case(fields) for fields in load_golden("sampling")["cases"]], 1e-4
+
+
+def prove_sampler(sampler: Callable[[GoldenCase], int]) -> SelfTest:
+    """Every golden case through ``sampler``. Raises EngineError if a token differs, for instance
+    because this machine's arithmetic does."""
+    cases, _ = golden_cases()
+    equal = sum(sampler(case) == case.token for case in cases)
     if equal != len(cases):
         raise EngineError(
             f"only {equal} of {len(cases)} golden tokens were sampled",
@@ -25,15 +47,26 @@ def prove_reference_sampler() -> SelfTest:
     return SelfTest(len(cases), equal)
 
 
-def _sampled(case: dict[str, Any]) -> int:
-    mask = case["mask"]
-    return sample(
-        np.array(case["logits"], dtype=np.float32),
-        _sampling(case["sampling"]),
-        int(case["seed"]),
-        case["prompt"],
-        case["output"],
+def prove_reference_sampler() -> SelfTest:
+    """The numpy reference against the golden vectors. Raises EngineError."""
+    return prove_sampler(
+        lambda case: sample(
+            case.logits, case.sampling, case.seed, case.prompt, case.output, mask=case.mask
+        )
+    )
+
+
+def _case(fields: dict[str, Any]) -> GoldenCase:
+    mask = fields["mask"]
+    return GoldenCase(
+        logits=np.array(fields["logits"], dtype=np.float32),
+        sampling=_sampling(fields["sampling"]),
+        seed=int(fields["seed"]),
+        prompt=fields["prompt"],
+        output=fields["output"],
         mask=None if mask is None else np.array(mask, dtype=np.bool_),
+        token=fields["token"],
+        scores=[tuple(score) for score in fields["scores"]],
     )
 
 

@@ -23,7 +23,6 @@ from trueweight.node.engine import (
     SelfTest,
     Step,
 )
-from trueweight.node.vllm import self_test
 from trueweight.node.vllm.options import VllmOptions
 from trueweight.node.vllm.process import EngineProcess
 from trueweight.node.vllm.wire import EngineOrder
@@ -67,14 +66,19 @@ class VllmEngine:
         """
         await self._process.start()
         try:
-            limits = self.limits
-            jobs = self_test.probe_jobs(limits.vocabulary_size, limits.max_context_tokens)
-            outputs = await asyncio.gather(*(self._collect(job) for job in jobs))
-            claims = [self_test.score_job(*pair) for pair in zip(jobs, outputs, strict=True)]
-            self._self_test = self_test.judge(self._process.kernel_test, await self.score(claims))
+            self._self_test = await self._prove()
         except BaseException:
             await self.close()
             raise
+
+    async def _prove(self) -> SelfTest:
+        from trueweight.node.vllm import self_test  # noqa: PLC0415 - compiled kernels
+
+        limits = self.limits
+        jobs = self_test.probe_jobs(limits.vocabulary_size, limits.max_context_tokens)
+        outputs = await asyncio.gather(*(self._collect(job) for job in jobs))
+        claims = [self_test.score_job(*pair) for pair in zip(jobs, outputs, strict=True)]
+        return self_test.judge(self._process.kernel_test, await self.score(claims))
 
     async def _collect(self, job: GenerateJob) -> tuple[int, ...]:
         return tuple([token async for step in self.generate(job) for token in step.token_ids])

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trueweight.node.canonical import RowSampler, Scratch
+from trueweight.node.canonical import BlockScorer, RowSampler, Scratch
 from trueweight.node.engine import GenerateJob, Score, ScoreJob, SelfTest
+from trueweight.node.golden import GoldenCase, golden_cases, prove_sampler
 from trueweight.protos.errors import EngineError
 from trueweight.protos.sampling import CLIP_LOGIT, Sampling, resolve, rows_of, sample_rows
 
@@ -37,23 +38,49 @@ _MOST_MEAN_CLIPPED = 0.05
 
 
 def check_kernels(vocabulary_size: int) -> SelfTest:
-    """Fused kernels against the reference. Raises EngineError at the first other token."""
+    """Fused kernels against the golden vectors, and against the reference on rows of the model's
+    size. Raises EngineError at the first other token or score."""
+    golden = prove_sampler(_fused_token)
+    cases, tolerance = golden_cases()
+    if not all(_scores_agree(case, tolerance) for case in cases):
+        raise EngineError("the fused scorer differs from the golden vectors on this machine")
+    positions = _check_large_rows(vocabulary_size)
+    return SelfTest(golden.positions + positions, golden.equal + positions)
+
+
+def _fused_token(case: GoldenCase) -> int:
+    sampler = RowSampler(case.sampling, case.seed, case.prompt, [], Scratch(case.logits.size))
+    return sampler.winner(case.logits, case.output, case.mask)
+
+
+def _scores_agree(case: GoldenCase, tolerance: float) -> bool:
+    scratch = Scratch(case.logits.size)
+    masks = None if case.mask is None else case.mask[None, :]
+    for claimed, margin, logprob, rank in case.scores:
+        output = [*case.output, claimed]
+        scorer = BlockScorer(case.sampling, case.seed, case.prompt, output, scratch)
+        found = scorer.score(case.logits[None, :], len(case.output), masks)
+        close = np.allclose(
+            (found.margins[0], found.logprobs[0]), (margin, logprob), rtol=0.0, atol=tolerance
+        )
+        if not close or found.ranks[0] != rank:
+            return False
+    return True
+
+
+def _check_large_rows(vocabulary_size: int) -> int:
     logits = np.random.default_rng(7).standard_normal((_KERNEL_ROWS, vocabulary_size)) * 3
+    rows = logits.astype(np.float32)
     scratch = Scratch(vocabulary_size)
-    positions = 0
     for sampling in SAMPLINGS:
-        rows = logits.astype(np.float32)
         sampler = RowSampler(sampling, _SEED, [1, 2, 3], [], scratch)
         output: list[int] = []
         for row in rows:
             output.append(sampler.winner(row, output))
-        expected = sample_rows(
-            rows, rows_of(sampling, _SEED, [1, 2, 3], [], output, count=_KERNEL_ROWS)
-        )
-        if output != expected:
+        claims = rows_of(sampling, _SEED, [1, 2, 3], [], output, count=_KERNEL_ROWS)
+        if output != sample_rows(rows, claims):
             raise EngineError("the fused sampler differs from the reference on this machine")
-        positions += len(output)
-    return SelfTest(positions, positions)
+    return len(SAMPLINGS) * _KERNEL_ROWS
 
 
 def probe_jobs(vocabulary_size: int, max_context_tokens: int) -> list[GenerateJob]:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from trueweight.node import kernels
 from trueweight.node.canonical import BlockScorer, RowSampler, Scratch, is_plain
+from trueweight.node.engine import Score, SelfTest
+from trueweight.node.vllm.self_test import check_kernels, judge
 from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.protos.sampling import Sampling, resolve, rows_of, sample_rows, score_rows
 
@@ -140,3 +142,29 @@ def test_history_longer_than_its_first_buffer():
     assert score.margins.max() == 0.0
     rows = rows_of(sampling, 5, [1, 2], [3], output, count=200)
     assert sample_rows(logits, rows) == output
+
+
+def test_kernels_give_the_golden_vectors():
+    found = check_kernels(VOCABULARY)
+    assert found.positions == found.equal >= 87 + 24
+
+
+def test_the_self_test_notices_a_sampler_that_is_off_by_one_position(monkeypatch):
+    honest = kernels.sample_row
+    monkeypatch.setattr(
+        kernels, "sample_row", lambda row, rules, mask, prompt, *rest: honest(
+            row, rules, mask, np.append(prompt, 1).astype(np.int32), *rest
+        ),
+    )  # fmt: skip
+    with pytest.raises(EngineError):
+        check_kernels(VOCABULARY)
+
+
+def test_the_self_test_judges_margins():
+    passed = SelfTest(10, 10)
+    good = Score((0.0,) * 99 + (0.01,), (-1.0,) * 100, (0,) * 100)
+    assert judge(passed, [good]) == SelfTest(110, 109)
+    bad = Score((0.0,) * 90 + (0.6,) * 10, (-1.0,) * 100, (0,) * 100)
+    for scores in ([bad], [Score((), (), ())], [Score((0.001,) * 100, (-1.0,) * 100, (0,) * 100)]):
+        with pytest.raises(EngineError, match="self-test"):
+            judge(passed, scores)
