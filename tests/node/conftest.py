@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from trueweight.protos.sampling import Sampling
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1 import ledger_pb2, log_pb2
 from trueweight.protos.v1 import node_pb2 as pb
+from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
 from trueweight.protos.v1.market_pb2 import Assignment, MarketDescriptor, Member
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.protos.v1.node_pb2_grpc import NodeStub
 from trueweight.protos.v1.router_pb2 import RegisterResponse
+from trueweight.protos.v1.router_pb2_grpc import RouterServicer, add_RouterServicer_to_server
 from trueweight.runtime import rpc
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.handshake import check_proof, make_proof, new_nonce
@@ -288,7 +291,7 @@ class FakeRouter:
             prefix=prefix,
             received=self.output.get(call, []),
             manifest_digest=self.world.manifest_digest,
-            vocabulary_size=VOCABULARY,
+            vocabulary_size=self.world.manifest.vocabulary_size,
             events=RouterEvents(**events),
         )
         return check_receipt(facts, ring, self.market_id).message
@@ -300,6 +303,19 @@ class FakeRouter:
 
 @pytest.fixture
 def world(tmp_path):
+    return build_world(tmp_path, make_model(tmp_path / "model"))
+
+
+@pytest.fixture
+def demo_world(tmp_path):
+    """The same with the shipped demo model."""
+    import trueweight.simulation
+
+    models = Path(trueweight.simulation.__path__[0]) / "models"
+    return build_world(tmp_path, models / "tw-demo")
+
+
+def build_world(tmp_path, model_dir):
     market_signer = create_keys(tmp_path / "market", None, CLOCK)
     market_id = market_signer.identity
     roles = {
@@ -319,7 +335,6 @@ def world(tmp_path):
     write_market(tmp_path / "market.json", seal(descriptor, market_signer), market_signer.key_event)
     signers["market"] = market_signer
     signers["stranger"] = create_keys(tmp_path / "stranger", market_id, CLOCK)
-    model_dir = make_model(tmp_path / "model")
     manifest = build_manifest(
         model_dir, market_id=market_id, name="toy", revision="1", licence="MIT", now_unix_ms=1
     )
@@ -355,6 +370,83 @@ def fake_router():
     return make
 
 
+LAUNCH = "from trueweight.client.launcher import main; main()"
+
+
+class Peers(LedgerServicer, RouterServicer):
+    """A ledger and a router in one, as far as a starting node needs them."""
+
+    def __init__(self, world):
+        self._world, self.offers = world, asyncio.Queue()
+
+    async def ReadLog(self, request, context):
+        return await self._world.ledger.read_log(request.from_index, kinds=list(request.kinds))
+
+    async def Register(self, request, context):
+        await self.offers.put(request.offer)
+        return RegisterResponse(lease_ms=15_000, eligible=True)
+
+
 @pytest.fixture
-def clock():
-    return CLOCK
+async def peers(world):
+    async with serve_peers(world) as servicer:
+        yield servicer
+
+
+@contextlib.asynccontextmanager
+async def serve_peers(world):
+    """Servers of ledger and router, and a market file that names them."""
+    clock = CLOCK
+    ledger_signer = create_keys(world.root / "ledger", world.market.market_id, clock)
+    servicer, members = Peers(world), list(world.market.descriptor.members)
+    server = rpc.make_server()
+    add_LedgerServicer_to_server(servicer, server)
+    add_RouterServicer_to_server(servicer, server)
+    pem = ensure_certificate(world.root / "ledger", clock.now_unix_ms())
+    endpoint = rpc.listen(server, "127.0.0.1:0", world.root / "ledger")
+    members.append(
+        Member(
+            identity=ledger_signer.identity, role=Member.LEDGER, key_event=ledger_signer.key_event
+        )
+    )
+    for member in members:
+        if member.role in (Member.LEDGER, Member.ROUTER):
+            member.endpoint, member.tls_certificate_pem = endpoint, pem
+    descriptor = MarketDescriptor(market_id=world.market.market_id, members=members)
+    market = world.signers["market"]
+    write_market(world.root / "market.json", seal(descriptor, market), market.key_event)
+    await server.start()
+    try:
+        yield servicer
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def start_command(*arguments):
+    """A `trueweight` process, killed at the end if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        LAUNCH,
+        *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.fixture
+def command():
+    return start_command
+
+
+@pytest.fixture
+def serve():
+    return serve_peers

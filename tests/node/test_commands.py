@@ -3,84 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import signal
-import sys
 
 import pytest
-
-from trueweight.protos.envelope import seal
-from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
-from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
-from trueweight.protos.v1.router_pb2 import RegisterResponse
-from trueweight.protos.v1.router_pb2_grpc import RouterServicer, add_RouterServicer_to_server
-from trueweight.runtime import rpc
-from trueweight.runtime.keys import create_keys
-from trueweight.runtime.market import write_market
-from trueweight.runtime.tls import ensure_certificate
-
-LAUNCH = "from trueweight.client.launcher import main; main()"
-
-
-class Peers(LedgerServicer, RouterServicer):
-    """A ledger and a router in one, as far as a starting node needs them."""
-
-    def __init__(self, world):
-        self._world, self.offers = world, asyncio.Queue()
-
-    async def ReadLog(self, request, context):
-        return await self._world.ledger.read_log(request.from_index, kinds=list(request.kinds))
-
-    async def Register(self, request, context):
-        await self.offers.put(request.offer)
-        return RegisterResponse(lease_ms=15_000, eligible=True)
-
-
-@pytest.fixture
-async def peers(world, clock):
-    """Servers of ledger and router, and a market file that names them."""
-    ledger_signer = create_keys(world.root / "ledger", world.market.market_id, clock)
-    servicer, members = Peers(world), list(world.market.descriptor.members)
-    server = rpc.make_server()
-    add_LedgerServicer_to_server(servicer, server)
-    add_RouterServicer_to_server(servicer, server)
-    pem = ensure_certificate(world.root / "ledger", clock.now_unix_ms())
-    endpoint = rpc.listen(server, "127.0.0.1:0", world.root / "ledger")
-    members.append(
-        Member(
-            identity=ledger_signer.identity, role=Member.LEDGER, key_event=ledger_signer.key_event
-        )
-    )
-    for member in members:
-        if member.role in (Member.LEDGER, Member.ROUTER):
-            member.endpoint, member.tls_certificate_pem = endpoint, pem
-    descriptor = MarketDescriptor(market_id=world.market.market_id, members=members)
-    market = world.signers["market"]
-    write_market(world.root / "market.json", seal(descriptor, market), market.key_event)
-    await server.start()
-    yield servicer
-    await server.stop(0)
-
-
-@contextlib.asynccontextmanager
-async def command(*arguments):
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        LAUNCH,
-        *map(str, arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 def up(world, *more):
@@ -103,7 +29,7 @@ def up(world, *more):
     )
 
 
-async def test_up_prints_one_ready_line_registers_and_ends_cleanly_on_sigterm(world, peers):
+async def test_up_prints_a_ready_line_registers_and_ends_cleanly_on_sigterm(world, peers, command):
     from trueweight.node.describe import open_offer
 
     ready_file = world.root / "ready.json"
@@ -120,7 +46,13 @@ async def test_up_prints_one_ready_line_registers_and_ends_cleanly_on_sigterm(wo
         assert (offer.capacity, offer.fingerprint.engine) == (5, "synthetic")
         assert (world.root / "fresh-node" / "operational.pem").stat().st_mode & 0o077 == 0
         described = await run(
-            "node", "describe", facts["endpoint"], "--market", world.root / "market.json", "--json"
+            command,
+            "node",
+            "describe",
+            facts["endpoint"],
+            "--market",
+            world.root / "market.json",
+            "--json",
         )
         shown = json.loads(described[1])
         assert shown["node_id"] == facts["node_id"]
@@ -130,16 +62,16 @@ async def test_up_prints_one_ready_line_registers_and_ends_cleanly_on_sigterm(wo
         assert await process.stdout.read() == b""
 
 
-async def run(*arguments):
+async def run(command, *arguments):
     async with command(*arguments) as process:
         out, err = await asyncio.wait_for(process.communicate(), 60)
         return process.returncode, out.decode(), err.decode()
 
 
-async def test_altered_weights_exit_65_and_say_which_file(world, peers):
+async def test_altered_weights_exit_65_and_say_which_file(world, peers, command):
     path = world.model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    code, out, err = await run(*up(world))
+    code, out, err = await run(command, *up(world))
     assert code == 65
     assert out == ""
     assert "model.safetensors" in err
@@ -156,15 +88,15 @@ async def test_altered_weights_exit_65_and_say_which_file(world, peers):
         (("--model-id", "gpt"), "sells no gpt"),
     ],
 )
-async def test_wrong_options_end_with_one_clear_line(world, peers, more, words):
-    code, _, err = await run(*up(world, *more))
+async def test_wrong_options_end_with_one_clear_line(world, peers, command, more, words):
+    code, _, err = await run(command, *up(world, *more))
     assert code not in (0, None)
     assert words in err
     assert "Traceback" not in err
 
 
-async def test_engine_must_be_asked_for_by_name(world, peers):
-    code, _, err = await run(*up(world, "--engine", "fastest"))
+async def test_engine_must_be_asked_for_by_name(world, peers, command):
+    code, _, err = await run(command, *up(world, "--engine", "fastest"))
     assert code == 2
     assert "synthetic" in err
     assert "vllm" in err
