@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 from trueweight.node.app import NodeApp, run_node
 from trueweight.node.config import NodeConfig, pick_router
 from trueweight.node.describe import Description, describe
+from trueweight.node.engine import Engine
 from trueweight.node.engines import ENGINE_NAMES, EngineChoice, make_engine
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.money import format_credits, parse_credits
@@ -63,9 +65,14 @@ def up(**options: Any) -> None:
 
     Keys are made on the first start if --keys is empty. SIGTERM finishes running calls first.
     """
+    run_up(options, make_engine)
+
+
+def run_up(options: dict[str, Any], make: Callable[[Path, EngineChoice], Engine]) -> None:
+    """What ``up`` does, with the engine that ``make`` gives for a model directory."""
     cli.configure_logs(options["log_level"], options["log_json"])
     config = _config(options, load_market(options["market"]))
-    engine = make_engine(config.model_dir, _choice(options))
+    engine = make(config.model_dir, _choice(options))
 
     def on_ready(app: NodeApp) -> None:
         facts = ready_facts(app, options["engine"])
