@@ -139,6 +139,32 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
 
 @ledger.command()
 @database_option
+@path_option("--market", default=None, help="Market file: also checks checkpoint signatures.")
+@json_option
+def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
+    """Recompute all balances, holds and the log; exit status 1 if anything is wrong."""
+    findings = reports.fsck(database, market, show_progress=not as_json)
+    facts = {
+        "clean": findings.clean,
+        **findings.counts,
+        "problems": findings.problems,
+        "more_problems": findings.more,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        for problem in findings.problems:
+            click.echo(f"WRONG  {problem}")
+        print_table(
+            "The books are clean" if findings.clean else "The books are WRONG",
+            tuple(findings.counts),
+            [tuple(findings.counts.values())],
+        )
+    raise SystemExit(0 if findings.clean else 1)
+
+
+@ledger.command()
+@database_option
 @option(
     "--format",
     "form",

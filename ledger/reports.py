@@ -10,12 +10,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import rich.progress
+import sqlalchemy as sa
+from rich.console import Console
+
 from trueweight.ledger.accounts import kind_of
+from trueweight.ledger.fsck import Findings, check
 from trueweight.ledger.reader import MAX_PAGE, Reader
 from trueweight.ledger.schema import is_current, make_engine, normal_url, sqlite_path
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1.market_pb2 import Member
+from trueweight.runtime.market import load_market
 
 _COLUMNS = (
     "sequence", "id", "at", "debit_account", "credit_account", "amount_nano", "currency", "phase",
@@ -70,6 +77,38 @@ def statement(database: str, account: str, limit: int) -> list[dict[str, Any]]:
         return rows
     finally:
         reader.close()
+
+
+def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Findings:
+    """Checks the books of a database; see ``trueweight.ledger.fsck``."""
+    reader = open_reader(database)
+    reader.close()
+    engine = make_engine(normal_url(database))
+    keys: list[bytes] | None = None
+    with engine.connect() as connection:
+        market_id = str(
+            connection.execute(sa.text("SELECT value FROM meta WHERE key = 'market'")).scalar()
+        )
+    if market_file is not None:
+        market = load_market(market_file)
+        member = market.member(Member.LEDGER)
+        keys = [key for who, key in market.ring.keys.values() if who == member.identity]
+        market_id = market.market_id
+    try:
+        if not show_progress:
+            return check(engine, market_id, keys)
+        with rich.progress.Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("checking the books", total=None)
+            return check(
+                engine,
+                market_id,
+                keys,
+                lambda what, done, total: bar.update(
+                    task, description=f"checking {what}", completed=done, total=total
+                ),
+            )
+    finally:
+        engine.dispose()
 
 
 def export(database: str, form: str, out: Path) -> int:

