@@ -117,9 +117,13 @@ def _decimal(text: str) -> int:
 
 def _base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise BadSignature("not base64") from None
+    # Unused trailing bits must be zero, so that a note has one spelling only.
+    if base64.b64encode(data).decode() != text:
+        raise BadSignature("not canonical base64")
+    return data
 
 
 def _utf8(text: str) -> bytes:
