@@ -32,7 +32,10 @@ from trueweight.node.weights import (
     until_withdrawn,
 )
 from trueweight.node.workload import Workload
+from trueweight.protos.envelope import parse_envelope, parse_payload
 from trueweight.protos.errors import EngineError, InvalidRequest, TrueweightError, WeightsRefused
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.protos.v1.node_pb2_grpc import add_NodeServicer_to_server
 from trueweight.protos.v1.router_pb2 import RegisterRequest, RegisterResponse
@@ -71,7 +74,7 @@ class NodeApp:
         self._sessions: set[NodeSession] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
-        self.signer = load_or_create(config.keys, config.market.market_id, self._clock)
+        self.signer = _own_keys(config, self._clock)
         self._tokens = rpc.AccessTokens(
             self.signer, config.market.market_id, self._clock, self._random
         )
@@ -251,6 +254,18 @@ class NodeApp:
     def _live_sessions(self) -> bool:
         self._sessions = {s for s in self._sessions if not s.ended}
         return bool(self._sessions)
+
+
+def _own_keys(config: NodeConfig, clock: Clock) -> Signer:
+    """The node's signer; new keys if there are none. Raises InvalidRequest for another market's."""
+    market_id = config.market.market_id
+    signer = load_or_create(config.keys, market_id, clock)
+    if parse_payload(parse_envelope(signer.key_event), KeyEvent).market_id != market_id:
+        raise InvalidRequest(
+            f"the keys in {config.keys} belong to another market",
+            hint="Name an empty directory with --keys; new keys are made there.",
+        )
+    return signer
 
 
 async def _logged(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -29,8 +29,12 @@ from trueweight.protos.errors import (
     StorageError,
     TrueweightError,
 )
+from trueweight.protos.v1.market_pb2 import FinishReason
 
 log = logging.getLogger(__name__)
+
+# A leg that ended like this is free for the client; the ledger would refuse a claim.
+_DEAD = (FinishReason.DEADLINE, FinishReason.ENGINE_ERROR)
 
 
 class CallRunner:
@@ -124,11 +128,11 @@ class CallRunner:
             ),
         )
         envelope = sign_receipt(receipt, self._node.signer)
-        self._journal(envelope)
+        self._journal(envelope, claimable=finish.reason not in _DEAD)
         self._outbox.add_finished(self.call, envelope)
         self._on_finished(self)
 
-    def _journal(self, receipt: bytes) -> None:
+    def _journal(self, receipt: bytes, *, claimable: bool) -> None:
         opened = self._admitted.opened
         entry = JournalEntry(
             assignment_digest=opened.digest,
@@ -136,6 +140,7 @@ class CallRunner:
             hold_expires_at_unix_ms=opened.message.hold_expires_at_unix_ms,
             assignment=opened.envelope,
             receipt=receipt,
+            claimable=claimable,
         )
         try:
             self._node.journal.record(entry)

@@ -32,22 +32,27 @@ def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
 
 
 async def claim_due(journal: ReceiptJournal, ledger: LedgerPort, now_unix_ms: int) -> int:
-    """Claims every receipt whose hold is about to end; how many the ledger paid.
+    """Claims every receipt whose hold is about to end; how many claims the ledger keeps. It pays
+    them when the hold expires without a capture.
 
     A refusal settles an entry as well: almost always the router has captured already.
     """
-    entries = journal.due(now_unix_ms + CLAIM_BEFORE_EXPIRY_MS)
-    if not entries:
-        return 0
+    kept = 0
+    while entries := journal.due(now_unix_ms + CLAIM_BEFORE_EXPIRY_MS):
+        kept += await _claim(journal, ledger, entries)
+    return kept
+
+
+async def _claim(journal: ReceiptJournal, ledger: LedgerPort, entries: list[JournalEntry]) -> int:
     results = await ledger.apply([claim_operation(entry) for entry in entries])
-    paid = 0
+    kept = 0
     for entry, result in zip(entries, results, strict=True):
         journal.mark_claimed(entry.assignment_digest)
         if result.status == ledger_pb2.Result.REFUSED:
             log.debug("claim settled otherwise: %s", result.code)
         else:
-            paid += 1
-    return paid
+            kept += 1
+    return kept
 
 
 async def claim_forever(journal: ReceiptJournal, ledger: LedgerPort, clock: Clock) -> None:
@@ -56,12 +61,12 @@ async def claim_forever(journal: ReceiptJournal, ledger: LedgerPort, clock: Cloc
         await clock.sleep_ms(PERIOD_MS)
         now = clock.now_unix_ms()
         try:
-            paid = await claim_due(journal, ledger, now)
+            kept = await claim_due(journal, ledger, now)
             journal.forget_expired(now - KEEP_MS)
         except StorageError as error:
             log.error("%s", error)
         except TrueweightError as error:
             log.warning("claims must wait: %s", error)
         else:
-            if paid:
-                log.warning("the router withheld %d captures; claimed them at the ledger", paid)
+            if kept:
+                log.warning("%d receipts are not captured yet; claimed them", kept)

@@ -31,13 +31,15 @@ CREATE INDEX IF NOT EXISTS receipts_by_expiry ON receipts (hold_expires_at_unix_
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A receipt with what pays for it. ``assignment`` and ``receipt`` are envelopes."""
+    """A receipt with what pays for it. ``assignment`` and ``receipt`` are envelopes. A leg that
+    died is not ``claimable``; it is kept only so that it is not run again."""
 
     assignment_digest: bytes
     hold_id: bytes
     hold_expires_at_unix_ms: int
     assignment: bytes
     receipt: bytes
+    claimable: bool = True
 
 
 class ReceiptJournal:
@@ -59,13 +61,14 @@ class ReceiptJournal:
     def record(self, entry: JournalEntry) -> None:
         """Raises StorageError."""
         self._run(
-            "INSERT OR IGNORE INTO receipts VALUES (?, ?, ?, ?, ?, 0)",
+            "INSERT OR IGNORE INTO receipts VALUES (?, ?, ?, ?, ?, ?)",
             (
                 entry.assignment_digest,
                 entry.hold_id,
                 entry.hold_expires_at_unix_ms,
                 entry.assignment,
                 entry.receipt,
+                int(not entry.claimable),
             ),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from trueweight.protos.v1 import node_pb2 as pb
 from trueweight.protos.v1.node_pb2_grpc import NodeServicer
 from trueweight.runtime import rpc
 
+# Strangers can open sessions but not finish the handshake: of too many, the oldest goes.
+MAX_HANDSHAKES = 64
 MAX_SESSIONS = 64
 
 
@@ -61,19 +64,30 @@ class NodeService(NodeServicer):
         self._score_for, self._challengers = score_for, challengers
         self._manifests = manifests
         self._on_session = on_session
-        self._sessions = 0
+        self._handshakes: deque[NodeSession] = deque()
+        self._sessions: set[NodeSession] = set()
 
     @rpc.unary
     async def Session(self, request_iterator: Any, context: Any) -> None:
-        if self._sessions >= MAX_SESSIONS:
-            raise OverCapacity(f"at most {MAX_SESSIONS} sessions", hint="Close one.")
-        session = NodeSession(self._node, ServedStream(request_iterator, context))
-        self._sessions += 1
-        self._on_session(session)
+        stream = ServedStream(request_iterator, context)
+        session = NodeSession(self._node, stream, on_open=self._opened)
+        self._handshakes.append(session)
+        if len(self._handshakes) > MAX_HANDSHAKES:
+            self._handshakes.popleft().abandon()
         try:
             await session.run()
         finally:
-            self._sessions -= 1
+            self._sessions.discard(session)
+            if session in self._handshakes:
+                self._handshakes.remove(session)
+
+    def _opened(self, session: NodeSession) -> None:
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise OverCapacity(f"at most {MAX_SESSIONS} sessions", hint="Close one.")
+        if session in self._handshakes:
+            self._handshakes.remove(session)
+        self._sessions.add(session)
+        self._on_session(session)
 
     @rpc.unary
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:

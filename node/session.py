@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from trueweight.node.admission import Refused, Situation, admit
@@ -55,8 +56,18 @@ class NodeSession:
     ``audience`` is the router's identity if the node dialled it, else empty.
     """
 
-    def __init__(self, node: NodeContext, stream: FrameStream, audience: str = "") -> None:
+    def __init__(
+        self,
+        node: NodeContext,
+        stream: FrameStream,
+        audience: str = "",
+        on_open: Callable[[NodeSession], None] = lambda _session: None,
+    ) -> None:
+        """``on_open`` is called once the router has proved itself; what it raises ends the
+        session."""
         self._node, self._stream, self._audience = node, stream, audience
+        self._on_open = on_open
+        self._handshake: asyncio.Task[None] | None = None
         self._outbox = Outbox()
         self._calls: dict[int, CallRunner] = {}
         self._engine_tasks: set[asyncio.Task[None]] = set()
@@ -72,6 +83,7 @@ class NodeSession:
         InvalidRequest if the router breaks the protocol."""
         try:
             await self._shake_hands_in_time()
+            self._on_open(self)
             log.info("session with router %s", self.router_id)
             await self._serve()
         finally:
@@ -85,6 +97,11 @@ class NodeSession:
         self._draining = True
         self._outbox.announce_draining()
 
+    def abandon(self) -> None:
+        """Ends a session whose handshake is not over, in favour of a newer one."""
+        if self._handshake is not None:
+            self._handshake.cancel()
+
     def end(self) -> None:
         """Ends the session soon: running calls get receipts for what they sent, which the router
         still receives if it reads."""
@@ -94,11 +111,17 @@ class NodeSession:
         self._idle.set()
 
     async def _shake_hands_in_time(self) -> None:
+        self._handshake = asyncio.create_task(self._shake_hands())
+        timeout_s = self._node.timing.handshake_ms / 1000
         try:
-            async with asyncio.timeout(self._node.timing.handshake_ms / 1000):
-                await self._shake_hands()
-        except TimeoutError:
-            raise DeadlineExceeded("the router did not prove itself in time") from None
+            done, _ = await asyncio.wait([self._handshake], timeout=timeout_s)
+        finally:
+            self._handshake.cancel()
+        if not done:
+            raise DeadlineExceeded("the router did not prove itself in time")
+        if self._handshake.cancelled():
+            raise OverCapacity("too many sessions are being opened", hint="Try again.")
+        self._handshake.result()
 
     async def _shake_hands(self) -> None:
         my_nonce = new_nonce(self._node.random)

@@ -224,6 +224,25 @@ async def test_a_refused_claim_is_settled_and_a_lost_one_is_asked_again(world):
     assert len(world.ledger.claims) == 1
 
 
+async def test_a_leg_that_died_is_not_claimed_but_not_run_again(world):
+    from dataclasses import replace
+
+    journal = ReceiptJournal()
+    journal.record(replace(entry(1), claimable=False))
+    assert await claim_due(journal, world.ledger, 0) == 0
+    assert not world.ledger.claims
+    assert journal.knows(bytes([1]) * 32)
+
+
+async def test_keys_of_another_market_are_refused(world):
+    from trueweight.node.app import NodeApp
+    from trueweight.runtime.keys import create_keys
+
+    create_keys(world.root / "foreign", "othermarket", ManualClock())
+    with pytest.raises(InvalidRequest, match="another market"):
+        NodeApp(world.config("foreign"), world.engine())
+
+
 def test_the_journal_survives_a_killed_process_and_forgets_in_time(tmp_path):
     path = tmp_path / "receipts.sqlite"
     first = ReceiptJournal(path)

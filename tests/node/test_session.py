@@ -323,6 +323,22 @@ async def test_attack_silent_peer_is_dropped_after_the_handshake_time(world):
         assert await final_code(stream) == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_attack_silent_strangers_cannot_keep_the_router_out(world, monkeypatch):
+    from trueweight.node import service
+
+    monkeypatch.setattr(service, "MAX_HANDSHAKES", 4)
+    async with world.node() as app, world.channel(app) as channel:
+        silent = [NodeStub(channel).Session() for _ in range(10)]
+        for stream in silent:
+            await stream.read()
+        async with world.session(app) as router:
+            await router.run(router.dispatch(max_tokens=3))
+            router.check(1)
+        assert await final_code(silent[0]) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for stream in silent:
+            stream.cancel()
+
+
 async def test_attack_reused_call_number_ends_the_session_with_receipts_kept(world):
     engine = world.engine(speed=Speed(decode_tokens_per_s=50))
     async with world.node(engine) as app, world.session(app) as router:
