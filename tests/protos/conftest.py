@@ -132,6 +132,6 @@ def stranger():
     return identity(5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def honest(router, node):
     return Case(router, node)
