@@ -90,4 +90,3 @@ def check_signature(public_key: bytes, signature: bytes, message: bytes) -> None
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
     except (InvalidSignature, ValueError):
         raise BadSignature("the signature does not hold") from None
-

@@ -26,7 +26,10 @@ class Split:
 
 
 def charge_nano(
-    input_tokens: int, output_tokens: int, ask_input_nano_per_mtok: int, ask_output_nano_per_mtok: int
+    input_tokens: int,
+    output_tokens: int,
+    ask_input_nano_per_mtok: int,
+    ask_output_nano_per_mtok: int,
 ) -> int:
     """ceil((input * ask_input + output * ask_output) / 10^6). Raises on overflow or negatives."""
     values = (input_tokens, output_tokens, ask_input_nano_per_mtok, ask_output_nano_per_mtok)
