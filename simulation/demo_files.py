@@ -55,14 +55,15 @@ tokenizer, a real engine. It writes short Python-like functions and stops. It kn
 often wrong, and its code must not be run.
 
 ## Data
-The only text is the `.py` files of the standard library of Python {python} itself, read from the
-interpreter that ran the training: {files} files, and in them every distinct function, method and
-class of {min_chars} to {max_chars} characters. Tests, third-party packages and `pydoc_data` are
-left out. A docstring that makes a definition too long is cut to its first sentence. The tokenizer is
-fitted to all of these; the weights to the {documents:,} of at most {max_tokens} tokens, less one in
-{held_out_one_in}, chosen by its hash, which is held out to measure the loss. Chat turns are built
-from the names and docstrings of the same definitions with fixed phrases
-(`simulation/demo_corpus.py`). Nothing was downloaded and no other model was used.
+The only text is the `.py` files of the standard library of Python {python} itself, read from
+the interpreter that ran the training: {files} files, and in them every distinct function,
+method and class of {min_chars} to {max_chars} characters. Tests, third-party packages and
+`pydoc_data` are left out. A docstring that makes a definition too long is cut to its first
+sentence. The tokenizer is fitted to all of these; the weights to the {documents:,} of at most
+{max_tokens} tokens, less one in {held_out_one_in}, chosen by its hash, which is held out to
+measure the loss. Chat turns are built from the names and docstrings of the same definitions
+with fixed phrases (`simulation/demo_corpus.py`). Nothing was downloaded and no other model was
+used.
 
 SHA-256 of all definitions, in order: `{corpus_sha256}`
 
@@ -78,10 +79,10 @@ are Trueweight's own, under Apache-2.0.
 ## Reproduce
     python -m trueweight.simulation.train_demo_model --out DIR --seed {seed} --steps {steps}
 
-{tokens:,} tokens in {steps:,} steps, {minutes:.0f} minutes on {threads} thread(s); held-out loss
-{held_out_loss:.3f} nats per token (bfloat16, completions). `training.json` has every number and the
-SHA-256 of each file. The same Python, torch, CPU kind and seed give the same bytes; another CPU kind rounds differently
-and gives other weights of the same quality.
+{tokens:,} tokens in {steps:,} steps, {minutes:.0f} minutes on {threads} thread(s); held-out
+loss {held_out_loss:.3f} nats per token (bfloat16, completions). `training.json` has every
+number and the SHA-256 of each file. The same Python, torch, CPU kind and seed give the same
+bytes; another CPU kind rounds differently and gives other weights of the same quality.
 
 ## Use
 Completions start with `<|bos|>` and end with `<|eos|>`; chat turns end with `<|end|>`. Both stop a
