@@ -64,7 +64,10 @@ class GrpcNode:
     async def challenge(self, request: ChallengeRequest) -> ChallengeResponse:
         """The node's answer; it has the request's deadline and a little for the way."""
         timeout_ms = request.deadline_ms + _CALL_SLACK_MS
-        return await rpc.call(self._stub.Challenge, request, timeout_ms=timeout_ms)
+        metadata = self._tokens.metadata(await self.identity())
+        return await rpc.call(
+            self._stub.Challenge, request, timeout_ms=timeout_ms, metadata=metadata
+        )
 
     async def offer(self) -> Offer:
         """What the node says it serves. The pinned certificate says who answers."""
