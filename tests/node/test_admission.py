@@ -24,7 +24,7 @@ from trueweight.protos.v1.node_pb2 import Dispatch
 
 NODE = "n" * 32
 fixture_ok = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -67,7 +67,7 @@ def play(script, window=3):
 
 
 @given(events)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_call_ends_with_exactly_one_receipt_over_what_was_sent(script):
     sent, made, finishes, aborts, _ = play(script)
     (finish,) = finishes
@@ -80,7 +80,7 @@ def test_every_call_ends_with_exactly_one_receipt_over_what_was_sent(script):
 
 
 @given(events)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_reasons_are_true(script):
     _, _, (finish,), _, ended_by = play(script)
     stops = [e.at for e in script if isinstance(e, StopAt)]

@@ -98,7 +98,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(samplings, st.integers(-(2**63), 2**63 - 1), st.integers(0, 12))
 def test_generating_then_scoring_gives_margin_zero(sampling, seed, prefix_len):
     async def run():
