@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.envelope import (
     Opened,
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
 MAX_LEGS = 256
+# Ignored leaves that are worth a line each; a flood of them is not.
+MAX_WARNINGS = 100
 KINDS = (
     "key-event",
     "registry-entry",
@@ -180,7 +182,8 @@ class LogView:
             handler(entry)
         except TrueweightError as error:
             self.ignored += 1
-            log.warning("leaf %d (%s) ignored: %s", entry.index, kind, error.message)
+            level = logging.WARNING if self.ignored <= MAX_WARNINGS else logging.DEBUG
+            log.log(level, "leaf %d (%s) ignored: %s", entry.index, kind, error.message)
             return ""
         return kind
 
@@ -286,7 +289,7 @@ class LogView:
         transfer = TransferRecord()
         try:
             transfer.ParseFromString(entry.body)
-        except ValueError:  # protobuf's DecodeError is one
+        except DecodeError:
             raise TrueweightError("not a transfer record") from None
         if transfer.phase == TransferRecord.PENDING and transfer.reason == "hold":
             self._hold_clients.put(transfer.operation_id, transfer.debit_account)

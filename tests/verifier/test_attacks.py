@@ -1,0 +1,319 @@
+"""Attacks on the evidence: who signs what nobody believes, and bytes that nobody should parse."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.v1.audit_pb2 import (
+    AuditRequest,
+    Conviction,
+    EpochOpen,
+    Verdict,
+)
+from trueweight.protos.v1.log_pb2 import LogEntry
+from trueweight.protos.v1.market_pb2 import Suspension
+from trueweight.verifier.conviction import (
+    CLIENT_FREE_WEIGHT,
+    Evidence,
+    NodeEvidence,
+    frozen_pairs,
+    should_convict,
+)
+from trueweight.verifier.state import KINDS, LogView, Recent
+
+WRONG = [3.0] * 50
+MU0 = 400_000
+
+
+class Forger:
+    """Writes whatever it likes into the log, past the ledger's own checks."""
+
+    def __init__(self, world):
+        self.world = world
+        self.view = LogView(world.market)
+
+    def log(self, message, signer):
+        return self.world.ledger.log_envelope(seal(message, signer))
+
+    def fold(self):
+        for entry in self.world.ledger.entries[self.view.next_index :]:
+            self.view.apply(entry)
+        return self.view
+
+    def setup(self, kit):
+        """A calibration in force, one served receipt and its audit request."""
+        world, me = self.world, self.world.verifiers[0]
+        statement = world.measured().statement(world.market_id, world.manifest_digest, 0)
+        self.log(statement, me)
+        self.calibration = digest_of(self.world.ledger.entries[-1].body)
+        self.receipt = world.serve("good", WRONG)
+        self.log(self.request(me), me)
+        return self.fold()
+
+    def request(self, signer, receipt=None):
+        return AuditRequest(
+            market_id=self.world.market_id,
+            verifier_id=signer.identity,
+            receipt_digest=receipt or self.receipt,
+        )
+
+    def verdict(self, signer, **changes):
+        leaf = self.view.receipts.get(self.receipt)
+        fields = {
+            "market_id": self.world.market_id,
+            "verifier_id": signer.identity,
+            "node_id": leaf.node_id,
+            "assignment_digest": leaf.assignment_digest,
+            "receipt_digest": self.receipt,
+            "calibration_digest": self.calibration,
+            "parameter_class": "plain",
+            "sum_x_nano": 50 * 10**9,
+            "scored_tokens": 50,
+            "outcome": Verdict.SCORED,
+            "receipt_log_index": leaf.index,
+        }
+        return Verdict(**{**fields, **changes})
+
+
+@pytest.fixture
+def forger(make_world, kit):
+    world = make_world(verifier_count=2)
+    world.add_node("good"), world.add_node("rival")
+    found = Forger(world)
+    found.setup(kit)
+    return found
+
+
+def wealth(forger, name="good"):
+    view = forger.fold()
+    return view.node(forger.world.nodes[name].identity).pooled.wealth
+
+
+def test_an_entitled_verdict_counts(forger):
+    me = forger.world.verifiers[0]
+    forger.log(forger.verdict(me), me)
+    assert wealth(forger).r == 1
+
+
+def test_attack_verdict_by_somebody_who_is_no_verifier(forger, kit):
+    for signer in (kit.signer(forger.world.market_id), forger.world.router):
+        forger.log(forger.verdict(signer), signer)
+    assert wealth(forger).r == 0 and forger.view.ignored == 2
+
+
+def test_attack_verdict_in_another_verifiers_name(forger):
+    me, other = forger.world.verifiers
+    forger.log(forger.verdict(me), other)
+    assert wealth(forger).r == 0 and forger.view.ignored == 1
+
+
+@pytest.mark.parametrize(
+    "changes,why",
+    [
+        ({"assignment_digest": b"x" * 32}, "another assignment"),
+        ({"receipt_digest": b"x" * 32}, "no such receipt"),
+        ({"scored_tokens": 51}, "more or fewer tokens"),
+        ({"scored_tokens": 0}, "more or fewer tokens"),
+        ({"sum_x_nano": 50 * 10**9 + 1}, "larger than its terms"),
+        ({"calibration_digest": b"x" * 32}, "calibration"),
+        ({"parameter_class": "greedy"}, "calibration"),
+        ({"outcome": Verdict.UNCALIBRATED}, "no evidence"),
+        ({"outcome": Verdict.INVALID_RECEIPT}, "no evidence"),
+        ({"outcome": 77}, "no evidence"),
+    ],
+)
+def test_attack_framing_verdicts_are_no_evidence(forger, changes, why):
+    me = forger.world.verifiers[0]
+    forger.log(forger.verdict(me, **changes), me)
+    assert wealth(forger).r == 0
+    (verdict,) = forger.view.verdicts.values()
+    assert why in verdict.why_not
+
+
+def test_attack_a_rivals_receipt_is_held_against_the_node(forger):
+    me, rival = forger.world.verifiers[0], forger.world.nodes["rival"].identity
+    forger.log(forger.verdict(me, node_id=rival), me)
+    assert wealth(forger, "rival").r == 0 and wealth(forger).r == 0
+
+
+def test_attack_verdict_without_a_logged_request(forger):
+    other = forger.world.verifiers[1]
+    forger.log(forger.verdict(other), other)
+    (verdict,) = forger.fold().verdicts.values()
+    assert wealth(forger).r == 0 and "not requested" in verdict.why_not
+
+
+def test_attack_the_same_audit_is_counted_again_and_again(forger):
+    me = forger.world.verifiers[0]
+    for number in range(5):
+        forger.log(forger.verdict(me, issued_at_unix_ms=number), me)
+    assert wealth(forger).r == 1 and forger.view.ignored == 4
+
+
+def test_two_verifiers_of_one_receipt_count_once_in_the_public_wealth(forger):
+    me, other = forger.world.verifiers
+    forger.log(forger.request(other), other)
+    forger.log(forger.verdict(me), me)
+    forger.log(forger.verdict(other), other)
+    record = forger.fold().node(forger.world.nodes["good"].identity)
+    assert record.pooled.wealth.r == 1
+    assert [e.wealth.r for e in record.by_verifier.values()] == [1, 1]
+
+
+def test_attack_calibration_by_a_node_or_a_router(forger):
+    world = forger.world
+    for signer in (world.nodes["rival"], world.router):
+        statement = world.measured(9).statement(world.market_id, world.manifest_digest, 0)
+        forger.log(statement, signer)
+    view = forger.fold()
+    assert [c.version for c in view.calibrations.all()] == [1] and view.ignored == 2
+
+
+def test_attack_suspension_and_conviction_by_strangers(forger):
+    world, target = forger.world, forger.world.nodes["good"].identity
+    rival = world.nodes["rival"]
+    forger.log(Suspension(market_id=world.market_id, node_id=target, issuer=rival.identity), rival)
+    forger.log(
+        Conviction(market_id=world.market_id, node_id=target, verifier_id=rival.identity), rival
+    )
+    view = forger.fold()
+    assert not view.node(target).suspended and not view.convicted(target)
+
+
+def test_attack_epochs_that_go_back_in_time(forger):
+    me = forger.world.verifiers[0]
+    for epoch in (1, 2, 2, 1):
+        forger.log(
+            EpochOpen(market_id=forger.world.market_id, verifier_id=me.identity, epoch=epoch), me
+        )
+    assert [e.message.epoch for e in forger.fold().epochs[me.identity]] == [1, 2]
+
+
+async def test_two_of_two_verifiers_must_agree_before_money_moves(make_world, kit):
+    world = make_world(verifier_count=2, convictions_needed=2)
+    bad = world.add_node("bad")
+    for number in (0, 1):
+        app = world.app(number)
+        await kit.drive(world, app, app.service.ready.is_set)
+    for _ in range(8):
+        world.serve("bad", WRONG)
+    first = world.app(0)
+    await kit.settle(world, first)
+    assert not first.service.view.convicted(bad) and not world.ledger.convicted
+    assert not world.ledger.of_kind("suspension", Suspension)
+    second = world.app(1)
+    await kit.settle(world, second)
+    assert second.service.view.convicted(bad) and list(world.ledger.convicted) == [bad]
+    assert len(world.ledger.of_kind("conviction", Conviction)) == 2
+    assert len(world.ledger.refunds) == 8
+
+
+# One client's share, and calibrations in doubt.
+
+
+def evidence(number, client="", sum_x=0, pair="p", tokens=256):
+    return Evidence(number, number, sum_x, tokens, MU0, pair, client)
+
+
+def test_attack_a_friendly_client_cannot_own_a_nodes_evidence():
+    node = NodeEvidence()
+    for number in range(2000):
+        node = node.add(evidence(number, "client:friend"))
+        if number % 20 == 0:
+            node = node.add(evidence(number, "client:stranger", sum_x=256 * 5_000_000))
+    friend = node.client_weights["client:friend"]
+    assert friend <= CLIENT_FREE_WEIGHT
+    assert node.capped_audits > 200 and node.crossed_by is not None
+
+
+def test_attack_a_hostile_client_cannot_convict_a_rival_alone_once_others_are_there():
+    node = NodeEvidence()
+    for number in range(300):
+        node = node.add(evidence(number, "client:a"))
+        node = node.add(evidence(number, "client:b"))
+    shares = node.client_weights
+    assert shares["client:a"] == pytest.approx(shares["client:b"], rel=0.02)
+    before = node.wealth.r
+    for number in range(600):
+        node = node.add(evidence(number, "client:hostile", sum_x=256 * 700_000))
+    assert node.wealth.r - before <= CLIENT_FREE_WEIGHT + 1 + 600 * 0.5
+
+
+def test_a_single_client_is_never_capped():
+    node = NodeEvidence()
+    for number in range(400):
+        node = node.add(evidence(number, "client:only"))
+    assert node.wealth.r == 400
+
+
+def with_noise(pair, mean, count=40):
+    node = NodeEvidence()
+    for number in range(count):
+        node = node.add(evidence(number + 1, sum_x=256 * mean, pair=pair))
+    return node
+
+
+def test_when_the_median_node_looks_guilty_the_calibration_is_frozen():
+    guilty = [with_noise("bad pair", 2_000_000) for _ in range(3)]
+    frozen = frozen_pairs(guilty)
+    assert frozen == {"bad pair"}
+    assert guilty[0].crossed_by is not None and not should_convict(guilty[0], frozen)
+
+
+def test_one_cheat_among_honest_nodes_freezes_nothing():
+    nodes = [with_noise("pair", 2_000_000), with_noise("pair", 50_000), with_noise("pair", 0)]
+    assert frozen_pairs(nodes) == frozenset() and should_convict(nodes[0], frozenset())
+
+
+def test_attack_two_sybils_cannot_freeze_a_pair_among_four_honest_nodes():
+    nodes = [with_noise("pair", 2_000_000) for _ in range(2)]
+    nodes += [with_noise("pair", 50_000) for _ in range(4)]
+    assert frozen_pairs(nodes) == frozenset()
+
+
+# Hostile bytes.
+
+
+@settings(
+    max_examples=1500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_hostile_leaves_never_crash_or_change_the_evidence(forger, data):
+    view = forger.fold()
+    before = wealth(forger).r
+    valid = [e.body for e in forger.world.ledger.entries]
+    body = bytearray(data.draw(st.sampled_from(valid) | st.binary(max_size=200)))
+    for _ in range(data.draw(st.integers(0, 6))):
+        if body:
+            body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    kind = data.draw(st.sampled_from(KINDS) | st.text(max_size=10))
+    entry = LogEntry(index=view.next_index, kind=kind, body=bytes(body))
+    view.apply(entry)
+    view.next_index = len(forger.world.ledger.entries)
+    assert view.node(forger.world.nodes["good"].identity).pooled.wealth.r == before
+
+
+def test_memory_is_bounded():
+    recent = Recent(100)
+    for number in range(10_000):
+        recent.put(number, number)
+    assert len(recent) == 100 and recent.get(0) is None and recent.get(9_999) == 9_999
+
+
+def test_leaves_seen_twice_count_once(forger):
+    me = forger.world.verifiers[0]
+    forger.log(forger.verdict(me), me)
+    forger.fold()
+    for entry in list(forger.world.ledger.entries):
+        forger.view.apply(entry)
+    assert wealth(forger).r == 1
+
+
+def test_other_kinds_of_leaves_pass_by(forger):
+    entry = LogEntry(index=forger.view.next_index, kind="new-kind", body=os.urandom(50))
+    assert forger.view.apply(entry) == ""
