@@ -181,7 +181,10 @@ def apply_key_event(ring: KeyRing, data: bytes, market_id: str) -> KeyRing:
     if key_id(event.root_public_key) != event.identity or event.market_id != market_id:
         raise BadSignature("the key event names another identity or market")
     encoding = pre_authentication_encoding(envelope.payload_type, envelope.payload)
-    check_signature(event.root_public_key, envelope.signatures[0].signature, encoding)
+    by_root = [s.signature for s in envelope.signatures if s.key_id == event.identity]
+    if not by_root:
+        raise BadSignature("the key event is not signed by its root key")
+    check_signature(event.root_public_key, by_root[0], encoding)
     known = ring.sequences.get(event.identity)
     if known is not None and event.sequence <= known:
         if ring.identity_of(key_id(event.operational_public_key)) == event.identity:

@@ -1,0 +1,117 @@
+"""Market directories: private keys stay private, nothing signed is overwritten."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import pytest
+
+from trueweight.client.market_setup import (
+    ROLES,
+    SERVERS,
+    MarketPlan,
+    create_market,
+    reissue_market,
+)
+from trueweight.protos.errors import InvalidRequest, TrueweightError
+from trueweight.runtime.clock import ManualClock
+from trueweight.runtime.keys import load_signer
+from trueweight.runtime.market import load_market
+
+
+def test_a_market_names_every_role_with_its_certified_key(market):
+    loaded = load_market(market.file)
+    for name, role in ROLES.items():
+        signer = load_signer(market.keys(name))
+        member = loaded.member(role)
+        assert member.identity == signer.identity
+        assert loaded.ring.identity_of(signer.key_id) == signer.identity
+        assert bool(member.tls_certificate_pem) == (name in SERVERS)
+    assert load_signer(market.keys("market")).identity == loaded.market_id
+
+
+def test_private_files_can_only_be_read_by_their_owner(market):
+    private = [p for p in market.path.rglob("*.pem") if "cert" not in p.name]
+    assert len(private) == 2 * (len(ROLES) + 1) + len(SERVERS)
+    for path in private:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for directory in (market.path / "keys").iterdir():
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_nothing_secret_is_in_the_public_file(market):
+    text = market.file.read_text()
+    assert "PRIVATE" not in text
+    for path in (market.path / "keys").rglob("*.pem"):
+        if "cert" not in path.name:
+            assert path.read_text().splitlines()[1] not in text
+
+
+def test_an_existing_market_is_not_overwritten(market):
+    before = market.file.read_bytes()
+    with pytest.raises(InvalidRequest, match="already holds a market"):
+        create_market(market.path, MarketPlan("other"), ManualClock())
+    assert market.file.read_bytes() == before
+
+
+def test_reissue_moves_endpoints_and_keeps_the_rest(market):
+    old = load_market(market.file)
+    new = reissue_market(market.path, {"ledger": "10.0.0.1:99"}, ManualClock())
+    assert new.market_id == old.market_id
+    assert new.descriptor.sequence == old.descriptor.sequence + 1
+    assert new.member(ROLES["ledger"]).endpoint == "10.0.0.1:99"
+    assert new.member(ROLES["router"]) == old.member(ROLES["router"])
+    assert new.descriptor.fee_ppm == old.descriptor.fee_ppm
+    new = reissue_market(market.path, {"router": "h:1"}, ManualClock())
+    assert new.member(ROLES["ledger"]).endpoint == "10.0.0.1:99"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        MarketPlan(""),
+        MarketPlan("x\n"),
+        MarketPlan("x", fee_ppm=-1),
+        MarketPlan("x", fee_ppm=600_000, verification_pool_ppm=600_000),
+        MarketPlan("x", settlement_window_ms=-1),
+        MarketPlan("x", convictions_needed=0),
+        MarketPlan("x", endpoints={"ledger": "no-port"}),
+        MarketPlan("x", endpoints={"ledger": "host:0"}),
+        MarketPlan("x", endpoints={"ledger": "host:70000"}),
+        MarketPlan("x", endpoints={"nobody": "host:1"}),
+    ],
+)
+def test_absurd_plans_make_nothing(tmp_path, plan):
+    with pytest.raises(InvalidRequest):
+        create_market(tmp_path / "m", plan, ManualClock())
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_tampered_market_file_is_refused(market):
+    document = json.loads(market.file.read_text())
+    for key in ("descriptor", "market_key_event"):
+        for text in ("", "AAAA", "not base64!", document[key][:-8] + "AAAAAAA="):
+            market.file.write_text(json.dumps({**document, key: text}))
+            with pytest.raises(TrueweightError):
+                load_market(market.file)
+    # The readable copy is only for people.
+    market.file.write_text(json.dumps({**document, "readable": {"name": "forged"}}))
+    assert load_market(market.file).descriptor.name == "test"
+
+
+def test_commands(tmp_path, trueweight):
+    made = trueweight("market", "init", tmp_path / "m", "--name", "demo", "--fee-percent", "2.5")
+    assert made.code == 0, made.err
+    shown = trueweight(
+        "market", "show", "--market", tmp_path / "m" / "market.json", "--json"
+    ).json()
+    assert shown["fee_ppm"] == 25_000
+    assert {m["role"] for m in shown["members"]} == set(ROLES)
+    again = trueweight("market", "init", tmp_path / "m")
+    assert again.code == 2
+    assert "already holds" in again.err
+    moved = trueweight("market", "reissue", tmp_path / "m", "--router-endpoint", "h:5", "--json")
+    endpoints = {m["role"]: m["endpoint"] for m in moved.json()["members"]}
+    assert endpoints["router"] == "h:5"
+    assert endpoints["ledger"] == "127.0.0.1:7411"
