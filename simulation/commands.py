@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +17,19 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from trueweight.protos.errors import Conflict
-from trueweight.runtime.cli import option, path_option
+from trueweight.protos.errors import Conflict, Unavailable
+from trueweight.runtime.cli import json_option, option, path_option, print_json
+from trueweight.simulation import background
 from trueweight.simulation.demo import LEAST_REQUESTS, Demo, DemoSettings
 from trueweight.simulation.display import Display
-from trueweight.simulation.market import DEMO_MODEL, ENGINES, MARKER, fresh_directory
+from trueweight.simulation.market import DEMO_MODEL, ENGINES, fresh_directory
 from trueweight.simulation.report import Result, show
 
 T = TypeVar("T")
 STATE = Path(".trueweight")
 TABLE_WIDTH = 140
+FOLLOW_EVERY_S = 0.2
+EXAMPLE = "Write a function that reads a file."
 
 
 @click.group()
@@ -104,6 +109,99 @@ async def _end(run: Demo, display: Display) -> None:
         display.say(f"[red]still running: {', '.join(left)}[/]")
 
 
+@simulate.command()
+@option("--engine", default="vllm", type=click.Choice(ENGINES), help="What the nodes compute with.")
+@path_option("--model", default=DEMO_MODEL, help="Model directory in Hugging Face layout.")
+@path_option(
+    "--directory", default=STATE / "up", help="Where the market's files go; emptied first."
+)
+@json_option
+def up(*, engine: str, model: Path, directory: Path, as_json: bool) -> None:
+    """Start the market without the cheat and keep it running until 'trueweight simulate down'."""
+    with only_one(directory):
+        state = background.read_state(directory)
+        if state is not None and background.keeper_is_alive(state):
+            Console(stderr=True).print("The market is up already.", highlight=False)
+        else:
+            background.end_keeper(directory)  # what a killed keeper may have left
+            state = _start(fresh_directory(directory), model, engine)
+    _print_market(directory.resolve(), state, as_json)
+
+
+def _start(directory: Path, model: Path, engine: str) -> background.State:
+    keeper = background.start_keeper(directory, model, engine)
+    try:
+        with Display() as display:
+            state = _follow_start(directory, keeper, display)
+    except BaseException:
+        background.end_keeper(directory)
+        raise
+    if state.status != background.SERVING:
+        background.end_keeper(directory)
+        raise Unavailable(
+            "the market did not start", hint=background.failure_text(directory, state)
+        )
+    return state
+
+
+def _follow_start(
+    directory: Path, keeper: subprocess.Popen[bytes], display: Display
+) -> background.State:
+    """Shows what the keeper says until the market serves or the keeper ended."""
+    shown = 0
+    while True:
+        ended = keeper.poll() is not None
+        state = background.read_state(directory) or background.State(keeper.pid, 0)
+        for text in state.said[shown:]:
+            display.say(text)
+        shown = len(state.said)
+        if ended or state.status != background.STARTING:
+            return state
+        time.sleep(FOLLOW_EVERY_S)
+
+
+def _print_market(directory: Path, state: background.State, as_json: bool) -> None:
+    logs = directory / "logs"
+    facts = {
+        "status": state.status,
+        "base_url": state.base_url,
+        "api_key": state.api_key,
+        "model": state.model,
+        "logs": str(logs),
+        "directory": str(directory),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    body = json.dumps(
+        {"model": state.model, "messages": [{"role": "user", "content": EXAMPLE}], "seed": 1}
+    )
+    for line in (
+        f"BASE_URL={state.base_url}",
+        f"API_KEY={state.api_key}",
+        f"curl -s {state.base_url}/chat/completions -H 'Authorization: Bearer {state.api_key}' "
+        f"-H 'Content-Type: application/json' -d '{body}'",
+        f"Logs: {logs}",
+        "End it with: make down",
+    ):
+        click.echo(line)
+
+
+@simulate.command()
+@path_option("--directory", default=STATE / "up", help="The market's directory.")
+def down(*, directory: Path) -> None:
+    """End the market that 'trueweight simulate up' started."""
+    if background.read_state(directory) is None:
+        click.echo("No market is up.")
+        return
+    left = background.end_keeper(directory.resolve())
+    if left:
+        raise Unavailable(
+            f"still running: {', '.join(left)}", hint=f"See {directory / background.STATE_FILE}."
+        )
+    click.echo(f"The market is down. Its books and logs stay in {directory} until the next start.")
+
+
 def run_interruptible(main: Coroutine[Any, Any, T]) -> T:
     """Runs to the end; SIGINT and SIGTERM cancel it, so that everything it started is ended, a
     second one ends at once. Not uvloop: it cannot put a child into a process group."""
@@ -140,6 +238,3 @@ def only_one(directory: Path) -> Iterator[None]:
                 f"another run uses {directory}", hint="Wait for it, or name another --directory."
             ) from None
         yield
-
-
-__all__ = ["MARKER", "demo", "only_one", "run_interruptible", "simulate"]

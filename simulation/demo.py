@@ -105,7 +105,8 @@ class Demo:
         self._death = asyncio.get_running_loop().create_future()
         work = asyncio.create_task(self._run())
         try:
-            await asyncio.wait({work, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {work, self._death}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if self._death.done() and not work.done():
                 self._death.result()
             return await work

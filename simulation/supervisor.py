@@ -188,9 +188,7 @@ class Supervisor:
     async def _finish(self, running: Running) -> int:
         _kill_group(running.pid)
         code = await _exit_code(running)
-        deadline = asyncio.get_running_loop().time() + GROUP_DEATH_S
-        while group_is_alive(running.pid) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(_POLL_S)
+        await _group_death(running.pid)
         if running.watcher is not None:
             running.watcher.cancel()
             await asyncio.gather(running.watcher, return_exceptions=True)
@@ -220,9 +218,19 @@ async def _ready_line(running: Running) -> dict[str, Any]:
 async def _exit_code(running: Running) -> int:
     """Waits for the process itself. Not ``Process.wait``: that also waits until its pipes close,
     which a grandchild that inherited them prevents."""
-    while running.process.returncode is None:
+    while True:
+        code = running.process.returncode
+        if code is not None:
+            return code
         await asyncio.sleep(_POLL_S)
-    return running.process.returncode
+
+
+async def _group_death(group: int) -> None:
+    """Waits, bounded, until a killed group is gone."""
+    for _ in range(round(GROUP_DEATH_S / _POLL_S)):
+        if not group_is_alive(group):
+            return
+        await asyncio.sleep(_POLL_S)
 
 
 async def _drain(running: Running) -> None:
