@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trueweight.protos.errors import EngineError, InvalidRequest
+from trueweight.protos.evidence import CLIP_LOGIT
 from trueweight.protos.sampling_noise import F32, gumbel, hash_u32, position
 from trueweight.protos.sampling_parameters import Sampling, parameter_class, resolve
 
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 SAMPLER_ID = "tw-gumbel-1"
-CLIP_LOGIT = 0.5
 MAX_MARGIN = 1000.0
 Mask = NDArray[np.bool_]
 
