@@ -46,6 +46,7 @@ def simulate() -> None:
 @option("--seed", default=1, help="Of the mix of requests.")
 @path_option("--model", default=DEMO_MODEL, help="Model directory in Hugging Face layout.")
 @path_option("--directory", default=STATE / "demo", help="Where the run's files go; emptied first.")
+@path_option("--calibration", default=None, help="Default: MODEL.calibration.json.")
 @path_option("--json", "json_file", default=None, help="Also write the result to this file.")
 def demo(
     *,
@@ -55,6 +56,7 @@ def demo(
     seed: int,
     model: Path,
     directory: Path,
+    calibration: Path | None,
     json_file: Path | None,
 ) -> None:
     """Three nodes, one of them cheating: paid requests, verdicts, books.
@@ -70,6 +72,7 @@ def demo(
             requests=requests,
             concurrency=concurrency,
             seed=seed,
+            calibration=calibration,
         )
         result = run_interruptible(_demo(settings))
     if json_file is not None:

@@ -66,6 +66,7 @@ class DemoSettings:
     seed: int = 1
     nodes: tuple[NodePlan, ...] = NODES
     engine_options: tuple[str, ...] = ()
+    calibration: Path | None = None
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Demo:
                 engine=settings.engine,
                 model=settings.model,
                 engine_options=settings.engine_options,
+                calibration_file=settings.calibration,
             ),
             self.supervisor,
             display.say,

@@ -94,6 +94,7 @@ class MarketSettings:
     verifier_options: tuple[str, ...] = ()
     engine_options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    calibration_file: Path | None = None
 
     @property
     def sold_as(self) -> str:
@@ -102,7 +103,9 @@ class MarketSettings:
 
     @property
     def calibration(self) -> Path | None:
-        """Measured calibration that lies beside the model, if there is one."""
+        """The calibration that was named, else the one that lies beside the model, if any."""
+        if self.calibration_file is not None:
+            return self.calibration_file.resolve()
         path = self.model.resolve().with_name(self.model.resolve().name + ".calibration.json")
         return path if path.is_file() else None
 
