@@ -17,6 +17,7 @@ from trueweight.runtime.market import Market
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.calibration_file import Measured
 from trueweight.verifier.epochs import RatePolicy, SecretStore
+from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import Publisher
 from trueweight.verifier.reference import GrpcNode, Reference, Scorer
@@ -54,7 +55,12 @@ class VerifierApp:
         view = LogView(market)
         secrets = SecretStore(data_directory, random)
         agenda = Agenda(
-            view, signer.identity, secrets, policy or RatePolicy(), measured=tuple(measured)
+            view,
+            signer.identity,
+            secrets,
+            policy or RatePolicy(),
+            Outbox(data_directory / "outbox"),
+            measured=tuple(measured),
         )
         self.scorer = Scorer(connections.reference)
         auditor = Auditor(view, secrets, connections.transcripts, self.scorer)

@@ -13,9 +13,12 @@ from itertools import islice
 
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.protos.v1.market_pb2 import Member
 from trueweight.verifier.calibration_file import Measured, weights_sha256
 from trueweight.verifier.conviction import frozen_pairs, should_convict
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.epochs import RatePolicy, SecretStore
+from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.selection import (
     EpochLeaf,
     ReceiptLeaf,
@@ -90,6 +93,28 @@ class PerformAudit:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishCommitment:
+    """Commit to a finished verdict before anybody's margins are public."""
+
+    receipt_digest: bytes
+
+    @property
+    def key(self) -> str:
+        return f"commit/{self.receipt_digest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishVerdict:
+    """Publish a verdict that was committed to."""
+
+    receipt_digest: bytes
+
+    @property
+    def key(self) -> str:
+        return f"verdict/{self.receipt_digest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyRefund:
     """Give the client of one receipt its money back."""
 
@@ -139,6 +164,8 @@ Duty = (
     | RevealEpoch
     | RequestAudit
     | PerformAudit
+    | PublishCommitment
+    | PublishVerdict
     | ApplyRefund
     | PublishConviction
     | PublishSuspension
@@ -154,6 +181,7 @@ class Agenda:
     verifier_id: str
     secrets: SecretStore
     policy: RatePolicy
+    outbox: Outbox
     measured: tuple[Measured, ...] = ()
     # Owed audits without a verdict, oldest first.
     owed: dict[bytes, tuple[ReceiptLeaf, int]] = field(default_factory=dict)
@@ -174,6 +202,7 @@ class Agenda:
         if mine is None:
             return
         self.owed.pop(receipt_digest, None)
+        self.outbox.remove(receipt_digest)
         self._undecided.pop(receipt_digest, None)
         if mine.leaf.message.outcome in REFUNDING:
             self._refunds[receipt_digest] = None
@@ -202,8 +231,36 @@ class Agenda:
         yield from (ApplyRefund(digest) for digest in list(self._refunds))
         self._decide(now_unix_ms)
         for digest, (receipt, epoch) in list(islice(self.owed.items(), MAX_CONSIDERED)):
-            requested = self.view.requests.get((self.verifier_id, digest)) is not None
-            yield PerformAudit(receipt, epoch) if requested else RequestAudit(receipt, epoch)
+            yield from self._audit_step(digest, receipt, epoch, now_unix_ms)
+
+    def _audit_step(
+        self, digest: bytes, receipt: ReceiptLeaf, epoch: int, now_unix_ms: int
+    ) -> Iterator[Duty]:
+        mine = (self.verifier_id, digest)
+        if self.view.requests.get(mine) is None:
+            yield RequestAudit(receipt, epoch)
+        elif digest not in self.outbox:
+            yield PerformAudit(receipt, epoch)
+        elif self.view.commitments.get(mine) is None:
+            yield PublishCommitment(digest)
+        elif self._others_are_bound(receipt, now_unix_ms):
+            yield PublishVerdict(digest)
+
+    @property
+    def is_blind(self) -> bool:
+        """True if other verifiers audit this market, too: then margins are committed to first."""
+        return len(self.view.market.members(Member.VERIFIER)) > 1
+
+    def _others_are_bound(self, receipt: ReceiptLeaf, now_unix_ms: int) -> bool:
+        """True if nobody can copy any more: everybody who asked has committed, or the window in
+        which the others may still ask and commit is over."""
+        if now_unix_ms > receipt.merged_at_unix_ms + BLIND_WINDOW_MS:
+            return True
+        keys = [
+            (member.identity, receipt.receipt_digest)
+            for member in self.view.market.members(Member.VERIFIER)
+        ]
+        return all(self.view.commitments.get(key) is not None for key in keys)
 
     def calibration_duties(self) -> Iterator[PublishCalibration]:
         """Calibrations at hand that the log lacks. They apply to later receipts only."""

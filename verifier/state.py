@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from trueweight.protos.audit import check_reveal
 from trueweight.protos.envelope import (
     Opened,
     apply_key_event,
@@ -31,6 +32,7 @@ from trueweight.protos.v1.audit_pb2 import (
     Conviction,
     EpochOpen,
     EpochReveal,
+    MarginCommitment,
     Verdict,
 )
 from trueweight.protos.v1.ledger_pb2 import TransferRecord
@@ -40,6 +42,7 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.conviction import Evidence, NodeEvidence
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS, opens
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ KINDS = (
     "receipt",
     "bill",
     "audit-request",
+    "margin-commitment",
     "verdict",
     "conviction",
     "suspension",
@@ -111,12 +115,23 @@ class Leaf(Generic[M]):
 
 
 @dataclass(frozen=True, slots=True)
+class CommitmentLeaf:
+    """A verifier's commitment to its margins of one receipt."""
+
+    index: int
+    merged_at_unix_ms: int
+    commitment: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class VerdictLeaf:
     """A logged verdict, and the evidence that it counts as (if none, why)."""
 
     leaf: Leaf[Verdict]
     evidence: Evidence | None
     why_not: str = ""
+    # Not committed to before another verifier's margins were known.
+    copied: bool = False
 
 
 @dataclass
@@ -131,6 +146,8 @@ class NodeRecord:
     suspended: bool = False
     suspended_for: set[bytes] = field(default_factory=set)
     receipts: int = 0
+    charged_nano: int = 0
+    billed_output_tokens: int = 0
 
 
 class LogView:
@@ -150,7 +167,9 @@ class LogView:
         self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
         self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
         self.verdicts: Recent[tuple[str, bytes], VerdictLeaf] = Recent(MAX_RECEIPTS)
+        self.commitments: Recent[tuple[str, bytes], CommitmentLeaf] = Recent(MAX_RECEIPTS)
         self.nodes: dict[str, NodeRecord] = {}
+        self._first_verdict: Recent[bytes, int] = Recent(MAX_RECEIPTS)
         self._judged: Recent[bytes, bool] = Recent(MAX_RECEIPTS)
         self._bills: Recent[bytes, tuple[int, str, bytes]] = Recent(MAX_HOLDS)
         self._hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
@@ -163,6 +182,7 @@ class LogView:
             "receipt": self._on_receipt,
             "bill": self._on_bill,
             "audit-request": self._on_audit_request,
+            "margin-commitment": self._on_margin_commitment,
             "verdict": self._on_verdict,
             "conviction": self._on_conviction,
             "suspension": self._on_suspension,
@@ -250,6 +270,10 @@ class LogView:
     def _on_epoch_reveal(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochReveal)
         key = (leaf.message.verifier_id, leaf.message.epoch)
+        opened = [e for e in self.epochs.get(key[0], ()) if e.message.epoch == leaf.message.epoch]
+        if not opened:
+            raise TrueweightError("the revealed epoch was never opened")
+        check_reveal(leaf.message.secret, opened[0].message.commitment)
         self.reveals.setdefault(key, leaf.message.secret)
 
     def _on_receipt(self, entry: LogEntry) -> None:
@@ -276,6 +300,9 @@ class LogView:
     def _on_bill(self, entry: LogEntry) -> None:
         bill = parse_payload(parse_envelope(entry.body), Bill)
         for leg in bill.legs[:MAX_LEGS]:
+            record = self.node(leg.node_id)
+            record.charged_nano += leg.client_charge_nano
+            record.billed_output_tokens += leg.billed_output_tokens
             known = self.receipts.get(leg.receipt_digest)
             facts = (leg.client_charge_nano, bill.router_id, bill.hold_id)
             if known is None:
@@ -307,8 +334,11 @@ class LogView:
         if self.verdicts.get(key) is not None:
             raise TrueweightError("this verifier judged this receipt before")
         why_not, evidence = self._evidence(leaf)
+        copied = self._is_copied(leaf)
+        if copied:
+            why_not, evidence = "not committed to before another's margins were known", None
         if evidence is None:
-            self.verdicts.put(key, VerdictLeaf(leaf, None, why_not))
+            self.verdicts.put(key, VerdictLeaf(leaf, None, why_not, copied))
             return
         record = self.node(verdict.node_id)
         own = record.by_verifier.get(verdict.verifier_id, NodeEvidence())
@@ -321,6 +351,32 @@ class LogView:
         if self._judged.get(verdict.receipt_digest) is None:
             self._judged.put(verdict.receipt_digest, True)
             record.pooled = record.pooled.add(evidence)
+
+    def _on_margin_commitment(self, entry: LogEntry) -> None:
+        leaf = self._open_by_verifier(entry, MarginCommitment)
+        key = (leaf.message.verifier_id, leaf.message.receipt_digest)
+        if self.commitments.get(key) is None:
+            self.commitments.put(
+                key, CommitmentLeaf(leaf.index, leaf.merged_at_unix_ms, leaf.message.commitment)
+            )
+
+    def _is_copied(self, leaf: Leaf[Verdict]) -> bool:
+        """True if another verifier's verdict on the receipt was public before this one was
+        committed to, or if the commitment does not open."""
+        verdict = leaf.message
+        first = self._first_verdict.get(verdict.receipt_digest)
+        if first is None:
+            self._first_verdict.put(verdict.receipt_digest, leaf.index)
+        mine = self.commitments.get((verdict.verifier_id, verdict.receipt_digest))
+        if mine is None:
+            return first is not None
+        if not opens(verdict, mine.commitment):
+            return True
+        receipt = self.receipts.get(verdict.receipt_digest)
+        in_window = receipt is not None and (
+            mine.merged_at_unix_ms <= receipt.merged_at_unix_ms + BLIND_WINDOW_MS
+        )
+        return first is not None and mine.index > first and not in_window
 
     def _evidence(self, leaf: Leaf[Verdict]) -> tuple[str, Evidence | None]:
         """The evidence in a verdict, or why it is none. Numbered as in docs/verification.md."""

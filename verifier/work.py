@@ -13,6 +13,7 @@ from trueweight.runtime.clock import Clock
 from trueweight.verifier import plan
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.conviction import change_point_index
+from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
 from trueweight.verifier.plan import Agenda, outcome_name
 from trueweight.verifier.publishing import Publisher
@@ -45,6 +46,10 @@ class Worker:
                 await self._request(duty)
             case plan.PerformAudit():
                 await self._audit(duty)
+            case plan.PublishCommitment():
+                await self._commit(duty.receipt_digest)
+            case plan.PublishVerdict():
+                await self._publish_verdict(duty.receipt_digest)
             case plan.ApplyRefund():
                 await self._refund(duty.receipt_digest)
             case plan.PublishConviction():
@@ -111,8 +116,23 @@ class Worker:
         late_at = duty.receipt.merged_at_unix_ms + self.agenda.policy.transcript_patience_ms
         verdict = await self.auditor.run(context, last_try=now >= late_at)
         verdict.issued_at_unix_ms = self.clock.now_unix_ms()
-        await self.publisher.publish(verdict, "verdict", duty.receipt.receipt_digest)
         log.info("receipt leaf %d: %s", duty.receipt.index, outcome_name(verdict))
+        if self.agenda.is_blind:
+            secret = self.agenda.secrets.wrapping()
+            verdict.commitment_blind = blind_for(secret, verdict.receipt_digest)
+            self.agenda.outbox.put(verdict)
+            await self._commit(verdict.receipt_digest)
+        else:
+            await self.publisher.publish(verdict, "verdict", verdict.receipt_digest)
+
+    async def _commit(self, receipt_digest: bytes) -> None:
+        verdict = self.agenda.outbox.get(receipt_digest)
+        message = commit(verdict, verdict.commitment_blind)
+        await self.publisher.publish(message, "margin-commitment", receipt_digest)
+
+    async def _publish_verdict(self, receipt_digest: bytes) -> None:
+        verdict = self.agenda.outbox.get(receipt_digest)
+        await self.publisher.publish(verdict, "verdict", receipt_digest)
 
     async def _refund(self, receipt_digest: bytes) -> None:
         mine = self.agenda.view.verdicts.get((self._me, receipt_digest))

@@ -401,6 +401,24 @@ async def settle(world: World, app: VerifierApp):
     await drive(world, app, settled)
 
 
+async def settle_together(world: World, apps):
+    """Runs several verifiers at once until nothing is left to do for any."""
+    stop = asyncio.Event()
+    tasks = [asyncio.create_task(app.run(stop)) for app in apps]
+    try:
+        for _ in range(4000):
+            await asyncio.sleep(0.0005)
+            seen_all = all(a.service.view.next_index >= len(world.ledger.entries) for a in apps)
+            if seen_all and all(a.service.ready.is_set() and a.service.idle for a in apps):
+                return
+            world.clock.advance_ms(200)
+        raise AssertionError("the verifiers never settled")
+    finally:
+        stop.set()
+        world.clock.advance_ms(1000)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @pytest.fixture
 def world(tmp_path):
     return World(tmp_path)
@@ -420,6 +438,7 @@ def kit():
 
     class Kit:
         settle = staticmethod(settle)
+        settle_together = staticmethod(settle_together)
         drive = staticmethod(drive)
         entry = staticmethod(calibration_entry)
         signer = staticmethod(make_signer)

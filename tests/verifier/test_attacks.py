@@ -11,6 +11,7 @@ from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
     Conviction,
     EpochOpen,
+    MarginCommitment,
     Verdict,
 )
 from trueweight.protos.v1.log_pb2 import LogEntry
@@ -22,6 +23,7 @@ from trueweight.verifier.conviction import (
     frozen_pairs,
     should_convict,
 )
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
 from trueweight.verifier.state import KINDS, LogView, Recent
 
 WRONG = [3.0] * 50
@@ -153,14 +155,56 @@ def test_attack_the_same_audit_is_counted_again_and_again(forger):
     assert wealth(forger).r == 1 and forger.view.ignored == 4
 
 
-def test_two_verifiers_of_one_receipt_count_once_in_the_public_wealth(forger):
+def committed(forger, signer, verdict):
+    """Logs the commitment to a verdict; the verdict with its blind."""
+    verdict.commitment_blind = b"b" * 16
+    forger.log(commit(verdict, verdict.commitment_blind), signer)
+    return verdict
+
+
+def test_two_blind_verdicts_on_one_receipt_count_once_in_the_public_wealth(forger):
     me, other = forger.world.verifiers
     forger.log(forger.request(other), other)
-    forger.log(forger.verdict(me), me)
-    forger.log(forger.verdict(other), other)
+    verdicts = [committed(forger, v, forger.verdict(v)) for v in (me, other)]
+    for signer, verdict in zip((me, other), verdicts, strict=True):
+        forger.log(verdict, signer)
     record = forger.fold().node(forger.world.nodes["good"].identity)
     assert record.pooled.wealth.r == 1
     assert [e.wealth.r for e in record.by_verifier.values()] == [1, 1]
+
+
+def copied_by(forger, other):
+    view = forger.fold()
+    return view.verdicts.get((other.identity, forger.receipt)).copied
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_attack_a_lazy_verifier_copies_anothers_margins(forger, commits):
+    me, other = forger.world.verifiers
+    forger.log(forger.request(other), other)
+    forger.log(committed(forger, me, forger.verdict(me)), me)
+    forger.world.clock.advance_ms(BLIND_WINDOW_MS + 1)
+    verdict = forger.verdict(other)
+    forger.log(committed(forger, other, verdict) if commits else verdict, other)
+    assert copied_by(forger, other)
+    assert other.identity not in forger.view.node(verdict.node_id).by_verifier
+
+
+def test_attack_a_verdict_that_is_not_the_committed_one(forger):
+    me = forger.world.verifiers[0]
+    verdict = committed(forger, me, forger.verdict(me, sum_x_nano=0))
+    verdict.sum_x_nano = 50 * 10**9
+    forger.log(verdict, me)
+    assert copied_by(forger, me) and wealth(forger).r == 0
+
+
+def test_attack_publishing_early_does_not_shut_others_out(forger):
+    me, early = forger.world.verifiers
+    forger.log(forger.request(early), early)
+    forger.log(forger.verdict(early, sum_x_nano=0), early)
+    forger.log(committed(forger, me, forger.verdict(me)), me)
+    assert not copied_by(forger, me)
+    assert forger.view.node(forger.world.nodes["good"].identity).by_verifier[me.identity].wealth.r
 
 
 def test_attack_calibration_by_a_node_or_a_router(forger):
@@ -200,15 +244,27 @@ async def test_two_of_two_verifiers_must_agree_before_money_moves(make_world, ki
         await kit.drive(world, app, app.service.ready.is_set)
     for _ in range(8):
         world.serve("bad", WRONG)
-    first = world.app(0)
-    await kit.settle(world, first)
-    assert not first.service.view.convicted(bad) and not world.ledger.convicted
-    assert not world.ledger.of_kind("suspension", Suspension)
-    second = world.app(1)
-    await kit.settle(world, second)
+    first, second = world.app(0), world.app(1)
+    await kit.settle_together(world, [first, second])
     assert second.service.view.convicted(bad) and list(world.ledger.convicted) == [bad]
     assert len(world.ledger.of_kind("conviction", Conviction)) == 2
+    assert len(world.ledger.of_kind("margin-commitment", MarginCommitment)) == 16
+    assert len(world.ledger.of_kind("suspension", Suspension)) == 2
     assert len(world.ledger.refunds) == 8
+    assert not any(v.copied for v in first.service.view.verdicts.values())
+
+
+async def test_one_of_two_verifiers_alone_moves_no_money(make_world, kit):
+    world = make_world(verifier_count=2, convictions_needed=2)
+    bad = world.add_node("bad")
+    await kit.drive(world, (app := world.app(0)), app.service.ready.is_set)
+    for _ in range(8):
+        world.serve("bad", WRONG)
+    app = world.app(0)
+    await kit.settle(world, app)
+    assert len(app.service.view.nodes[bad].convictions) == 1
+    assert not app.service.view.convicted(bad) and not world.ledger.convicted
+    assert not world.ledger.of_kind("suspension", Suspension)
 
 
 # One client's share, and calibrations in doubt.

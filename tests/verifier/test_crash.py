@@ -5,9 +5,17 @@ from collections import Counter
 
 import pytest
 
-from trueweight.protos.v1.audit_pb2 import AuditRequest, Calibration, Conviction, EpochOpen, Verdict
+from trueweight.protos.v1.audit_pb2 import (
+    AuditRequest,
+    Calibration,
+    Conviction,
+    EpochOpen,
+    MarginCommitment,
+    Verdict,
+)
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.verifier.app import Connections, VerifierApp
+from trueweight.verifier.duplicates import opens
 
 HONEST = [0.0] * 40
 WRONG = [3.0] * 50
@@ -129,6 +137,27 @@ async def test_killed_at_any_call_it_finishes_the_same_work_once(world, kit, las
     await live_until_killed(world, Mortal(world, last, after=after), kit)
     await live_until_killed(world, Mortal(world, 10_000, after=False), kit)
     check_complete(world)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("last", range(14, 34, 3))
+async def test_killed_between_commitment_and_verdict_it_publishes_the_committed_one(
+    make_world, kit, last, after
+):
+    world = make_world(verifier_count=2)
+    world.add_node("good"), world.add_node("bad")
+    await live_until_killed(world, Mortal(world, last, after=after), kit)
+    for digest, transcript in world.transcripts.items():  # the engine rounds differently now
+        key = tuple(transcript.output_token_ids)
+        assert digest and key in world.margins
+        world.margins[key] = [m + 0.001 for m in world.margins[key]]
+    await live_until_killed(world, Mortal(world, 10_000, after=False), kit)
+    assert set(leaves(world).values()) == {1}
+    commitments = world.ledger.of_kind("margin-commitment", MarginCommitment)
+    verdicts = {v.receipt_digest: v for v in world.ledger.of_kind("verdict", Verdict)}
+    assert len(commitments) == len(verdicts) == 6
+    assert all(opens(verdicts[c.receipt_digest], c.commitment) for c in commitments)
+    assert not list((world.directory / "verifier-0" / "outbox").iterdir())
 
 
 async def test_killed_again_and_again_it_still_gets_there(world, kit):

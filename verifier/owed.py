@@ -1,0 +1,103 @@
+"""Which audits were owed, and what became of them: from public data once a secret is revealed.
+
+Pure. Anyone can run it; a verifier that is lazy, late or picks its own targets shows here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_of, owes
+from trueweight.verifier.state import LogView
+
+DONE, LATE, MISSING, PENDING = "done", "late", "missing", "pending"
+
+
+@dataclass(frozen=True, slots=True)
+class OwedAudit:
+    """One owed audit. ``delay_ms`` is from the receipt's leaf to the verdict's (or until now)."""
+
+    receipt_index: int
+    node_id: str
+    status: str
+    verdict_index: int | None
+    delay_ms: int
+
+
+@dataclass(frozen=True)
+class EpochAccount:
+    """How one verifier kept one epoch's promise.
+
+    ``unasked``: verdicts on receipts that were not owed. ``copied``: verdicts in a market of
+    several verifiers without a margin commitment from before the others' margins were known.
+    """
+
+    verifier_id: str
+    epoch: int
+    revealed: bool
+    audits: tuple[OwedAudit, ...] = ()
+    unasked: int = 0
+    copied: int = 0
+
+    def count(self, status: str) -> int:
+        """Audits of one status."""
+        return sum(1 for a in self.audits if a.status == status)
+
+    @property
+    def kept(self) -> bool:
+        """True if the secret was revealed and nothing is missing, late, unasked or copied."""
+        broken = self.count(MISSING) + self.count(LATE) + self.unasked + self.copied
+        return self.revealed and not broken
+
+    def as_json(self) -> dict[str, object]:
+        """For machines."""
+        facts = asdict(self)
+        facts["kept"] = self.kept
+        facts["counts"] = {s: self.count(s) for s in (DONE, LATE, MISSING, PENDING)}
+        return facts
+
+
+def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> EpochAccount:
+    """The account of one epoch; empty while its secret is not revealed."""
+    secret = view.reveals.get((verifier_id, epoch))
+    epochs = view.epochs.get(verifier_id, [])
+    found = [e for e in epochs if e.message.epoch == epoch]
+    if secret is None or not found:
+        return EpochAccount(verifier_id, epoch, revealed=False)
+    (leaf,) = found
+    audits, unasked = [], 0
+    for receipt in view.receipts.values():
+        if epoch_of(epochs, receipt.index) is not leaf:
+            continue
+        if owes(leaf, secret, receipt):
+            audits.append(_audit(view, leaf, receipt, now_unix_ms))
+        elif view.verdicts.get((verifier_id, receipt.receipt_digest)) is not None:
+            unasked += 1
+    copied = sum(
+        1
+        for verdict in view.verdicts.values()
+        if verdict.copied
+        and verdict.leaf.message.verifier_id == verifier_id
+        and verdict.leaf.message.epoch == epoch
+    )
+    return EpochAccount(verifier_id, epoch, True, tuple(audits), unasked, copied)
+
+
+def _audit(view: LogView, epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: int) -> OwedAudit:
+    verdict = view.verdicts.get((epoch.message.verifier_id, receipt.receipt_digest))
+    until = verdict.leaf.merged_at_unix_ms if verdict else now_unix_ms
+    delay = until - receipt.merged_at_unix_ms
+    in_time = delay <= epoch.message.audit_deadline_ms
+    good, bad = (PENDING, MISSING) if verdict is None else (DONE, LATE)
+    status = good if in_time else bad
+    index = verdict.leaf.index if verdict else None
+    return OwedAudit(receipt.index, receipt.node_id, status, index, delay)
+
+
+def accounts(view: LogView, epoch: int, now_unix_ms: int) -> list[EpochAccount]:
+    """One account per verifier that opened this epoch."""
+    return [
+        account(view, verifier_id, epoch, now_unix_ms)
+        for verifier_id, epochs in sorted(view.epochs.items())
+        if any(e.message.epoch == epoch for e in epochs)
+    ]
