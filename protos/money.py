@@ -14,7 +14,7 @@ NANO_PER_CREDIT = 10**9
 TOKENS_PER_MTOK = 10**6
 PPM = 10**6
 MAX_NANO = 2**63 - 1
-_CREDITS = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,9}))?")
+_CREDITS = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?(?:[eE]([+-]?[0-9]{1,2}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,16 @@ def split_charge(charge: int, fee_ppm: int, pool_ppm: int) -> Split:
 
 
 def parse_credits(text: str) -> int:
-    """Decimal credits, for example "0.10", as nanocredits. Exact or refused."""
+    """Decimal credits, for example "0.10" or "1e-05", as nanocredits. Exact or refused."""
     match = _CREDITS.fullmatch(text)
-    nano = 0
+    nano, rest = 0, 1
     if match:
-        nano = int(match[1]) * NANO_PER_CREDIT + int((match[2] or "").ljust(9, "0"))
-    if not match or nano > MAX_NANO:
+        decimals = match[2] or ""
+        digits = int(match[1] + decimals)
+        # In integers: floats and decimal contexts would round.
+        shift = 9 + int(match[3] or 0) - len(decimals)
+        nano, rest = divmod(digits * 10 ** max(shift, 0), 10 ** max(-shift, 0))
+    if not match or rest or nano > MAX_NANO:
         raise InvalidRequest(
             f"{text[:40]!r} is not an amount of credits",
             hint="Write it like 0.10: at most 9 decimals, not negative.",

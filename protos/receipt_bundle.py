@@ -17,6 +17,7 @@ The JSON object (routers write it with ``ReceiptBundle.to_json``):
 | ``date`` | the date the template was given, "YYYY-MM-DD" |
 | ``inclusion`` | optional: ``{"checkpoint": note, "bill": PROOF, "receipts": [PROOF, ...]}`` |
 
+After erasure routers send ``"erased": true`` without salt and ids; that cannot be checked.
 PROOF is ``{"index": n, "path": [hex, ...]}``: the leaf is the envelope's bytes, the tree that of
 the checkpoint. ``receipts`` inside ``inclusion`` may be left out.
 """
@@ -116,6 +117,11 @@ def parse_bundle(data: bytes | str) -> ReceiptBundle:
 
 def bundle_of(document: dict[str, Any]) -> ReceiptBundle:
     """The bundle of a parsed JSON object. Unknown keys are ignored. Raises InvalidRequest."""
+    if document.get("erased") is True:
+        raise InvalidRequest(
+            "the transcript was erased, so the tokens cannot be held against the signatures",
+            hint="Check a copy of the receipt file that was saved before.",
+        )
     assignments = _envelopes(document, "assignments")
     legs = len(assignments)
     if not 1 <= legs <= MAX_LEGS:

@@ -294,3 +294,8 @@ def test_a_missing_key_is_named(key):
     del document[key]
     with pytest.raises(TrueweightError, match=key):
         bundle_of(document)
+
+
+def test_an_erased_bundle_says_so():
+    with pytest.raises(TrueweightError, match="erased"):
+        bundle_of({"request_id": "00" * 16, "assignments": [], "erased": True})

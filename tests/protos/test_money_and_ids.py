@@ -58,31 +58,26 @@ def test_credits_are_read_back_exactly(nano):
     assert parse_credits(format_credits(nano)) == nano
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "abc",
-        "-1",
-        "1e-10",
-        "0.0000000001",
-        "nan",
-        "inf",
-        "1_000x",
-        "9" * 30,
-        "1,5",
-        "1e999999",
-        "1e-999999999",
-        "1_000",
-        "٣",
-        " 5",
-        "5\n",
-        "0.0000000010000000000000000000000000001",
-    ],
-)
+NOT_AMOUNTS = ["", "abc", "-1", "1e-10", "0.0000000001", "nan", "inf", "1_000", "9" * 30, "1,5"]
+NOT_AMOUNTS += ["1e999999", "1e-999999999", "1e99", "٣", " 5", "5\n", ".", "5.", ".5", "e5"]
+NOT_AMOUNTS += ["0.0000000010000000000000000000000000001", "9223372036.854775808"]
+
+
+@pytest.mark.parametrize("text", NOT_AMOUNTS)
 def test_amounts_that_are_not_exact_credits_are_refused(text):
     with pytest.raises(InvalidRequest):
         parse_credits(text)
+
+
+@given(st.integers(0, 10**6), st.integers(-9, 3))
+def test_amounts_with_exponents_are_exact(digits, exponent):
+    assert parse_credits(f"{digits}e{exponent}") == digits * Fraction(10) ** (9 + exponent)
+
+
+@given(st.integers(0, 10**12))
+def test_amounts_as_python_prints_floats(micro):
+    """Routers get prices as JSON numbers."""
+    assert parse_credits(repr(micro / 10**6)) == micro * 1000
 
 
 @given(st.text(max_size=20))
