@@ -166,8 +166,9 @@ def _check_log(
     tiles = _stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
     evidence = _stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
-    edge = Edge()
     sizes = sorted(roots)
+    # A log may have been checkpointed before its first leaf.
+    edge = _extend(findings, Edge(), [], stored, (sizes, roots))
     for row in _stream(
         connection, "SELECT first_index, leaves, kinds, body FROM bundle ORDER BY first_index"
     ):

@@ -1,0 +1,165 @@
+"""kill -9 at every kind of step, on both databases: nothing lost, nothing twice, fsck clean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+
+import psycopg
+import pytest
+
+from trueweight.ledger.fsck import check
+from trueweight.ledger.schema import make_engine, normal_url
+from trueweight.protos.errors import TrueweightError
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.simulation.ledger_crash import Crasher, make_load, problems, run_load
+
+CREDIT = 10**9
+KILLS, SOAK_KILLS = 10, 200  # on each database
+
+
+def balances(url):
+    engine = make_engine(normal_url(url))
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql(
+            "SELECT id, debits_pending, debits_posted, credits_pending, credits_posted FROM account"
+        ).fetchall()
+    engine.dispose()
+    return {row[0]: tuple(row[1:]) for row in rows}
+
+
+@pytest.fixture
+def crasher():
+    made = Crasher()
+    yield made
+    made.close()
+
+
+def undisturbed(databases, migrated):
+    url = databases.copy(migrated)
+    asyncio.run(run_load(make_load(), url, lambda _: None))
+    return balances(url)
+
+
+def kill_many(crasher, databases, migrated, kills, seed):
+    expected = undisturbed(databases, migrated)
+    dice = random.Random(seed)
+    killed = 0
+    while killed < kills:
+        url = databases.copy(migrated)
+        acknowledged = set()
+        while True:
+            # Late steps come into reach as the earlier rounds leave less to do.
+            answer = crasher.round(url, dice.randint(1, 130) if killed < kills else 0)
+            acknowledged |= set(answer["acknowledged"])
+            assert problems(url, acknowledged) == []
+            if answer["ended"]:
+                break
+            assert answer["killed"], answer
+            killed += 1
+        assert balances(url) == expected
+        assert len(acknowledged) == len(make_load().flat())
+
+
+def test_kill_at_step_boundaries(crasher, databases, migrated):
+    kill_many(crasher, databases, migrated, KILLS, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_kill_200_times_at_step_boundaries(crasher, databases, migrated):
+    kill_many(crasher, databases, migrated, SOAK_KILLS, seed=2)
+
+
+async def until_applied(bench, caller, operation):
+    for _ in range(600):
+        with contextlib.suppress(TrueweightError):
+            return (await bench.ledger.as_caller(caller).apply([operation]))[0]
+        await asyncio.sleep(0.05)
+    raise AssertionError("no recovery within 30 s")
+
+
+async def test_killed_database_sessions_are_recovered_from_without_hands(bench, databases):
+    """PostgreSQL: kill -9 of the writer's backend process restarts the whole server."""
+    if databases.kind == "sqlite":
+        pytest.skip("SQLite has no server to kill; the process itself is killed above")
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 1000 * CREDIT))
+    holds = [world.hold("acme", CREDIT) for _ in range(60)]
+    router = world.identity("router")
+    tasks = [asyncio.create_task(until_applied(bench, router, hold)) for hold in holds]
+    for _ in range(2):
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(kill_writer_session, bench.url)
+        tasks.append(asyncio.create_task(until_applied(bench, router, world.hold("acme", CREDIT))))
+    results = await asyncio.wait_for(asyncio.gather(*tasks), 60)
+    assert all(r.status in (pb.Result.APPLIED, pb.Result.REPLAYED) for r in results)
+    assert await bench.available("client:acme") == (1000 - 62) * CREDIT
+
+
+def kill_writer_session(url):
+    for _ in range(200):
+        with (
+            contextlib.suppress(psycopg.Error),
+            psycopg.connect(url, autocommit=True) as connection,
+        ):
+            name = url.rpartition("?")[0].rpartition("/")[2]
+            rows = connection.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'trueweight-ledger' "
+                "AND datname = %s",
+                (name,),
+            ).fetchall()
+            if rows:
+                os.kill(rows[0][0], signal.SIGKILL)
+                return
+        import time
+
+        time.sleep(0.05)
+    raise AssertionError("the writer's session never came back")
+
+
+async def test_a_full_disk_is_a_clear_error_without_half_state(bench, monkeypatch):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 10 * CREDIT))
+    from trueweight.ledger import books
+    from trueweight.protos.errors import StorageError
+
+    real, left = books.save, [2]
+
+    def failing(backend, book):
+        if left[0]:
+            left[0] -= 1
+            real(backend, book)
+            raise StorageError("the database failed: database or disk is full")
+        real(backend, book)
+
+    monkeypatch.setattr(books, "save", failing)
+    hold = world.hold("acme", CREDIT)
+    with pytest.raises(StorageError, match="disk is full"):
+        await bench.do("router", hold)
+    result = await until_applied(bench, world.identity("router"), hold)
+    assert result.status == pb.Result.APPLIED
+    assert await bench.available("client:acme") == 9 * CREDIT
+
+
+def test_a_backup_restores(databases, migrated, tmp_path):
+    """SQLite: VACUUM INTO; PostgreSQL: a template copy stands for pg_dump. fsck is the proof."""
+    url = databases.copy(migrated)
+    load = make_load()
+    asyncio.run(run_load(load, url, lambda _: None))
+    if databases.kind == "sqlite":
+        restored = f"sqlite:///{tmp_path}/restored.db"
+        engine = make_engine(normal_url(url))
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f"VACUUM INTO '{tmp_path}/restored.db'")
+        engine.dispose()
+    else:
+        restored = databases.copy(url)
+    engine = make_engine(normal_url(restored))
+    assert check(engine, load.world.market_id).clean
+    engine.dispose()
+    asyncio.run(run_load(load, restored, lambda _: None))
+    assert balances(restored) == balances(url)

@@ -1,0 +1,204 @@
+"""Many callers at once, take-over by a standby, back-pressure, and the service over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+
+import pytest
+
+from trueweight.ledger import writer as writer_module
+from trueweight.ledger.servicer import LedgerServer
+from trueweight.protos.errors import OverCapacity, PermissionDenied, TrueweightError, Unavailable
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import create_keys
+from trueweight.runtime.ledger_port import GrpcLedger
+from trueweight.runtime.rpc import AccessTokens, Authenticator
+from trueweight.runtime.tls import ensure_certificate
+from trueweight.simulation.ledger_world import Leg
+
+CREDIT = 10**9
+
+
+async def test_64_callers_and_a_balance_for_exactly_half(bench):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 32 * CREDIT))
+    holds = [world.hold("acme", CREDIT) for _ in range(64)]
+    results = await asyncio.gather(*(bench.do("router", hold) for hold in holds))
+    codes = [r[0].code for r in results]
+    assert (codes.count(""), codes.count("INSUFFICIENT_FUNDS")) == (32, 32)
+    assert await bench.available("client:acme") == 0
+
+
+async def until_applied(ledgers, caller, operation):
+    """Sends an operation to whoever writes until somebody answers, as a client would."""
+    for _ in range(400):
+        for ledger in ledgers:
+            with contextlib.suppress(TrueweightError):
+                return (await ledger.as_caller(caller).apply([operation]))[0]
+        await asyncio.sleep(0.02)
+    raise AssertionError("nobody took over within 8 s")
+
+
+async def test_exactly_half_succeed_also_during_a_take_over(bench, start):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 32 * CREDIT))
+    standby = await start(world, bench.url, wait_ms=0)
+    assert not standby.is_writer
+    with pytest.raises(Unavailable):
+        await standby.as_caller(world.identity("router")).apply([world.hold("acme", 1)])
+    router, pair = world.identity("router"), [bench.ledger, standby]
+    holds = [world.hold("acme", CREDIT) for _ in range(64)]
+    tasks = [asyncio.create_task(until_applied(pair, router, hold)) for hold in holds[:32]]
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(bench.ledger.close())
+    tasks += [asyncio.create_task(until_applied(pair, router, hold)) for hold in holds[32:]]
+    results = await asyncio.wait_for(asyncio.gather(*tasks), 20)
+    await closing
+    applied = [r for r in results if r.status in (pb.Result.APPLIED, pb.Result.REPLAYED)]
+    assert len(applied) == 32
+    assert standby.is_writer
+    bench.ledger = standby
+    assert await bench.available("client:acme") == 0
+    again = await standby.as_caller(router).apply(holds)
+    assert sum(r.status == pb.Result.REPLAYED for r in again) == 32
+
+
+async def test_a_standby_takes_over_within_5_seconds(bench, start):
+    standby = await start(bench.world, bench.url, wait_ms=0)
+    await bench.ledger.close()
+    started = asyncio.get_running_loop().time()
+    deposit = bench.world.deposit("acme", CREDIT)
+    await until_applied([standby], bench.world.identity("admin"), deposit)
+    assert asyncio.get_running_loop().time() - started < 5
+    bench.ledger = standby
+    assert await bench.available("client:acme") == CREDIT
+
+
+async def test_the_standby_knows_node_keys_published_before_it_took_over(bench, start):
+    world = bench.world
+    standby = await start(world, bench.url, wait_ms=0)
+    await bench.publish_nodes()
+    await bench.must("admin", world.deposit("acme", CREDIT))
+    await bench.ledger.close()
+    hold = world.hold("acme", CREDIT)
+    router = world.identity("router")
+    await until_applied([standby], router, hold)
+    result = await until_applied([standby], router, world.capture(hold.id, Leg(world.node[0])))
+    assert result.status == pb.Result.APPLIED
+    bench.ledger = standby
+
+
+async def test_a_full_queue_says_so_and_recovers(bench, monkeypatch):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 10_000 * CREDIT))
+    monkeypatch.setattr(writer_module, "MAX_QUEUED", 50)
+    calls = [bench.do("router", *[world.hold("acme", 1) for _ in range(40)]) for _ in range(20)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [r for r in results if isinstance(r, OverCapacity)]
+    assert refused and len(refused) < 20
+    assert all(isinstance(r, list | OverCapacity) for r in results)
+    await bench.must("router", world.hold("acme", 1))
+
+
+async def test_a_node_that_is_no_writer_still_reads(bench, start):
+    await bench.must("admin", bench.world.deposit("acme", CREDIT))
+    standby = await start(bench.world, bench.url, wait_ms=0)
+    reader = standby.as_caller(bench.world.identity("router"))
+    assert (await reader.balances(["client:acme"]))[0].available_nano == str(CREDIT)
+    seen = []
+
+    async def follow():
+        async for entry in reader.follow_log(0):
+            seen.append(entry.index)
+
+    task = asyncio.create_task(follow())
+    await bench.must("admin", bench.world.deposit("acme", CREDIT))
+    for _ in range(60):
+        if len(seen) == 2:
+            break
+        await asyncio.sleep(0.05)
+    task.cancel()
+    assert seen == [0, 1]
+
+
+@pytest.fixture
+async def remote(bench, tmp_path):
+    """The ledger over TLS, with a client for each role."""
+    world, clock = bench.world, SystemClock()
+    keys = tmp_path / "ledger-keys"
+    create_keys(keys, world.market_id, clock)
+    pem = ensure_certificate(keys, clock.now_unix_ms())
+    gate = Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
+    server = LedgerServer(bench.ledger, gate, "127.0.0.1:0", keys)
+    await server.start()
+    clients = []
+
+    def client(role):
+        signer = world.signers.get(role) or world.node[0]
+        tokens = AccessTokens(signer, world.market_id, clock, os.urandom)
+        made = GrpcLedger(server.endpoint, pem, world.identity("ledger"), tokens)
+        clients.append(made)
+        return made
+
+    yield client
+    for each in clients:
+        await each.close()
+    await server.stop(0)
+
+
+async def test_the_whole_life_of_a_request_over_grpc(bench, remote):
+    world = bench.world
+    admin, router = remote("admin"), remote("router")
+    assert (await admin.apply([world.deposit("acme", 100 * CREDIT)]))[0].status == pb.Result.APPLIED
+    for node in world.node:
+        await router.publish(node.key_event)
+    holds = [world.hold("acme", CREDIT) for _ in range(50)]
+    results = await asyncio.gather(*(router.apply([h]) for h in holds))
+    assert all(r[0].status == pb.Result.APPLIED for r in results)
+    captures = [world.capture(h.id, Leg(world.node[i % 3])) for i, h in enumerate(holds)]
+    results = await asyncio.gather(*(router.apply([c]) for c in captures))
+    assert all(r[0].status == pb.Result.APPLIED for r in results)
+    assert (await router.hold(holds[0].id)).state == pb.HoldRecord.CAPTURED
+    assert (await router.transfers("client:acme")).transfers
+    everyone = await admin.balances([])
+    assert sum(int(a.available_nano) for a in everyone) == 0
+    seen = []
+    async for entry in router.follow_log(0, ("bill",)):
+        seen.append(entry)
+        if len(seen) == 50:
+            break
+    for _ in range(40):
+        with contextlib.suppress(TrueweightError):
+            request = pb.InclusionProofRequest(index=seen[-1].index)
+            if (await router.inclusion(request)).entry == seen[-1]:
+                break
+        await asyncio.sleep(0.1)
+    else:
+        pytest.fail("no checkpoint covered the leaf in 4 s")
+
+
+async def test_attack_scopes_hold_over_grpc(bench, remote):
+    world = bench.world
+    node = remote("node")
+    (result,) = await node.apply([world.deposit("acme", CREDIT)])
+    assert result.code == "PERMISSION_DENIED"
+    with pytest.raises(PermissionDenied):
+        await node.balances(["client:acme"])
+    with pytest.raises(PermissionDenied):
+        await node.balances([])
+    assert not (await node.read_log(0)).entries
+
+
+async def test_a_lost_answer_and_a_retry_is_one_operation(bench, remote):
+    world = bench.world
+    admin = remote("admin")
+    deposit = world.deposit("acme", CREDIT)
+    task = asyncio.create_task(admin.apply([deposit]))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    (result,) = await remote("admin").apply([deposit])
+    assert result.status in (pb.Result.APPLIED, pb.Result.REPLAYED)
+    assert await bench.available("client:acme") == CREDIT
