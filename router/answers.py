@@ -52,14 +52,19 @@ class Answer:
     def __init__(self, plan: Plan, channel: Channel[AnswerEvent]) -> None:
         if plan.model.tokenizer is None:
             raise EngineError("this router has no tokenizer for the model")
-        self.output: list[int] = []
         self.rest = ""
         self._plan, self._channel = plan, channel
-        self._text = TextStream(plan.model.tokenizer.decoder(), plan.stops)
-        self._parts: list[str] = []
-        self._stopped = False
+        self._tokenizer = plan.model.tokenizer
         self._complete = False
         self._written = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew; only while nothing was given out."""
+        self.output: list[int] = []
+        self._text = TextStream(self._tokenizer.decoder(), self._plan.stops)
+        self._parts: list[str] = []
+        self._stopped = False
 
     @property
     def delivered(self) -> int:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 # An answer that ran into its deadline still gets this long to be written out.
 _LAST_WORD_MS = 5_000.0
+_REFUSED = "RECEIPT_REFUSED"
 # Refusals that say nothing about the node's health.
 _HARMLESS = frozenset(
     {
@@ -94,6 +95,7 @@ class RequestRun:
         self.route: Choice | None = None
         self._leg: LegRunner | None = None
         self._legs: list[LegResult] = []
+        self._kept_legs = 0
         now = services.clock.now_unix_ms()
         self._until_ms = services.clock.monotonic_ms() + services.timing.request_ms
         self._hold_id = uuid7(now, services.random(10))
@@ -182,6 +184,8 @@ class RequestRun:
                 return self.answer.ended_by() or leg.receipt.message.finish_reason
             problem = leg.problem
             log.info("node %s did not serve: %s", leg.node.node_id, problem)
+            if leg.code == _REFUSED:
+                self._disown_output()
             if (complete := self.answer.ended_by()) is not None:
                 return complete
             if leg.code == "OVER_CAPACITY":
@@ -196,6 +200,16 @@ class RequestRun:
         raise Unavailable(
             f"No node could serve the request: {problem}.", hint="You were not charged; try again."
         )
+
+    def _disown_output(self) -> None:
+        """Nobody answers for these tokens: they are neither kept nor continued."""
+        if self.plan.stream and self.answer.output:
+            raise EngineError(
+                "The node's receipt for this answer does not hold.",
+                hint="You were not charged; send the request again.",
+            )
+        self.answer.reset()
+        self._kept_legs = 0
 
     async def _choose(self, most: Prices, tried: frozenset[str]) -> Choice | None:
         """A node with a free place, waiting for one if need be; None if nobody is eligible."""
@@ -238,13 +252,14 @@ class RequestRun:
                 return await runner.run(lambda ids: self.answer.take(ids, self._left_ms()))
             finally:
                 self._leg = None
+                # Attempts that brought no token leave nothing to continue.
+                self._kept_legs += bool(runner.result.received)
                 rate(node, runner.result, services.clock.monotonic_ms())
 
     def _order(self, prices: Prices) -> LegOrder:
         return LegOrder(
             plan=self.plan,
-            # Attempts that brought no token leave nothing to continue.
-            leg=sum(1 for leg in self._legs if leg.received),
+            leg=self._kept_legs,
             prefix=tuple(self.answer.output),
             prices=prices,
             deadline_ms=self._left_ms(),

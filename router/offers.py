@@ -101,8 +101,8 @@ def _check_numbers(offer: Offer) -> None:
         raise InvalidRequest(f"lease_ms must be from {MIN_LEASE_MS} to {MAX_LEASE_MS}")
     if len(offer.endpoint) > MAX_ENDPOINT_CHARS:
         raise InvalidRequest("the endpoint is too long")
-    if bool(offer.endpoint) != bool(offer.tls_certificate_pem):
-        raise InvalidRequest("an endpoint needs the certificate to pin, and the other way round")
+    if offer.endpoint and not offer.tls_certificate_pem:
+        raise InvalidRequest("an endpoint needs the certificate to pin")
     for model in offer.models:
         asks = (model.ask_input_nano_per_mtok, model.ask_output_nano_per_mtok)
         if max(asks) > MAX_ASK_NANO_PER_MTOK:

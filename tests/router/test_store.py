@@ -1,0 +1,187 @@
+"""The router's database: group commit, keys, journal, transcripts and their erasure."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from sqlalchemy import select
+
+from trueweight.protos.errors import InvalidRequest, NotFound, StorageError, Unauthenticated
+from trueweight.protos.v1.audit_pb2 import Transcript
+from trueweight.protos.v1.ledger_pb2 import Operation, Result, VoidHold
+from trueweight.router.api_keys import KeyGate, create_key, list_keys, revoke_key
+from trueweight.router.journal import CAPTURED, PENDING, Journal, RequestRecord
+from trueweight.router.settling import Settler
+from trueweight.router.store import Store, captures, data_keys, transcripts
+from trueweight.router.transcripts import TranscriptBox, erase_request, load_master_key
+from trueweight.runtime.clock import ManualClock, SystemClock
+
+DIGEST = b"d" * 32
+PROMPT = [4242, 4343, 4444] * 20
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = Store(tmp_path / "router.sqlite")
+    yield opened
+    await opened.close()
+
+
+def capture(number):
+    return Operation(id=bytes([number]) * 16, void_hold=VoidHold(hold_id=b"h" * 16))
+
+
+def record(number, created=1000):
+    return RequestRecord(bytes([number]) * 16, "client:a", b"{}", created)
+
+
+async def test_concurrent_writes_share_commits_and_one_bad_write_fails_alone(store):
+    journal = Journal(store)
+    writes = [journal.record_bill(record(i), capture(i), []) for i in range(100)]
+    writes.append(journal.record_bill(record(7), capture(7), []))
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert [type(r) for r in results if r is not None] == [StorageError]
+    assert len(await journal.pending()) == 100
+
+
+async def test_journal_survives_reopening(tmp_path):
+    store = Store(tmp_path / "router.sqlite")
+    await Journal(store).record_bill(record(1), capture(1), [])
+    await store.close()
+    again = Store(tmp_path / "router.sqlite")
+    assert [op.id for op in await Journal(again).pending()] == [b"\x01" * 16]
+    await again.close()
+
+
+class FlakyLedger:
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    async def apply(self, operations):
+        self.asked += [op.id for op in operations]
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return [answer]
+
+
+async def test_a_capture_is_repeated_until_its_outcome_is_known(store):
+    from trueweight.protos.errors import DeadlineExceeded, Unavailable
+
+    journal = Journal(store)
+    await journal.record_bill(record(1), capture(1), [])
+    ledger = FlakyLedger(
+        Unavailable("gone"), DeadlineExceeded("slow"), Result(status=Result.REPLAYED)
+    )
+    settler = Settler(ledger, journal, SystemClock())
+    await settler.capture(capture(1), wait_ms=5_000)
+    assert ledger.asked == [b"\x01" * 16] * 3
+    assert await journal.pending() == []
+    assert (await journal.find(b"\x01" * 16))[1] == CAPTURED
+
+
+async def test_replay_after_a_crash_sends_what_was_journalled(store):
+    journal = Journal(store)
+    for i in (1, 2):
+        await journal.record_bill(record(i), capture(i), [])
+    refused = Result(status=Result.REFUSED, code="CONFLICT", message="the hold expired")
+    ledger = FlakyLedger(Result(status=Result.APPLIED), refused)
+    settler = Settler(ledger, journal, SystemClock())
+    assert await settler.replay() == 2
+    assert (settler.captured, settler.refused) == (1, 1)
+    assert await settler.replay() == 0
+
+
+async def test_keys_are_hashed_checked_and_revoked(store, tmp_path):
+    clock = ManualClock()
+    key, text = create_key(store, "client:a", "laptop", clock, os.urandom)
+    gate = KeyGate(store, clock)
+    assert (await gate.check(f"Bearer {text}")).account == "client:a"
+    assert text.rpartition("-")[2].encode() not in (tmp_path / "router.sqlite").read_bytes()
+    for wrong in (None, "", "Bearer", f"Basic {text}", f"Bearer {text[:-1]}x", "Bearer sk-123",
+                  "Bearer " + "x" * 5000, "Bearer \udcff", f"Bearer {text} {text}"):  # fmt: skip
+        with pytest.raises(Unauthenticated):
+            await gate.check(wrong)
+    revoke_key(store, key.key_id, clock)
+    clock.advance_ms(3_000)
+    with pytest.raises(Unauthenticated):
+        await gate.check(f"Bearer {text}")
+    assert [k.revoked_unix_ms is not None for k in list_keys(store)] == [True]
+    with pytest.raises(NotFound):
+        revoke_key(store, key.key_id, clock)
+
+
+@pytest.mark.parametrize("account", ["a", "client:", "node-locked:x", "client:A", "client:a b"])
+async def test_keys_are_for_client_accounts_only(store, account):
+    with pytest.raises(InvalidRequest):
+        create_key(store, account, "", ManualClock(), os.urandom)
+
+
+def transcript():
+    return Transcript(salt=b"s" * 16, prompt_token_ids=PROMPT, output_token_ids=[7])
+
+
+async def test_transcripts_are_encrypted_at_rest_and_erasure_destroys_the_key(store, tmp_path):
+    box = TranscriptBox(load_master_key(tmp_path, os.urandom))
+    plain = transcript().SerializeToString()
+    await store.write(box.put(DIGEST, b"r" * 16, transcript(), 1))
+    sealed = await store.read(box.get(DIGEST))
+    assert plain[20:60] not in sealed.ciphertext
+    assert box.open(sealed, DIGEST) == transcript()
+    rows = await store.read(lambda c: list(c.execute(select(data_keys.c.wrapped))))
+    assert sealed.data_key not in rows[0][0]
+    assert await store.write(erase_request(b"r" * 16)) == 1
+    with pytest.raises(NotFound):
+        await store.read(box.get(DIGEST))
+    for table in (transcripts, data_keys):
+        assert await store.read(lambda c, t=table: list(c.execute(select(t)))) == []
+
+
+async def test_another_master_key_opens_nothing(store, tmp_path):
+    box = TranscriptBox(load_master_key(tmp_path / "a", os.urandom))
+    await store.write(box.put(DIGEST, b"r" * 16, transcript(), 1))
+    other = TranscriptBox(load_master_key(tmp_path / "b", os.urandom))
+    with pytest.raises(StorageError, match="does not open"):
+        await store.read(other.get(DIGEST))
+
+
+async def test_attack_swapped_rows_do_not_open(store, tmp_path):
+    from sqlalchemy import update
+
+    box = TranscriptBox(load_master_key(tmp_path, os.urandom))
+    for digest in (DIGEST, b"e" * 32):
+        await store.write(box.put(digest, b"r" * 16, transcript(), 1))
+    stolen = await store.read(
+        lambda c: c.scalar(select(data_keys.c.wrapped).where(data_keys.c.receipt_digest == DIGEST))
+    )
+    await store.write(lambda c: c.execute(update(data_keys).values(wrapped=stolen)) and None)
+    with pytest.raises(StorageError):
+        await store.read(box.get(b"e" * 32))
+
+
+def test_master_key_is_private(tmp_path):
+    load_master_key(tmp_path, os.urandom)
+    path = tmp_path / "transcript-master.key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    with pytest.raises(InvalidRequest, match="chmod 600"):
+        load_master_key(tmp_path, os.urandom)
+
+
+async def test_old_records_are_swept_and_pending_captures_never(store, tmp_path):
+    journal, box = Journal(store), TranscriptBox(load_master_key(tmp_path, os.urandom))
+    await journal.record_bill(
+        record(1), capture(1), [box.put(DIGEST, b"\x01" * 16, transcript(), 1000)]
+    )
+    await journal.record_bill(record(2), capture(2), [])
+    await journal.record_bill(record(3, created=9000), capture(3), [])
+    await journal.settle(capture(1).id, CAPTURED)
+    await journal.sweep(transcripts_before_ms=5000, records_before_ms=5000)
+    left = await store.read(lambda c: list(c.scalars(select(captures.c.bill_id))))
+    assert sorted(left) == [b"\x02" * 16, b"\x03" * 16]
+    assert await journal.find(b"\x01" * 16) is None
+    assert (await journal.find(b"\x03" * 16))[1] == PENDING
+    with pytest.raises(NotFound):
+        await store.read(box.get(DIGEST))
