@@ -1,0 +1,333 @@
+# ruff: noqa: E501  (rules read better on one line)
+"""The books against an independent model, in random order, on both databases.
+
+The model knows only money: who has what, what is held, what each receipt moved. It predicts the
+outcome of every operation; after each step balances, holds and replays must agree, and at the end
+of each run fsck recomputes everything from the transfers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from trueweight.ledger.backend import open_backend
+from trueweight.ledger.books import Books
+from trueweight.ledger.court import court_of, with_key_events
+from trueweight.ledger.prepare import prepare
+from trueweight.ledger.schema import normal_url
+from trueweight.ledger.values import Leaf
+from trueweight.protos.envelope import digest_of
+from trueweight.protos.merkle import verify_consistency
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.simulation.ledger_world import Leg, World
+
+from .conftest import fsck
+
+CLIENTS = ("a", "b")
+AMOUNTS = st.integers(1, 120_000)
+
+
+@dataclass
+class Model:
+    """Plain numbers, no accounts, no transfers."""
+
+    have: dict = field(default_factory=lambda: defaultdict(int))  # available, by client
+    locked: dict = field(default_factory=lambda: defaultdict(int))  # by node
+    released: dict = field(default_factory=lambda: defaultdict(int))
+    paid: int = 0
+    paying: int = 0
+    fee: int = 0
+    pool: int = 0
+    deposited: int = 0
+    held: dict = field(default_factory=dict)  # hold id -> (client, amount, due)
+    legs: dict = field(default_factory=dict)  # receipt digest -> (client, node, charge, split)
+    payouts: dict = field(default_factory=dict)  # id -> (node, amount)
+
+
+def split_of(charge):
+    """The market's terms of ``World``, written down again: 5 % fee, 2 % pool, rounded down."""
+    fee, pool = charge * 5 // 100, charge * 2 // 100
+    return fee, pool, charge - fee - pool
+
+
+class Machine(RuleBasedStateMachine):
+    """One run on a fresh database."""
+
+    make_url = None
+    holds, receipts, payouts, done = (
+        Bundle("holds"),
+        Bundle("receipts"),
+        Bundle("payouts"),
+        Bundle("done"),
+    )
+
+    @initialize()
+    def open(self):
+        self.world, self.model = World(window_ms=0), Model()
+        self.url = type(self).make_url()
+        court = court_of(self.world.market)
+        self.court = with_key_events(
+            court, [Leaf("key-event", n.key_event, b"") for n in self.world.node]
+        )
+        self.books = Books(
+            open_backend(normal_url(self.url)), self.court.terms, self.world.signers["ledger"]
+        )
+        self.books.open()
+        self.roots = []
+
+    def apply(self, role, *operations):
+        signer = self.world.signers.get(role)
+        caller = signer.identity if signer else role
+        call = [prepare(operation, caller, self.court) for operation in operations]
+        outcomes = self.books.apply([call], self.world.now).outcomes[0]
+        return [o.error.code if o.error else o.status for o in outcomes]
+
+    @rule(target=done, client=st.sampled_from(CLIENTS), amount=AMOUNTS)
+    def deposit(self, client, amount):
+        operation = self.world.deposit(client, amount)
+        assert self.apply("admin", operation) == ["applied"]
+        self.model.have[client] += amount
+        self.model.deposited += amount
+        return ("admin", operation)
+
+    @rule(
+        target=holds,
+        client=st.sampled_from(CLIENTS),
+        amount=AMOUNTS,
+        ttl=st.sampled_from([1, 50, 10_000]),
+    )
+    def hold(self, client, amount, ttl):
+        operation = self.world.hold(client, amount, ttl_ms=ttl)
+        fits = amount <= self.model.have[client]
+        assert self.apply("router", operation) == ["applied" if fits else "INSUFFICIENT_FUNDS"]
+        if not fits:
+            return multiple()
+        self.model.have[client] -= amount
+        self.model.held[operation.id] = (client, amount, self.world.now + ttl)
+        return operation
+
+    @rule(client=st.sampled_from(CLIENTS), first=AMOUNTS, second=AMOUNTS)
+    def linked_holds(self, client, first, second):
+        operations = [self.world.hold(client, first), self.world.hold(client, second)]
+        operations[0].linked = True
+        results = self.apply("router", *operations)
+        if first + second <= self.model.have[client]:
+            assert results == ["applied", "applied"]
+            self.model.have[client] -= first + second
+            due = self.world.now + 60_000
+            self.model.held[operations[0].id] = (client, first, due)
+            self.model.held[operations[1].id] = (client, second, due)
+        else:
+            assert "applied" not in results
+
+    @rule(
+        target=receipts,
+        hold=holds,
+        node=st.integers(0, 2),
+        tokens=st.integers(0, 300),
+        twice=st.booleans(),
+    )
+    def capture(self, hold, node, tokens, twice):
+        legs = [Leg(self.world.node[node], output=tokens, billed_output=tokens)]
+        if twice:
+            legs.append(Leg(self.world.node[(node + 1) % 3], choice=1))
+        operation = self.world.capture(hold.id, *legs)
+        charges = [100 * 100 + leg.billed_output * 300 for leg in legs]
+        (result,) = self.apply("router", operation)
+        held = self.model.held.get(hold.id)
+        if held is None or held[2] <= self.world.now:
+            assert result == "CONFLICT"
+            return multiple()
+        client, amount, _ = held
+        if sum(charges) > amount:
+            assert result == "INVALID_REQUEST"
+            return multiple()
+        assert result == "applied"
+        del self.model.held[hold.id]
+        self.model.have[client] += amount - sum(charges)
+        made = []
+        for leg, charge, receipt in zip(legs, charges, operation.capture.receipts, strict=True):
+            fee, pool, rest = split_of(charge)
+            self.model.fee += fee
+            self.model.pool += pool
+            self.model.locked[leg.node.identity] += rest
+            digest = digest_of(receipt)
+            self.model.legs[digest] = (client, leg.node.identity, charge)
+            made.append(digest)
+        return multiple(*made)
+
+    @rule(hold=consumes(holds))
+    def void(self, hold):
+        (result,) = self.apply("router", self.world.void(hold.id))
+        held = self.model.held.get(hold.id)
+        if held is None or held[2] <= self.world.now:
+            assert result == "CONFLICT"
+            return
+        assert result == "applied"
+        client, amount, _ = self.model.held.pop(hold.id)
+        self.model.have[client] += amount
+
+    @rule(ms=st.sampled_from([1, 100, 20_000]))
+    def wait_and_expire(self, ms):
+        self.world.now += ms
+        operation = pb.Operation(id=self.world.new_id(), expire=pb.Expire(limit=1000))
+        assert self.apply("router", operation) == ["applied"]
+        due = [id_ for id_, (_, _, at) in self.model.held.items() if at <= self.world.now]
+        for id_ in due:
+            client, amount, _ = self.model.held.pop(id_)
+            self.model.have[client] += amount
+
+    @rule(digest=consumes(receipts))
+    def refund(self, digest):
+        client, node, charge = self.model.legs[digest]
+        fee, pool, rest = split_of(charge)
+        (result,) = self.apply("verifier", self.world.refund(digest, node))
+        assert result == "applied"
+        # Locked earnings first; bonds and treasury are empty here, what is missing is owed.
+        from_node = min(rest, self.model.locked[node])
+        from_fee, from_pool = min(fee, self.model.fee), min(pool, self.model.pool)
+        self.model.locked[node] -= from_node
+        self.model.fee -= from_fee
+        self.model.pool -= from_pool
+        self.model.have[client] += from_node + from_fee + from_pool
+        assert self.apply("verifier", self.world.refund(digest, node)) == (
+            ["CONFLICT"] if charge else ["applied"]
+        )
+
+    @rule(node=st.integers(0, 2), amount=AMOUNTS)
+    def release(self, node, amount):
+        name = self.world.node[node].identity
+        operation = pb.Operation(
+            id=self.world.new_id(),
+            release=pb.Release(node_id=name, amount_nano=amount, below_log_index=10**9),
+        )
+        (result,) = self.apply("verifier", operation)
+        if result == "applied":
+            assert amount <= self.model.locked[name]
+            self.model.locked[name] -= amount
+            self.model.released[name] += amount
+        else:
+            assert result == "CONFLICT"
+
+    @rule(target=payouts, node=st.integers(0, 2), amount=AMOUNTS)
+    def payout(self, node, amount):
+        name = self.world.node[node].identity
+        operation = pb.Operation(
+            id=self.world.new_id(),
+            payout_start=pb.PayoutStart(node_id=name, amount_nano=amount, rail="bank"),
+        )
+        fits = amount <= self.model.released[name]
+        assert self.apply("admin", operation) == ["applied" if fits else "INSUFFICIENT_FUNDS"]
+        if not fits:
+            return multiple()
+        self.model.released[name] -= amount
+        self.model.paying += amount
+        self.model.payouts[operation.id] = (name, amount)
+        return operation.id
+
+    @rule(id_=payouts, paid=st.booleans())
+    def settle(self, id_, paid):
+        body = pb.PayoutSettle(payout_id=id_, paid=paid)
+        (result,) = self.apply("admin", pb.Operation(id=self.world.new_id(), payout_settle=body))
+        if id_ not in self.model.payouts:
+            assert result == "CONFLICT"
+            return
+        assert result == "applied"
+        name, amount = self.model.payouts.pop(id_)
+        self.model.paying -= amount
+        if paid:
+            self.model.paid += amount
+        else:
+            self.model.released[name] += amount
+
+    @rule(done_before=done)
+    def replay(self, done_before):
+        role, operation = done_before
+        assert self.apply(role, operation) == ["replayed"]
+        other = pb.Operation()
+        other.CopyFrom(operation)
+        other.deposit.amount_nano += 1
+        assert self.apply(role, other) == ["ID_CONFLICT"]
+
+    @rule()
+    def checkpoint(self):
+        state = self.books.checkpoint(self.world.now)
+        if state is not None and state.size:
+            self.roots.append((state.size, state.root))
+
+    @rule()
+    def start_anew(self):
+        self.books.close()
+        self.books = Books(
+            open_backend(normal_url(self.url)), self.court.terms, self.world.signers["ledger"]
+        )
+        self.books.open()
+
+    @invariant()
+    def balances_agree(self):
+        if not hasattr(self, "model"):
+            return
+        rows = self.books._backend.query(
+            "SELECT id, credits_posted - debits_posted - debits_pending, debits_pending FROM account"
+        )
+        available = {row[0]: row[1] for row in rows}
+        model = self.model
+        for client in CLIENTS:
+            assert available.get(f"client:{client}", 0) == model.have[client]
+        for node in self.world.node:
+            assert available.get(f"node-locked:{node.identity}", 0) == model.locked[node.identity]
+            assert (
+                available.get(f"node-available:{node.identity}", 0) == model.released[node.identity]
+            )
+        assert available.get("fee:market", 0) == model.fee
+        assert available.get("pool:market", 0) == model.pool
+        held = sum(amount for _, amount, _ in model.held.values())
+        assert sum(row[2] for row in rows if row[0].startswith("client:")) == held
+        inside = sum(value for name, value in available.items() if not name.startswith("external:"))
+        assert inside + held + model.paying + model.paid == model.deposited
+
+    def teardown(self):
+        if not hasattr(self, "books"):
+            return
+        self.books.checkpoint(self.world.now)
+        self.books.close()
+        assert fsck(self.url, self.world).problems == []
+        self._old_roots_are_consistent()
+
+    def _old_roots_are_consistent(self):
+        from trueweight.ledger.reader import Reader
+        from trueweight.ledger.schema import make_engine
+
+        reader = Reader(make_engine(normal_url(self.url)))
+        newest = reader.checkpoint()
+        for size, root in self.roots:
+            path = list(reader.consistency(size, newest.size).path)
+            verify_consistency(size, root, newest.size, newest.root, path)
+        reader.close()
+
+
+def test_books_agree_with_an_independent_model(databases, migrated):
+    made = type("On" + databases.kind, (Machine,), {"make_url": lambda: databases.copy(migrated)})
+    run_state_machine_as_test(
+        made,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
