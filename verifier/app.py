@@ -65,7 +65,7 @@ class VerifierApp:
         self.scorer = Scorer(connections.reference)
         auditor = Auditor(view, secrets, connections.transcripts, self.scorer)
         publisher = Publisher(connections.ledger, signer)
-        worker = Worker(agenda, auditor, publisher, clock)
+        worker = Worker(agenda, auditor, publisher, connections.ledger, clock)
         self.service = VerifierService(connections.ledger, worker, clock)
         self._connections = connections
 

@@ -25,6 +25,7 @@ from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledge
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
 from trueweight.verifier.epochs import RatePolicy
+from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
 from trueweight.verifier.reference import GrpcNode
 from trueweight.verifier.state import KINDS, LogView
 
@@ -283,3 +284,40 @@ async def read_view(market: Market, ledger: LedgerPort) -> LogView:
         view.next_index = max(view.next_index, page.next_index)
         if page.next_index >= page.tree_size:
             return view
+
+
+@verifier.command()
+@click.argument("epoch", type=click.IntRange(1))
+@cli.market_option
+@cli.keys_option
+@_ledger_option
+@cli.json_option
+def owed(epoch: int, as_json: bool, **options: Any) -> None:
+    """Which audits EPOCH owed, which were done, late or missing, and by whom."""
+    view = _read_log(options)
+    found = accounts(view, epoch, SystemClock().now_unix_ms())
+    if as_json:
+        cli.print_json([entry.as_json() for entry in found])
+        return
+    cli.print_table(
+        f"epoch {epoch}",
+        ("verifier", "revealed", DONE, LATE, MISSING, PENDING, "unasked", "copied", "kept"),
+        [
+            (
+                entry.verifier_id,
+                entry.revealed,
+                *(entry.count(status) for status in (DONE, LATE, MISSING, PENDING)),
+                entry.unasked,
+                entry.copied,
+                entry.kept,
+            )
+            for entry in found
+        ],
+    )
+    broken = [a for entry in found for a in entry.audits if a.status in (LATE, MISSING)]
+    if broken:
+        cli.print_table(
+            "late or missing",
+            ("receipt leaf", "node", "status", "delay s"),
+            [(a.receipt_index, a.node_id, a.status, a.delay_ms / 1000) for a in broken[:100]],
+        )

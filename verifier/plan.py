@@ -158,6 +158,19 @@ class ApplyConvict:
         return f"forfeit/{self.node_id}"
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseEarnings:
+    """Let a clear node have what it earned in epochs that are over and audited."""
+
+    node_id: str
+    epoch: int
+    below_index: int
+
+    @property
+    def key(self) -> str:
+        return f"release/{self.epoch}/{self.node_id}"
+
+
 Duty = (
     PublishCalibration
     | OpenEpoch
@@ -170,6 +183,7 @@ Duty = (
     | PublishConviction
     | PublishSuspension
     | ApplyConvict
+    | ReleaseEarnings
 )
 
 
@@ -189,6 +203,8 @@ class Agenda:
     _refunds: dict[bytes, None] = field(default_factory=dict)
     # Nodes whose forfeit this process has applied; after a restart it is applied once more.
     forfeited: set[str] = field(default_factory=set)
+    # (epoch, node) whose release this process has applied; ids keep a repeat harmless.
+    released: set[tuple[int, str]] = field(default_factory=set)
     # Epochs whose secret is lost: nothing of them can be audited or revealed.
     lost_epochs: set[int] = field(default_factory=set)
 
@@ -230,6 +246,7 @@ class Agenda:
         yield from self._conviction_duties()
         yield from (ApplyRefund(digest) for digest in list(self._refunds))
         self._decide(now_unix_ms)
+        yield from self._release_duties()
         for digest, (receipt, epoch) in list(islice(self.owed.items(), MAX_CONSIDERED)):
             yield from self._audit_step(digest, receipt, epoch, now_unix_ms)
 
@@ -307,6 +324,21 @@ class Agenda:
                 yield PublishSuspension(node_id)
             if node_id not in self.forfeited:
                 yield ApplyConvict(node_id)
+
+    def _release_duties(self) -> Iterator[ReleaseEarnings]:
+        """Once per epoch and clear node: everything before the newest epoch, except from its
+        oldest owed audit on, and only if audits after that speak for it."""
+        epochs = self.my_epochs
+        if len(epochs) < 2 or self._undecided:
+            return
+        newest = epochs[-1]
+        for node_id, record in self.view.nodes.items():
+            if (newest.message.epoch, node_id) in self.released:
+                continue
+            if record.suspended or record.pooled.state != "clear" or not record.pooled.wealth.r:
+                continue
+            open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
+            yield ReleaseEarnings(node_id, newest.message.epoch, min([newest.index, *open_audits]))
 
     def _decide(self, now_unix_ms: int) -> None:
         for digest in list(self._undecided):

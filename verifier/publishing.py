@@ -11,8 +11,9 @@ from trueweight.protos.envelope import seal
 from trueweight.protos.errors import Conflict, IdConflict, NotFound, error_for
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import derived_id
-from trueweight.protos.v1.ledger_pb2 import Convict, Operation, Publish, Refund, Result
+from trueweight.protos.v1.ledger_pb2 import Convict, Operation, Publish, Refund, Release, Result
 from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.verifier.plan import ReleaseEarnings
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,21 @@ class Publisher:
         me = self._signer.identity.encode()
         operation = Operation(id=derived_id("convict", me, node_id.encode()), convict=body)
         return await self._apply(operation, tolerated=(Conflict,))
+
+    async def release(self, duty: ReleaseEarnings, amount_nano: int) -> int:
+        """Releases at most ``amount_nano``; nanocredits moved. The ledger knows what is out of its
+        window: if that is less, all of it goes."""
+        for amount in (amount_nano, 0):
+            body = Release(
+                node_id=duty.node_id, amount_nano=amount, below_log_index=duty.below_index
+            )
+            about = (duty.node_id.encode(), duty.epoch.to_bytes(8, "big"), bytes([amount > 0]))
+            operation = Operation(id=derived_id("release", *about), release=body)
+            try:
+                return await self._apply(operation, tolerated=(IdConflict,))
+            except Conflict as error:
+                log.debug("release of %s: %s", duty.node_id, error.message)
+        return 0
 
     async def _apply(self, operation: Operation, tolerated: tuple[type[Exception], ...]) -> int:
         (result,) = await self._ledger.apply([operation])

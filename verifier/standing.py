@@ -1,17 +1,55 @@
-"""What the log says about a node's standing, as its audit rate sees it. Pure."""
+"""What the log and the books say about a node's standing, as its audit rate sees it. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from trueweight.protos.v1.ledger_pb2 import AccountRecord
+from trueweight.verifier.deterrence import Stake, needed_rate_ppm
 from trueweight.verifier.epochs import Standing
 from trueweight.verifier.state import LogView
 
+PPM = 1_000_000
 
-def standings(view: LogView) -> dict[str, Standing]:
-    """Every known node's standing, from the pooled wealth."""
+
+def stake_accounts(node_ids: Sequence[str]) -> list[str]:
+    """The accounts that a conviction would take."""
+    return [f"{kind}:{node}" for node in node_ids for kind in ("node-locked", "node-bond")]
+
+
+def stakes(view: LogView, records: Sequence[AccountRecord]) -> dict[str, Stake]:
+    """Every known node's stake, from balances of ``stake_accounts``."""
+    balances = {record.account: int(record.available_nano or 0) for record in records}
+    found = {}
+    for node_id, record in view.nodes.items():
+        tokens = record.billed_output_tokens
+        price = record.charged_nano / tokens if tokens else 0.0
+        locked, bond = (balances.get(a, 0) for a in stake_accounts([node_id]))
+        found[node_id] = Stake(max(0, locked), max(0, bond), price)
+    return found
+
+
+def null_mean(view: LogView) -> float | None:
+    """The largest null mean of the newest calibrations: the least power anybody relies on. None
+    without any calibration: the power is unknown."""
+    newest = {c.manifest_digest: c for c in view.calibrations.all()}
+    means = [e.mu0_nano / 1e9 for c in newest.values() for e in c.entries.values()]
+    return max(means, default=None)
+
+
+def standings(view: LogView, held: Mapping[str, Stake]) -> dict[str, Standing]:
+    """Every known node's standing, from the pooled wealth and what it has at stake."""
+    mu0 = null_mean(view)
     return {
         node_id: Standing(
             audited_tokens=record.pooled.wealth.tokens,
             suspect=record.pooled.state != "clear",
+            needed_ppm=_needed(held.get(node_id), mu0),
         )
         for node_id, record in view.nodes.items()
     }
+
+
+def _needed(stake: Stake | None, mu0: float | None) -> int:
+    """Where power or stake are unknown, nothing below a full audit deters."""
+    return PPM if stake is None or mu0 is None else needed_rate_ppm(stake, mu0)

@@ -10,14 +10,17 @@ from trueweight.protos.evidence import CONVICT, log10_milli
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.runtime.clock import Clock
+from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.verifier import plan
 from trueweight.verifier.audit import Auditor
+from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.conviction import change_point_index
+from trueweight.verifier.deterrence import deterrence, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
 from trueweight.verifier.plan import Agenda, outcome_name
 from trueweight.verifier.publishing import Publisher
-from trueweight.verifier.standing import standings
+from trueweight.verifier.standing import null_mean, stakes, standings
 from trueweight.verifier.verdicts import AuditContext
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class Worker:
     agenda: Agenda
     auditor: Auditor
     publisher: Publisher
+    ledger: LedgerPort
     clock: Clock
     reward_ppm: int = 50_000
 
@@ -58,6 +62,8 @@ class Worker:
                 await self._suspend(duty.node_id)
             case plan.ApplyConvict():
                 await self._forfeit(duty.node_id)
+            case plan.ReleaseEarnings():
+                await self._release(duty)
 
     @property
     def _me(self) -> str:
@@ -77,11 +83,13 @@ class Worker:
     async def _open_epoch(self, epoch: int) -> None:
         secret = self.agenda.secrets.get_or_create(epoch)
         now = self.clock.now_unix_ms()
+        view = self.agenda.view
+        records = await read_stakes(self.ledger, list(view.nodes))
         message = open_epoch(
             EpochPlan(self._market_id, self._me, epoch, now),
             secret,
             self.agenda.policy,
-            standings(self.agenda.view),
+            standings(view, stakes(view, records)),
         )
         await self.publisher.publish(message, "epoch-open", epoch.to_bytes(8, "big"))
 
@@ -182,3 +190,15 @@ class Worker:
         self.agenda.forfeited.add(node_id)
         if moved:
             log.warning("forfeited %d nanocredits of %s", moved, node_id)
+
+    async def _release(self, duty: plan.ReleaseEarnings) -> None:
+        """Leaves as much at stake as deters at the node's frozen rate."""
+        view, mu0 = self.agenda.view, null_mean(self.agenda.view)
+        records = await read_stakes(self.ledger, [duty.node_id])
+        stake = stakes(view, records)[duty.node_id]
+        rate = self.agenda.my_epochs[-1].rate_ppm(duty.node_id) / 1e6
+        if mu0 is not None and rate > 0:
+            amount = releasable_nano(stake, deterrence(stake, rate, mu0).needed_nano)
+            if amount > 0:
+                await self.publisher.release(duty, amount)
+        self.agenda.released.add((duty.epoch, duty.node_id))

@@ -77,6 +77,8 @@ class FakeLedger:
         self.refunds: dict[bytes, int] = {}
         self.convicted: dict[str, bytes] = {}
         self.refuse: tuple[str, ...] = ()
+        self.stakes: dict[str, int] = {}
+        self.released: list[tuple[str, int, int]] = []
         self.grown = asyncio.Event()
 
     def append(self, kind: str, body: bytes) -> int:
@@ -128,12 +130,23 @@ class FakeLedger:
         self.refunds[body.receipt_digest] = 1
         return _applied(amount_nano=1)
 
+    def _do_release(self, body):
+        self.released.append((body.node_id, body.amount_nano, body.below_log_index))
+        return _applied(amount_nano=1)
+
     def _do_convict(self, body):
         conviction = audit_pb2.Conviction.FromString(parse_envelope(body.conviction).payload)
         if conviction.node_id in self.convicted:
             return _refused("CONFLICT")
         self.convicted[conviction.node_id] = body.conviction
         return _applied(amount_nano=5)
+
+    async def balances(self, accounts):
+        assert accounts, "an empty list means all accounts"
+        return [
+            ledger_pb2.AccountRecord(account=a, available_nano=str(self.stakes.get(a, 0)))
+            for a in accounts
+        ]
 
     async def read_log(self, from_index, limit=1000, kinds=()):
         found = [e for e in self.entries[from_index:] if not kinds or e.kind in kinds]
@@ -304,6 +317,7 @@ class World:
                     receipt_digest=digest,
                     node_id=node.identity,
                     client_charge_nano=charge_nano,
+                    billed_output_tokens=len(output),
                 )
             ],
         )

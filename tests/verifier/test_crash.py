@@ -48,6 +48,9 @@ class Mortal:
     async def apply(self, operations):
         return await self._step(lambda: self.world.ledger.apply(operations))
 
+    async def balances(self, accounts):
+        return await self.world.ledger.balances(accounts)
+
     async def read_log(self, *args):
         return await self.world.ledger.read_log(*args)
 

@@ -1,0 +1,197 @@
+"""Owed audits from public data, deterrence, releases that wait for audits."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trueweight.protos.envelope import seal
+from trueweight.protos.v1.audit_pb2 import EpochReveal, Verdict
+from trueweight.verifier.deterrence import (
+    KNOWN_CHEATS,
+    PPM,
+    Cheat,
+    Stake,
+    deterrence,
+    needed_rate_ppm,
+    releasable_nano,
+    tokens_to_conviction,
+)
+from trueweight.verifier.epochs import RatePolicy, Standing, rate_ppm
+from trueweight.verifier.owed import DONE, LATE, MISSING, account, accounts
+from trueweight.verifier.report import status_rows
+
+HONEST = [0.0] * 40
+POLICY = RatePolicy(epoch_ms=60_000, audit_deadline_ms=20_000)
+
+
+async def live(world, kit, until, **settings):
+    app = world.app(policy=POLICY, **settings)
+    await kit.drive(world, app, lambda: until(app))
+    return app.service.view
+
+
+def revealed(epoch):
+    return lambda app: (app.service.agenda.verifier_id, epoch) in app.service.view.reveals
+
+
+async def test_a_diligent_verifier_kept_its_promise(world, kit):
+    world.add_node("good")
+    await live(world, kit, lambda app: app.service.ready.is_set())
+    for _ in range(5):
+        world.serve("good", HONEST)
+    view = await live(world, kit, revealed(1))
+    (found,) = accounts(view, 1, world.clock.now_unix_ms())
+    assert found.kept and found.count(DONE) == 5 == len(found.audits)
+
+
+async def test_a_verifier_that_was_down_shows_late_audits(world, kit):
+    world.add_node("good")
+    await live(world, kit, lambda app: app.service.ready.is_set())
+    world.serve("good", HONEST)
+    world.clock.advance_ms(30_000)
+    view = await live(world, kit, revealed(1))
+    (found,) = accounts(view, 1, world.clock.now_unix_ms())
+    assert found.count(LATE) == 1 and not found.kept
+
+
+async def test_a_lazy_verifier_shows_missing_audits(world, kit):
+    me = world.verifiers[0]
+    world.add_node("good")
+    view = await live(world, kit, lambda app: app.service.ready.is_set())
+    for _ in range(3):
+        world.serve("good", HONEST)
+    secret = (world.directory / "verifier-0" / "1.secret").read_bytes()
+    reveal = EpochReveal(market_id=world.market_id, verifier_id=me.identity, epoch=1, secret=secret)
+    world.ledger.log_envelope(seal(reveal, me))
+    for entry in world.ledger.entries[view.next_index :]:
+        view.apply(entry)
+    found = account(view, me.identity, 1, world.clock.now_unix_ms() + 30_000)
+    assert found.count(MISSING) == 3 and not found.kept
+    assert account(view, me.identity, 1, world.clock.now_unix_ms()).count(MISSING) == 0
+
+
+async def test_attack_a_silent_verifier_never_reveals(world, kit):
+    world.add_node("good")
+    view = await live(world, kit, lambda app: app.service.ready.is_set())
+    (found,) = accounts(view, 1, world.clock.now_unix_ms())
+    assert not found.revealed and not found.kept
+
+
+async def test_attack_a_reveal_of_another_secret_does_not_count(world, kit):
+    me = world.verifiers[0]
+    view = await live(world, kit, lambda app: app.service.ready.is_set())
+    reveal = EpochReveal(
+        market_id=world.market_id, verifier_id=me.identity, epoch=1, secret=b"x" * 32
+    )
+    world.ledger.log_envelope(seal(reveal, me))
+    for entry in world.ledger.entries[view.next_index :]:
+        view.apply(entry)
+    assert not view.reveals
+
+
+async def test_attack_a_verifier_picks_its_own_targets(world, kit):
+    me = world.verifiers[0]
+    world.add_node("good")
+    view = await live(world, kit, lambda app: app.service.ready.is_set())
+    digest = world.serve("good", HONEST)
+    # The epoch is made to owe nothing; the verdict is published all the same.
+    leaf = view.epochs[me.identity][0]
+    leaf.message.default_rate_ppm = 0
+    verdict = Verdict(
+        market_id=world.market_id, verifier_id=me.identity, epoch=1, receipt_digest=digest
+    )
+    secret = (world.directory / "verifier-0" / "1.secret").read_bytes()
+    reveal = EpochReveal(market_id=world.market_id, verifier_id=me.identity, epoch=1, secret=secret)
+    for message in (verdict, reveal):
+        world.ledger.log_envelope(seal(message, me))
+    for entry in world.ledger.entries[view.next_index :]:
+        view.apply(entry)
+    found = account(view, me.identity, 1, world.clock.now_unix_ms())
+    assert found.unasked == 1 and not found.kept
+
+
+# Deterrence.
+
+
+def test_weak_cheats_take_longer_and_invisible_ones_forever():
+    times = [tokens_to_conviction(c.mean_x, 4e-4) for c in KNOWN_CHEATS]
+    assert times == sorted(times) and times[0] < 10_000
+    assert math.isinf(tokens_to_conviction(1e-4, 4e-4))
+
+
+@given(
+    st.integers(0, 10**12),
+    st.integers(0, 10**12),
+    st.floats(0.01, 1e5),
+    st.floats(2e-4, 2e-3),
+)
+def test_at_the_needed_rate_cheating_does_not_pay(locked, bond, price, mu0):
+    stake = Stake(locked, bond, price)
+    rate = needed_rate_ppm(stake, mu0)
+    assert 0 <= rate <= PPM
+    if 0 < rate < PPM:
+        assert deterrence(stake, rate / PPM, mu0).holds
+    if 10 < rate < PPM:
+        assert not deterrence(stake, 0.8 * rate / PPM, mu0).holds
+
+
+@given(st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 2 * 10**12))
+def test_a_release_leaves_what_deters(locked, bond, needed):
+    stake = Stake(locked, bond, 1.0)
+    amount = releasable_nano(stake, needed)
+    assert 0 <= amount <= locked
+    assert amount == 0 or stake.total_nano - amount >= needed
+
+
+def test_a_cheat_that_saves_nothing_needs_no_stake():
+    assert deterrence(Stake(0, 0, 5.0), 0.02, 4e-4, [Cheat("free", 0.5, 0.0)]).holds
+
+
+async def test_earnings_wait_for_later_evidence_and_owed_audits(world, kit):
+    node = world.add_node("good")
+    world.ledger.stakes = {f"node-bond:{node}": 10**12, f"node-locked:{node}": 5_000}
+    await live(world, kit, lambda app: app.service.ready.is_set())
+    for _ in range(3):
+        world.serve("good", HONEST, charge_nano=40)
+    world.reference_down = True
+    await live(world, kit, lambda app: len(app.service.agenda.my_epochs) >= 2)
+    assert not world.ledger.released, "nothing is released before any audit speaks for the node"
+    world.reference_down = False
+    view = await live(world, kit, lambda app: bool(world.ledger.released))
+    released_to, amount, below = world.ledger.released[0]
+    assert (released_to, amount) == (node, 5_000)
+    assert below <= view.epochs[world.verifiers[0].identity][-1].index
+
+
+async def test_a_suspect_gets_nothing_released(world, kit):
+    node = world.add_node("bad")
+    world.ledger.stakes = {f"node-locked:{node}": 5_000, f"node-bond:{node}": 10**12}
+    await live(world, kit, lambda app: app.service.ready.is_set())
+    for _ in range(3):
+        world.serve("bad", [0.0] * 30 + [0.3] * 8)
+    view = await live(world, kit, lambda app: len(app.service.agenda.my_epochs) >= 3)
+    (row,) = status_rows(view)
+    assert row.state in ("suspect", "convicted") and not world.ledger.released
+
+
+async def test_rates_follow_evidence_and_stake(world, kit):
+    rich, poor = world.add_node("rich"), world.add_node("poor")
+    world.ledger.stakes = {f"node-bond:{rich}": 10**15, f"node-bond:{poor}": 1}
+    policy = RatePolicy(epoch_ms=60_000, newcomer_tokens=100)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, app.service.ready.is_set)
+    for _ in range(20):
+        world.serve("rich", HONEST)
+        world.serve("poor", HONEST)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, lambda: len(app.service.agenda.my_epochs) >= 2)
+    epoch = app.service.agenda.my_epochs[1]
+    assert epoch.rate_ppm(rich) == 100 * PPM // 800
+    assert epoch.rate_ppm(poor) == PPM, "it has nothing to lose"
+
+
+@pytest.mark.parametrize("tokens,wanted", [(10**3, PPM), (10**5, 500_000), (10**9, 20_000)])
+def test_the_rate_of_a_node_that_is_deterred(tokens, wanted):
+    assert rate_ppm(RatePolicy(), Standing(tokens)) == wanted
