@@ -190,6 +190,10 @@ def apply_key_event(ring: KeyRing, data: bytes, market_id: str) -> KeyRing:
         if ring.identity_of(key_id(event.operational_public_key)) == event.identity:
             return ring
         raise Conflict("the key event is older than what is known")
+    holder = ring.identity_of(key_id(event.operational_public_key))
+    if holder not in (None, event.identity):
+        # Anyone can name anyone's public key: whoever certified it first keeps it.
+        raise Conflict("the key event is about another identity's key")
     if event.action == envelope_pb2.KeyEvent.CERTIFY:
         return ring.with_key(event.identity, event.operational_public_key, event.sequence)
     if event.action == envelope_pb2.KeyEvent.REVOKE:
