@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import settings
 
 from trueweight.protos.envelope import open_envelope, ring_of, seal, seal_key_event
 from trueweight.protos.identity import Signer, key_id, public_bytes
@@ -14,6 +15,10 @@ from trueweight.protos.sampling import Sampling
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.protos.v1.market_pb2 import EOS, Assignment, EngineFingerprint, Receipt
+
+# A loaded machine is not a bug: hypothesis must not fail a slow example.
+settings.register_profile("trueweight", deadline=None)
+settings.load_profile("trueweight")
 
 MARKET = "market-under-test"
 SALT = bytes(range(16))

@@ -122,11 +122,10 @@ def every_error(root=TrueweightError):
 
 
 def test_every_error_has_a_code_of_its_own_and_both_mappings():
-    found = every_error()
+    # Rooms may derive private ones, which never cross a border under their own code.
+    found = {e for e in every_error() if e.__module__ == errors.__name__}
     assert len({e.code for e in found}) == len(found)
     for error in found:
-        if error.__module__ != errors.__name__:
-            continue
         assert isinstance(error.grpc_status, grpc.StatusCode)
         assert error.grpc_status != grpc.StatusCode.OK
         assert 400 <= error.http_status < 600
