@@ -15,6 +15,8 @@ from trueweight.protos.envelope import seal
 from trueweight.protos.receipt_bundle import bundle_of
 from trueweight.protos.v1.envelope_pb2 import Envelope
 from trueweight.protos.v1.market_pb2 import Bill
+from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
+from trueweight.runtime.keys import load_signer
 from trueweight.simulation.inprocess import InProcessMarket, MarketSpec, NodeSpec
 
 
@@ -42,6 +44,9 @@ async def pay(directory):
                 assert response.status == 200, await response.text()
                 receipt = response.headers["x-trueweight-receipt"]
             document = await read(session, market.base_url, receipt)
+        page = await market.port("market").read_log(0, 1000, ["registry-entry"])
+        entry = RegistryEntry.FromString(Envelope.FromString(page.entries[0].body).payload)
+        (directory / "model.manifest").write_bytes(entry.manifest_envelope)
         return document, directory, market.signer("router"), market.market
 
 
@@ -92,6 +97,21 @@ def test_the_command_says_what_it_proves_and_what_not(paid, tmp_path, trueweight
     shown = trueweight("receipt", "verify", path, "--market", market, "--json").json()
     assert shown["holds"] is True
     assert shown["not_proven"]
+
+
+def test_with_the_manifest_weights_and_ids_are_judged_too(paid, tmp_path, trueweight):
+    path, directory = tmp_path / "receipt.json", paid[1]
+    path.write_text(json.dumps(paid[0]))
+    where = ("--market", directory / "market.json", "--manifest")
+    right = directory / "model.manifest"
+    assert trueweight("receipt", "verify", path, *where, right).code == 0
+    manifest = Manifest.FromString(Envelope.FromString(right.read_bytes()).payload)
+    manifest.revision = "another"
+    other = tmp_path / "other.manifest"
+    other.write_bytes(seal(manifest, load_signer(directory / "keys" / "publisher")))
+    outcome = trueweight("receipt", "verify", path, *where, other)
+    assert outcome.code == 65
+    assert "(manifest)" in outcome.out
 
 
 def test_without_a_proof_the_log_is_reported_as_not_checked(paid):
