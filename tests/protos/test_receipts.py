@@ -253,3 +253,11 @@ def test_billable_is_the_smaller_of_receipt_and_delivery():
 
 def test_the_refusal_crosses_borders_by_its_code():
     assert isinstance(error_for("RECEIPT_REFUSED", "no"), ReceiptRefused)
+
+
+def test_the_documented_list_is_the_list():
+    import pathlib
+
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "receipts.md").read_text()
+    rows = [f"| {i} | `{c.name}` | {c.meaning} |" for i, c in enumerate(receipts.CHECKS, 1)]
+    assert "\n".join(rows) in page
