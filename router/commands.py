@@ -14,6 +14,7 @@ from trueweight.protos.money import parse_credits
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.router import api_keys
 from trueweight.router.app import STORE_FILE, Router, RouterConfig
+from trueweight.router.lifecycle import Timing
 from trueweight.router.store import Store
 from trueweight.runtime import rpc
 from trueweight.runtime.cli import (
@@ -59,6 +60,15 @@ def router() -> None:
 @option("--allow-synthetic", is_flag=True, help="Give work to synthetic engines (simulation).")
 @option("--min-bond", default="0", help="Credits a node must have staked; 0 asks for none.")
 @option("--transcript-days", default=7.0, help="How long transcripts are kept.")
+@option("--request-s", default=600.0, type=click.FloatRange(1, 86_400), help="Longest request.")
+@option(
+    "--hold-grace-s",
+    default=120.0,
+    type=click.FloatRange(1, 86_400),
+    help="From a request's deadline until its hold expires.",
+)
+@option("--request-timeout", default=600.0, help="Seconds until an answer must be complete.")
+@option("--hold-grace", default=120.0, help="Seconds that a hold outlives its request's deadline.")
 @log_options
 def serve(  # noqa: PLR0917  (click passes them by name)
     market: Path,
@@ -70,6 +80,8 @@ def serve(  # noqa: PLR0917  (click passes them by name)
     allow_synthetic: bool,
     min_bond: str,
     transcript_days: float,
+    request_timeout: float,
+    hold_grace: float,
     log_level: str,
     log_json: bool,
 ) -> None:
@@ -84,6 +96,7 @@ def serve(  # noqa: PLR0917  (click passes them by name)
         allow_synthetic=allow_synthetic,
         min_bond_nano=parse_credits(min_bond),
         transcript_days=transcript_days,
+        timing=Timing(request_ms=request_timeout * 1000, hold_grace_ms=hold_grace * 1000),
     )
     run_async(_serve(config, market))
 

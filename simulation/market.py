@@ -48,7 +48,7 @@ DEMO_MODEL = Path(__file__).resolve().parent / "models" / "tw-demo"
 ENGINES = ("vllm", "synthetic")
 MARKER = "trueweight-run"
 HOST = "127.0.0.1"
-SYNTHETIC_READY_S, VLLM_READY_S = 90.0, 300.0
+SYNTHETIC_READY_S, VLLM_READY_S = 120.0, 600.0
 REGISTERED_S = 60.0
 _CHEATING_NODE = "trueweight.simulation.cheating_node"
 
@@ -92,6 +92,7 @@ class MarketSettings:
     bond: str = "1"
     log_level: str = "info"
     verifier_options: tuple[str, ...] = ()
+    router_options: tuple[str, ...] = ()
     engine_options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     calibration_file: Path | None = None
@@ -380,7 +381,7 @@ class LocalMarket:
             *("--data", str(self.directory / "router")),
             *("--http", self.addresses.router_http, "--grpc", self.addresses.router_grpc),
             *("--model-dir", f"{self.settings.sold_as}={self.model_directory}"),
-            *("--min-bond", self.settings.bond, *extra),
+            *("--min-bond", self.settings.bond, *extra, *self.settings.router_options),
         )
 
     def _engine_arguments(self) -> tuple[str, ...]:
