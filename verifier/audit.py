@@ -22,8 +22,9 @@ from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
 from trueweight.verifier import verdicts
 from trueweight.verifier.epochs import SecretStore, wrap_private_key
+from trueweight.verifier.leaves import Leaf
 from trueweight.verifier.reference import Scorer
-from trueweight.verifier.state import Leaf, LogView
+from trueweight.verifier.state import LogView
 from trueweight.verifier.transcripts import TranscriptSource, unseal
 from trueweight.verifier.verdicts import AuditContext, Scored
 

@@ -14,6 +14,7 @@ import click
 
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import Signer
+from trueweight.protos.money import format_credits
 from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
@@ -22,6 +23,7 @@ from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import Market, load_market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
+from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
 from trueweight.verifier.epochs import RatePolicy
@@ -141,15 +143,15 @@ def _at(market: Market, role: Member.Role, endpoint: str) -> Market:
 @_ledger_option
 @cli.json_option
 def status(as_json: bool, **options: Any) -> None:
-    """Every node: wealth, state, audit rate, audited tokens."""
-    view = _read_log(options)
-    rows = report.status_rows(view)
+    """Every node: wealth, state, audit rate, audited tokens, and whether cheating would pay."""
+    view, rows = cli.run_async(_status(_market(options), load_signer(options["keys"])))
     if as_json:
-        cli.print_json([asdict(row) for row in rows])
+        cli.print_json([{**asdict(row), "deterred": row.deterred} for row in rows])
         return
+    titles = "node state wealth rate receipts audits tokens mean_x refunds at_stake needed deterred"
     cli.print_table(
         f"{len(rows)} nodes at leaf {view.next_index}",
-        ("node", "state", "wealth", "rate", "receipts", "audits", "tokens", "mean x", "refunds"),
+        titles.split(),
         [
             (
                 row.node_id,
@@ -161,10 +163,22 @@ def status(as_json: bool, **options: Any) -> None:
                 row.audited_tokens,
                 f"{row.mean_x:.6f}",
                 row.refunds,
+                format_credits(row.at_stake_nano),
+                "unknown" if row.needed_nano is None else format_credits(row.needed_nano),
+                {None: "unknown", True: "yes", False: "no"}[row.deterred],
             )
             for row in rows
         ],
     )
+
+
+async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.NodeRow]]:
+    ledger = connect_ledger(market, access_tokens(market, signer, SystemClock()))
+    try:
+        view = await read_view(market, ledger)
+        return view, report.status_rows(view, await read_stakes(ledger, list(view.nodes)))
+    finally:
+        await ledger.close()
 
 
 @verifier.command()

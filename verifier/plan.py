@@ -12,11 +12,25 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from trueweight.protos.errors import NotFound
-from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.verifier.calibration_file import Measured, weights_sha256
 from trueweight.verifier.conviction import frozen_pairs, should_convict
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
+from trueweight.verifier.duties import (
+    ApplyConvict,
+    ApplyRefund,
+    Duty,
+    OpenEpoch,
+    PerformAudit,
+    PublishCalibration,
+    PublishCommitment,
+    PublishConviction,
+    PublishSuspension,
+    PublishVerdict,
+    ReleaseEarnings,
+    RequestAudit,
+    RevealEpoch,
+)
 from trueweight.verifier.epochs import RatePolicy, SecretStore
 from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.selection import (
@@ -32,159 +46,6 @@ from trueweight.verifier.verdicts import REFUNDING
 MAX_OPEN_AUDITS = 100_000
 # Owed audits looked at in one round, oldest first.
 MAX_CONSIDERED = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class OpenEpoch:
-    """Commit to a new secret and freeze new rates."""
-
-    epoch: int
-
-    @property
-    def key(self) -> str:
-        return f"open-epoch/{self.epoch}"
-
-
-@dataclass(frozen=True, slots=True)
-class PublishCalibration:
-    """Sign a measurement for weights that the market sells and has none as new for."""
-
-    manifest_digest: bytes
-    measured: Measured
-
-    @property
-    def key(self) -> str:
-        return f"calibration/{self.manifest_digest.hex()}/{self.measured.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class RevealEpoch:
-    """Publish the secret of an epoch that is over."""
-
-    epoch: int
-
-    @property
-    def key(self) -> str:
-        return f"reveal-epoch/{self.epoch}"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestAudit:
-    """Say in the log which receipt is audited, before its transcript is opened."""
-
-    receipt: ReceiptLeaf
-    epoch: int
-
-    @property
-    def key(self) -> str:
-        return f"request-audit/{self.receipt.receipt_digest.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class PerformAudit:
-    """Open the transcript, score it, publish the verdict."""
-
-    receipt: ReceiptLeaf
-    epoch: int
-
-    @property
-    def key(self) -> str:
-        return f"audit/{self.receipt.receipt_digest.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class PublishCommitment:
-    """Commit to a finished verdict before anybody's margins are public."""
-
-    receipt_digest: bytes
-
-    @property
-    def key(self) -> str:
-        return f"commit/{self.receipt_digest.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class PublishVerdict:
-    """Publish a verdict that was committed to."""
-
-    receipt_digest: bytes
-
-    @property
-    def key(self) -> str:
-        return f"verdict/{self.receipt_digest.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class ApplyRefund:
-    """Give the client of one receipt its money back."""
-
-    receipt_digest: bytes
-
-    @property
-    def key(self) -> str:
-        return f"refund/{self.receipt_digest.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class PublishConviction:
-    """State in the log that a node's wealth crossed the threshold."""
-
-    node_id: str
-
-    @property
-    def key(self) -> str:
-        return f"convict/{self.node_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class PublishSuspension:
-    """Tell routers to stop routing to a convicted node."""
-
-    node_id: str
-
-    @property
-    def key(self) -> str:
-        return f"suspend/{self.node_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class ApplyConvict:
-    """Move the money of a convicted node."""
-
-    node_id: str
-
-    @property
-    def key(self) -> str:
-        return f"forfeit/{self.node_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseEarnings:
-    """Let a clear node have what it earned in epochs that are over and audited."""
-
-    node_id: str
-    epoch: int
-    below_index: int
-
-    @property
-    def key(self) -> str:
-        return f"release/{self.epoch}/{self.node_id}"
-
-
-Duty = (
-    PublishCalibration
-    | OpenEpoch
-    | RevealEpoch
-    | RequestAudit
-    | PerformAudit
-    | PublishCommitment
-    | PublishVerdict
-    | ApplyRefund
-    | PublishConviction
-    | PublishSuspension
-    | ApplyConvict
-    | ReleaseEarnings
-)
 
 
 @dataclass
@@ -361,8 +222,3 @@ class Agenda:
         except NotFound:
             self.lost_epochs.add(epoch.message.epoch)
             return False
-
-
-def outcome_name(verdict: Verdict) -> str:
-    """The outcome for people and logs: "scored", "refund", ..."""
-    return Verdict.Outcome.Name(verdict.outcome).lower().replace("_", " ")

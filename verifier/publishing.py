@@ -13,7 +13,7 @@ from trueweight.protos.identity import Signer
 from trueweight.protos.ids import derived_id
 from trueweight.protos.v1.ledger_pb2 import Convict, Operation, Publish, Refund, Release, Result
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.verifier.plan import ReleaseEarnings
+from trueweight.verifier.duties import ReleaseEarnings
 
 log = logging.getLogger(__name__)
 

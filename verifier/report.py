@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from trueweight.protos.evidence import CONVICT, SUSPECT, Wealth
 from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.protos.v1.ledger_pb2 import AccountRecord
 from trueweight.verifier.conviction import NodeEvidence, frozen_pairs
+from trueweight.verifier.deterrence import Stake, deterrence
+from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import PPM
-from trueweight.verifier.state import LogView, VerdictLeaf
+from trueweight.verifier.standing import null_mean, stakes
+from trueweight.verifier.state import LogView
 from trueweight.verifier.verdicts import REFUNDING
 
 
@@ -29,6 +34,15 @@ class NodeRow:
     refunds: int
     convicted: bool
     suspended: bool
+    # Nanocredits a conviction would take, and what it takes for cheating not to pay at this rate;
+    # None where no calibration tells the power of audits.
+    at_stake_nano: int
+    needed_nano: int | None
+
+    @property
+    def deterred(self) -> bool | None:
+        """True if cheating does not pay, as far as is known."""
+        return None if self.needed_nano is None else self.at_stake_nano >= self.needed_nano
 
 
 def state_of(view: LogView, node_id: str) -> str:
@@ -56,19 +70,21 @@ def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
     return sorted(found, key=lambda v: v.leaf.index)
 
 
-def node_row(view: LogView, node_id: str) -> NodeRow:
-    """The node's row, from the pooled evidence."""
+def node_row(view: LogView, node_id: str, stake: Stake) -> NodeRow:
+    """The node's row, from the pooled evidence and its stake."""
     record = view.nodes[node_id]
     verdicts = verdicts_of(view, node_id)
     counted = [v.evidence for v in verdicts if v.evidence is not None]
     tokens = sum(e.tokens for e in counted)
     total = sum(e.sum_x_nano for e in counted)
+    rate, mu0 = current_rate(view, node_id), null_mean(view)
+    known = mu0 is not None and rate > 0
     return NodeRow(
         node_id=node_id,
         state=state_of(view, node_id),
         wealth=record.pooled.wealth.value,
         largest_wealth=record.pooled.largest,
-        rate=current_rate(view, node_id),
+        rate=rate,
         receipts=record.receipts,
         audits=len(verdicts),
         audited_tokens=record.pooled.wealth.tokens,
@@ -76,12 +92,15 @@ def node_row(view: LogView, node_id: str) -> NodeRow:
         refunds=sum(1 for v in verdicts if v.leaf.message.outcome in REFUNDING),
         convicted=view.convicted(node_id),
         suspended=record.suspended,
+        at_stake_nano=stake.total_nano,
+        needed_nano=deterrence(stake, rate, mu0 or 0.0).needed_nano if known else None,
     )
 
 
-def status_rows(view: LogView) -> list[NodeRow]:
-    """All nodes, the most suspicious first."""
-    rows = [node_row(view, node_id) for node_id in view.nodes]
+def status_rows(view: LogView, records: Sequence[AccountRecord] = ()) -> list[NodeRow]:
+    """All nodes, the most suspicious first. ``records`` are balances of their stakes."""
+    held = stakes(view, records)
+    rows = [node_row(view, node_id, held[node_id]) for node_id in view.nodes]
     return sorted(rows, key=lambda row: (-row.wealth, row.node_id))
 
 

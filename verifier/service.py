@@ -12,7 +12,8 @@ from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.verifier import plan
+from trueweight.verifier import duties
+from trueweight.verifier.plan import Agenda
 from trueweight.verifier.state import KINDS, LogView
 from trueweight.verifier.work import Worker
 
@@ -39,7 +40,7 @@ class VerifierService:
     the calibrations it has for the weights on sale are logged."""
 
     def __init__(self, ledger: LedgerPort, worker: Worker, clock: Clock) -> None:
-        self.agenda: plan.Agenda = worker.agenda
+        self.agenda: Agenda = worker.agenda
         self.view: LogView = worker.agenda.view
         self.ready = asyncio.Event()
         self._ledger, self._worker, self._clock = ledger, worker, clock
@@ -115,7 +116,7 @@ class VerifierService:
             self._running[duty.key] = asyncio.create_task(self._attempt(duty, attempt))
         self._tries = wanted
 
-    async def _attempt(self, duty: plan.Duty, attempt: _Try) -> None:
+    async def _attempt(self, duty: duties.Duty, attempt: _Try) -> None:
         wait_ms = RECHECK_MS
         try:
             await self._worker.do(duty)

@@ -8,10 +8,9 @@ no leaf can crash or grow the fold without bound.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -43,6 +42,7 @@ from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.conviction import Evidence, NodeEvidence
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS, opens
+from trueweight.verifier.leaves import CommitmentLeaf, Leaf, Recent, VerdictLeaf
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf
 
 log = logging.getLogger(__name__)
@@ -69,69 +69,7 @@ KINDS = (
     "transfer",
 )
 
-K = TypeVar("K")
-V = TypeVar("V")
 M = TypeVar("M", bound=Message)
-
-
-class Recent(Generic[K, V]):
-    """A mapping that forgets its oldest entries beyond a bound."""
-
-    def __init__(self, bound: int) -> None:
-        self._items: OrderedDict[K, V] = OrderedDict()
-        self._bound = bound
-
-    def put(self, key: K, value: V) -> None:
-        """Stores or replaces."""
-        self._items[key] = value
-        if len(self._items) > self._bound:
-            self._items.popitem(last=False)
-
-    def get(self, key: K) -> V | None:
-        """The value, or None if unknown or forgotten."""
-        return self._items.get(key)
-
-    def pop(self, key: K) -> V | None:
-        """Removes and returns."""
-        return self._items.pop(key, None)
-
-    def values(self) -> list[V]:
-        """Oldest first."""
-        return list(self._items.values())
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf(Generic[M]):
-    """A logged, verified message with its log index, digest and envelope."""
-
-    index: int
-    message: M
-    digest: bytes
-    envelope: bytes
-    merged_at_unix_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommitmentLeaf:
-    """A verifier's commitment to its margins of one receipt."""
-
-    index: int
-    merged_at_unix_ms: int
-    commitment: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictLeaf:
-    """A logged verdict, and the evidence that it counts as (if none, why)."""
-
-    leaf: Leaf[Verdict]
-    evidence: Evidence | None
-    why_not: str = ""
-    # Not committed to before another verifier's margins were known.
-    copied: bool = False
 
 
 @dataclass

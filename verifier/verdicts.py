@@ -14,6 +14,8 @@ from trueweight.verifier.selection import ReceiptLeaf
 
 # Outcomes for which the client gets the leg's charge back at once.
 REFUNDING = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT, Verdict.MISSING_TRANSCRIPT})
+# Outcomes that add to a node's wealth.
+EVIDENCE = frozenset({Verdict.SCORED, Verdict.REFUND})
 MAX_NAME_CHARS = 64
 
 
@@ -92,3 +94,8 @@ def _verdict(context: AuditContext, outcome: Verdict.Outcome) -> Verdict:
         outcome=outcome,
         issued_at_unix_ms=context.now_unix_ms,
     )
+
+
+def outcome_name(verdict: Verdict) -> str:
+    """The outcome for people and logs: "scored", "refund", ..."""
+    return Verdict.Outcome.Name(verdict.outcome).lower().replace("_", " ")

@@ -11,17 +11,17 @@ from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.verifier import plan
+from trueweight.verifier import duties
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.conviction import change_point_index
 from trueweight.verifier.deterrence import deterrence, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
-from trueweight.verifier.plan import Agenda, outcome_name
+from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import Publisher
 from trueweight.verifier.standing import null_mean, stakes, standings
-from trueweight.verifier.verdicts import AuditContext
+from trueweight.verifier.verdicts import AuditContext, outcome_name
 
 log = logging.getLogger(__name__)
 
@@ -37,32 +37,32 @@ class Worker:
     clock: Clock
     reward_ppm: int = 50_000
 
-    async def do(self, duty: plan.Duty) -> None:
+    async def do(self, duty: duties.Duty) -> None:
         """Does one duty. Raises errors of the one tree; it may then simply be done again."""
         match duty:
-            case plan.PublishCalibration():
+            case duties.PublishCalibration():
                 await self._calibrate(duty)
-            case plan.OpenEpoch():
+            case duties.OpenEpoch():
                 await self._open_epoch(duty.epoch)
-            case plan.RevealEpoch():
+            case duties.RevealEpoch():
                 await self._reveal_epoch(duty.epoch)
-            case plan.RequestAudit():
+            case duties.RequestAudit():
                 await self._request(duty)
-            case plan.PerformAudit():
+            case duties.PerformAudit():
                 await self._audit(duty)
-            case plan.PublishCommitment():
+            case duties.PublishCommitment():
                 await self._commit(duty.receipt_digest)
-            case plan.PublishVerdict():
+            case duties.PublishVerdict():
                 await self._publish_verdict(duty.receipt_digest)
-            case plan.ApplyRefund():
+            case duties.ApplyRefund():
                 await self._refund(duty.receipt_digest)
-            case plan.PublishConviction():
+            case duties.PublishConviction():
                 await self._convict(duty.node_id)
-            case plan.PublishSuspension():
+            case duties.PublishSuspension():
                 await self._suspend(duty.node_id)
-            case plan.ApplyConvict():
+            case duties.ApplyConvict():
                 await self._forfeit(duty.node_id)
-            case plan.ReleaseEarnings():
+            case duties.ReleaseEarnings():
                 await self._release(duty)
 
     @property
@@ -73,7 +73,7 @@ class Worker:
     def _market_id(self) -> str:
         return self.agenda.view.market.market_id
 
-    async def _calibrate(self, duty: plan.PublishCalibration) -> None:
+    async def _calibrate(self, duty: duties.PublishCalibration) -> None:
         message = duty.measured.statement(
             self._market_id, duty.manifest_digest, self.clock.now_unix_ms()
         )
@@ -104,7 +104,7 @@ class Worker:
         )
         await self.publisher.publish(message, "epoch-reveal", epoch.to_bytes(8, "big"))
 
-    async def _request(self, duty: plan.RequestAudit) -> None:
+    async def _request(self, duty: duties.RequestAudit) -> None:
         receipt = duty.receipt
         key = wrap_private_key(self.agenda.secrets.wrapping(), receipt.receipt_digest, 0)
         message = AuditRequest(
@@ -118,7 +118,7 @@ class Worker:
         )
         await self.publisher.publish(message, "audit-request", receipt.receipt_digest)
 
-    async def _audit(self, duty: plan.PerformAudit) -> None:
+    async def _audit(self, duty: duties.PerformAudit) -> None:
         now = self.clock.now_unix_ms()
         context = AuditContext(self._market_id, self._me, duty.epoch, duty.receipt, now)
         late_at = duty.receipt.merged_at_unix_ms + self.agenda.policy.transcript_patience_ms
@@ -191,7 +191,7 @@ class Worker:
         if moved:
             log.warning("forfeited %d nanocredits of %s", moved, node_id)
 
-    async def _release(self, duty: plan.ReleaseEarnings) -> None:
+    async def _release(self, duty: duties.ReleaseEarnings) -> None:
         """Leaves as much at stake as deters at the node's frozen rate."""
         view, mu0 = self.agenda.view, null_mean(self.agenda.view)
         records = await read_stakes(self.ledger, [duty.node_id])

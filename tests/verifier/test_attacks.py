@@ -24,7 +24,8 @@ from trueweight.verifier.conviction import (
     should_convict,
 )
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
-from trueweight.verifier.state import KINDS, LogView, Recent
+from trueweight.verifier.leaves import Recent
+from trueweight.verifier.state import KINDS, LogView
 
 WRONG = [3.0] * 50
 MU0 = 400_000

@@ -1,0 +1,210 @@
+"""Replaying an audit: does the verdict follow from the signed evidence and the public weights?
+
+The steps are numbered; the first that fails ends the replay. Only step 6 needs an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trueweight.protos.envelope import (
+    Opened,
+    digest_of,
+    open_envelope,
+    parse_envelope,
+    parse_payload,
+    ring_of,
+)
+from trueweight.protos.errors import BadSignature, InvalidRequest, ReceiptRefused, TrueweightError
+from trueweight.protos.identity import KeyRing
+from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
+from trueweight.protos.sampling_parameters import Sampling, parameter_class
+from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry, Verdict
+from trueweight.protos.v1.market_pb2 import Assignment, Member
+from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
+from trueweight.protos.v1.node_pb2 import ScoreItem
+from trueweight.runtime.market import Market
+from trueweight.verifier.bundle import Bundle
+from trueweight.verifier.calibration import CalibrationLeaf, read_calibration
+from trueweight.verifier.reference import Scorer
+from trueweight.verifier.selection import ReceiptLeaf
+from trueweight.verifier.verdicts import AuditContext, Scored, scored
+
+# Two honest references differ by rounding: the mean may differ by the null mean or by this share.
+TOLERANCE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the replay."""
+
+    number: int
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All steps that ran. ``recomputed`` is the verdict that the replay itself comes to."""
+
+    steps: tuple[Step, ...]
+    verdict: Verdict | None = None
+    recomputed: Verdict | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """True if every step passed."""
+        return bool(self.steps) and all(step.passed for step in self.steps)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the signed part of a bundle says, once it is verified."""
+
+    verdict: Verdict
+    manifest: Manifest
+    manifest_digest: bytes
+    ring: KeyRing
+    assignment: Opened[Assignment]
+    calibration: CalibrationLeaf | None
+
+
+async def replay(bundle: Bundle, market: Market, scorer: Scorer) -> Replay:
+    """Replays one audit. Never raises for what is in the bundle."""
+    steps: list[Step] = []
+    try:
+        case = _signed(bundle, market, steps)
+        l0_failure = _l0(bundle, case, market.market_id, steps)
+        if l0_failure or case.verdict.outcome == Verdict.INVALID_RECEIPT:
+            return Replay(tuple(steps), case.verdict)
+        found = await _score(bundle, case, scorer)
+    except TrueweightError as error:
+        steps.append(Step(len(steps) + 1, "failed", False, error.message))
+        return Replay(tuple(steps))
+    steps.extend(_compare(case, found))
+    return Replay(tuple(steps), case.verdict, found)
+
+
+def _signed(bundle: Bundle, market: Market, steps: list[Step]) -> _Case:
+    opened = open_envelope(bundle.verdict, Verdict, market.ring, market.market_id)
+    verdict = opened.message
+    if opened.signer != verdict.verifier_id or not market.has_role(opened.signer, Member.VERIFIER):
+        raise BadSignature("the verdict is not signed by a verifier of this market")
+    steps.append(Step(1, "verdict", True, f"signed by verifier {opened.signer}"))
+    manifest, digest = _manifest(bundle, market)
+    steps.append(Step(2, "weights", True, f"registered by the market: {manifest.name}"))
+    ring = ring_of(bundle.key_events, market.market_id, market.ring)
+    transcript = bundle.transcript
+    if digest_of(transcript.receipt_envelope) != verdict.receipt_digest:
+        raise BadSignature("the transcript carries another receipt than the verdict judges")
+    assignment = open_assignment(transcript.assignment_envelope, ring, market.market_id)
+    if assignment.digest != verdict.assignment_digest:
+        raise BadSignature("the transcript carries another assignment than the verdict judges")
+    if assignment.message.manifest_digest != digest:
+        raise BadSignature("the assignment is for other weights than the bundle's")
+    steps.append(Step(3, "transcript", True, "the receipt and assignment that were judged"))
+    calibration = _calibration(bundle, market, verdict, digest)
+    detail = "in the bundle" if calibration else "none cited"
+    steps.append(Step(4, "calibration", True, detail))
+    return _Case(verdict, manifest, digest, ring, assignment, calibration)
+
+
+def _manifest(bundle: Bundle, market: Market) -> tuple[Manifest, bytes]:
+    entry = open_envelope(
+        bundle.registry_entry, RegistryEntry, market.ring, market.market_id, signer=market.market_id
+    ).message
+    if digest_of(entry.manifest_envelope) != entry.manifest_digest:
+        raise BadSignature("the registry entry carries another manifest")
+    manifest = parse_payload(parse_envelope(entry.manifest_envelope), Manifest)
+    return manifest, entry.manifest_digest
+
+
+def _calibration(
+    bundle: Bundle, market: Market, verdict: Verdict, manifest_digest: bytes
+) -> CalibrationLeaf | None:
+    if not verdict.calibration_digest:
+        return None
+    opened = open_envelope(bundle.calibration, Calibration, market.ring, market.market_id)
+    if opened.digest != verdict.calibration_digest:
+        raise BadSignature("the bundle carries another calibration than the verdict cites")
+    if opened.message.manifest_digest != manifest_digest:
+        raise BadSignature("the cited calibration is for other weights")
+    if opened.signer != market.market_id and not market.has_role(opened.signer, Member.VERIFIER):
+        raise BadSignature("the calibration is signed by somebody who may not calibrate")
+    return read_calibration(opened.message, opened.digest, 0)
+
+
+def _l0(bundle: Bundle, case: _Case, market_id: str, steps: list[Step]) -> str:
+    transcript = bundle.transcript
+    facts = ReceiptFacts(
+        assignment=case.assignment,
+        receipt=transcript.receipt_envelope,
+        salt=transcript.salt,
+        prompt=transcript.prompt_token_ids,
+        prefix=transcript.prefix_token_ids,
+        received=transcript.output_token_ids,
+        manifest_digest=case.manifest_digest,
+        vocabulary_size=case.manifest.vocabulary_size,
+    )
+    failed = ""
+    try:
+        check_receipt(facts, case.ring, market_id)
+        Sampling.from_proto(case.assignment.message.sampling)
+    except ReceiptRefused as error:
+        failed = error.check
+    except InvalidRequest:
+        failed = "sampling"
+    agrees = failed == case.verdict.l0_failure
+    steps.append(Step(5, "L0", agrees, f"failed: {failed}" if failed else "every check holds"))
+    return failed
+
+
+async def _score(bundle: Bundle, case: _Case, scorer: Scorer) -> Verdict:
+    order, transcript = case.assignment.message, bundle.transcript
+    count = case.verdict.scored_tokens or len(transcript.output_token_ids)
+    item = ScoreItem(
+        prompt_token_ids=transcript.prompt_token_ids,
+        prefix_token_ids=transcript.prefix_token_ids,
+        output_token_ids=transcript.output_token_ids[:count],
+        sampling=order.sampling,
+        seed=order.seed,
+        grammar_source=transcript.grammar_source,
+    )
+    found = await scorer.score(case.manifest_digest, item)
+    if found.result.error:
+        raise InvalidRequest(f"the reference cannot score it: {found.result.error}")
+    verdict = case.verdict
+    receipt = ReceiptLeaf(
+        index=verdict.receipt_log_index,
+        merged_at_unix_ms=0,
+        receipt_digest=verdict.receipt_digest,
+        assignment_digest=verdict.assignment_digest,
+        node_id=verdict.node_id,
+        output_tokens=count,
+    )
+    context = AuditContext(verdict.market_id, verdict.verifier_id, verdict.epoch, receipt, 0)
+    name = parameter_class(Sampling.from_proto(order.sampling))
+    margins = Scored(list(found.result.margins), name, found.fingerprint)
+    return scored(context, margins, case.calibration)
+
+
+def _compare(case: _Case, found: Verdict) -> Iterator[Step]:
+    claimed = case.verdict
+    before, after = _mean(claimed), _mean(found)
+    entry = case.calibration.entries.get(found.parameter_class) if case.calibration else None
+    detail = f"mean clipped margin {before:.6f} claimed, {after:.6f} recomputed"
+    yield Step(6, "margins", _is_close(before, after, entry), detail)
+    same = claimed.outcome == found.outcome and claimed.parameter_class == found.parameter_class
+    name = Verdict.Outcome.Name
+    yield Step(7, "outcome", same, f"{name(claimed.outcome)}, recomputed {name(found.outcome)}")
+
+
+def _mean(verdict: Verdict) -> float:
+    return verdict.sum_x_nano / verdict.scored_tokens / 1e9 if verdict.scored_tokens else 0.0
+
+
+def _is_close(before: float, after: float, entry: CalibrationEntry | None) -> bool:
+    null = entry.mu0_nano / 1e9 if entry else 0.0
+    return abs(before - after) <= max(null, TOLERANCE * max(before, after))
