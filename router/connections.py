@@ -27,6 +27,7 @@ class Connections:
         self._me, self._fleet = me, fleet
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._dialled: dict[str, tuple[str, str]] = {}
+        self._hurry: dict[str, asyncio.Event] = {}
 
     def ensure(self, record: NodeRecord) -> None:
         """Starts dialling a node unless that is under way; a new endpoint is dialled anew."""
@@ -34,10 +35,13 @@ class Connections:
         task = self._tasks.get(node_id)
         if task is not None and not task.done():
             if self._dialled.get(node_id) == target:
+                # It has just registered, so it is there: no reason to wait any longer.
+                self._hurry[node_id].set()
                 return
             task.cancel()
         if target[0]:
             self._dialled[node_id] = target
+            self._hurry[node_id] = asyncio.Event()
             self._tasks[node_id] = asyncio.create_task(self._keep(record, target))
 
     async def close(self) -> None:
@@ -58,10 +62,20 @@ class Connections:
                 await self._dial(record, channel)
                 if self._me.clock.monotonic_ms() - started > 10_000:
                     failures = 0
-                await self._me.clock.sleep_ms(_PAUSES_MS[min(failures, len(_PAUSES_MS) - 1)])
+                await self._pause(record.node_id, _PAUSES_MS[min(failures, len(_PAUSES_MS) - 1)])
                 failures += 1
         finally:
             await channel.close(grace=None)
+
+    async def _pause(self, node_id: str, pause_ms: float) -> None:
+        # Never less than the first pause, so that nobody can make this router dial in a loop.
+        await self._me.clock.sleep_ms(_PAUSES_MS[0])
+        self._hurry[node_id].clear()
+        try:
+            async with asyncio.timeout((pause_ms - _PAUSES_MS[0]) / 1000):
+                await self._hurry[node_id].wait()
+        except TimeoutError:
+            return
 
     async def _dial(self, record: NodeRecord, channel: grpc.aio.Channel) -> None:
         session = NodeSession(self._me, record.node_id)

@@ -24,6 +24,7 @@ MAX_NODES = 4096
 MAX_WAITERS = 2048
 # A lost wake-up costs at most this much; it also notices leases and breakers that changed.
 POLL_MS = 100.0
+AUDIT_SMOOTHING = 0.1
 # Offers of nodes that were not heard for this long are forgotten.
 FORGET_AFTER_MS = 60 * 60_000.0
 
@@ -59,6 +60,8 @@ class Fleet:
         self._clock, self._allow, self._min_bond_nano = clock, allow, min_bond_nano
         self._nodes: dict[str, NodeRecord] = {}
         self._suspended: set[str] = set()
+        # Share of audited answers that stood, by node; nodes without audits are absent.
+        self._verified: dict[str, float] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def remember(self, offer: Offer, envelope: bytes) -> NodeRecord:
@@ -93,6 +96,12 @@ class Fleet:
 
     def is_suspended(self, node_id: str) -> bool:
         return node_id in self._suspended
+
+    def note_audit(self, node_id: str, *, verified: bool) -> None:
+        """An audit of this node's answers ended."""
+        if node_id in self._verified or len(self._verified) < MAX_NODES:
+            old = self._verified.get(node_id, 1.0)
+            self._verified[node_id] = old + AUDIT_SMOOTHING * (float(verified) - old)
 
     def refusal(self, record: NodeRecord) -> str:
         """Why a connected node would get no paid work, in words; empty if it would."""
@@ -179,6 +188,7 @@ class Fleet:
             bonded=self._is_bonded(record),
             fingerprint_allowed=not self._allow.refusal(record.offer.fingerprint),
             success=record.measured.success,
+            verified=self._verified.get(record.node_id, 1.0),
             capacity_seen=float(record.measured.most_in_flight),
             prefill_tokens_per_s=record.measured.prefill_tokens_per_s,
             decode_tokens_per_s=record.measured.decode_tokens_per_s,

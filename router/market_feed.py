@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from trueweight.protos.envelope import open_envelope
 from trueweight.protos.errors import BadSignature, TrueweightError
-from trueweight.protos.v1.audit_pb2 import Conviction
+from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Member, Suspension
 from trueweight.router.catalog import Catalog
@@ -18,7 +18,9 @@ from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
-KINDS = ("key-event", "registry-entry", "suspension", "conviction")
+KINDS = ("key-event", "registry-entry", "suspension", "conviction", "verdict")
+_VERIFIED = frozenset({Verdict.SCORED})
+_REFUNDED = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT})
 
 
 class MarketFeed:
@@ -62,6 +64,18 @@ class MarketFeed:
             self._suspend(entry.body)
         elif kind == "conviction":
             self._convict(entry.body)
+        elif kind == "verdict":
+            self._note_verdict(entry.body)
+
+    def _note_verdict(self, body: bytes) -> None:
+        """Answers that were refunded make a node's price per verified answer dearer."""
+        opened = open_envelope(body, Verdict, self._keys.ring, self._market.market_id)
+        if not self._is_verifier(opened.signer):
+            raise BadSignature("a verdict by somebody who is no verifier")
+        if opened.message.outcome in _VERIFIED | _REFUNDED:
+            self._fleet.note_audit(
+                opened.message.node_id, verified=opened.message.outcome in _VERIFIED
+            )
 
     def _suspend(self, body: bytes) -> None:
         opened = open_envelope(body, Suspension, self._keys.ring, self._market.market_id)
