@@ -166,8 +166,8 @@ def test_margins_are_rounded_down_and_clipped(margins):
 def test_the_change_point_is_where_the_cheating_began(honest, bad):
     sequence = [Item(20_000 * 200, 200, MU0)] * honest
     sequence += [Item(int(0.0089 * 200 * NANO), 200, MU0)] * bad
-    # The mixture favours early starts, so within the first few requests it may take in one more.
-    assert honest - (honest < 6) <= change_point(sequence) <= honest
+    # The mixture favours early starts: two clean requests at the very beginning excuse nobody.
+    assert change_point(sequence) == (honest if honest > 2 else 0)
 
 
 def slow_change_point(sequence):
