@@ -60,6 +60,7 @@ class NodeSpec:
     bond_credits: int = 0
     engine: Engine | None = None
     lease_ms: int = 3_000
+    listen: str = "127.0.0.1:0"
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class InProcessMarket:
             model_dir=self.spec.model_directory,
             market=self.market,
             keys=keys,
+            listen=spec.listen,
             ask_input_nano_per_mtok=spec.ask_input,
             ask_output_nano_per_mtok=spec.ask_output,
             capacity=spec.capacity,

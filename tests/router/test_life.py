@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from trueweight.node import call_runner
 from trueweight.node.synthetic import Speed
 from trueweight.protos.envelope import digest_of, seal
-from trueweight.protos.errors import NotFound, PermissionDenied
+from trueweight.protos.errors import NotFound, PermissionDenied, TrueweightError
 from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.transcript_box import WrappedKey, open_data, unwrap_key
-from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, Transcript
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, Transcript, Verdict
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
 from trueweight.protos.v1.router_pb2_grpc import RouterStub
@@ -303,6 +303,46 @@ async def test_suspended_and_convicted_nodes_get_no_work_at_once(
         await market.start_router()
         assert market.router.fleet.is_suspended(b)
         assert not market.router.fleet.is_suspended(a)
+
+
+async def test_refunded_audits_make_a_node_dearer(start_market):
+    async with start_market() as market:
+        node_id, verifier = market.nodes["n0"].node_id, market.signer("verifier")
+        digest = market.router.catalog.all()[0].manifest_digest
+        for outcome, low, high in ((Verdict.REFUND, 0.5, 0.95), (Verdict.SCORED, 0.9, 0.999)):
+            verdict = Verdict(
+                market_id=market.market.market_id,
+                verifier_id=verifier.identity,
+                node_id=node_id,
+                outcome=outcome,
+            )
+            await market.port("verifier").publish(seal(verdict, verifier))
+
+            def noted(low=low, high=high):
+                return low < market.router.fleet.views(digest)[0].verified < high
+
+            await until(noted)
+        # Nobody else's word counts.
+        verdict.epoch = 7
+        with pytest.raises(TrueweightError):
+            await market.port("router").publish(seal(verdict, market.signer("router")))
+
+
+async def test_a_node_that_comes_back_at_its_address_is_dialled_again(
+    start_market, connect, name, model_id
+):
+    async with start_market() as market:
+        client = await connect(market)
+        app = market.nodes.pop("n0")
+        endpoint, spec = app.endpoint, NodeSpec("n0", listen=app.endpoint)
+        await app.close()
+        (record,) = market.router.fleet.all()
+        await until(lambda: record.session is None)
+        await market.add_node(spec)
+        await until(lambda: record.session is not None and record.session.is_open)
+        assert market.nodes["n0"].endpoint == endpoint
+        answer = await client.completions.create(model=model_id, prompt="x", max_tokens=2)
+        assert (await receipt(market, answer.id, name))["nodes"] == [record.node_id]
 
 
 async def test_a_router_killed_between_journal_and_capture_captures_after_restart(
