@@ -60,13 +60,6 @@ def router() -> None:
 @option("--allow-synthetic", is_flag=True, help="Give work to synthetic engines (simulation).")
 @option("--min-bond", default="0", help="Credits a node must have staked; 0 asks for none.")
 @option("--transcript-days", default=7.0, help="How long transcripts are kept.")
-@option("--request-s", default=600.0, type=click.FloatRange(1, 86_400), help="Longest request.")
-@option(
-    "--hold-grace-s",
-    default=120.0,
-    type=click.FloatRange(1, 86_400),
-    help="From a request's deadline until its hold expires.",
-)
 @option("--request-timeout", default=600.0, help="Seconds until an answer must be complete.")
 @option("--hold-grace", default=120.0, help="Seconds that a hold outlives its request's deadline.")
 @log_options

@@ -30,7 +30,7 @@ HOLD_S = 12
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def kit(run_market, node_plan, tmp_path_factory):
     nodes = (node_plan("one", speed=60), node_plan("two", speed=60))
-    options = ("--request-s", f"{HOLD_S - 4}", "--hold-grace-s", "4")
+    options = ("--request-timeout", f"{HOLD_S - 4}", "--hold-grace", "4")
     where = tmp_path_factory.mktemp("kills") / "m"
     async with run_market(where, nodes, router_options=options) as made:
         yield made
