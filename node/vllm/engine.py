@@ -41,6 +41,7 @@ class VllmEngine:
         self._process = EngineProcess(Path(model_dir), self._options)
         self._serial = itertools.count()
         self._open_jobs = 0
+        self._held_tokens = 0
         self._generated_tokens = 0
         self._self_test = SelfTest()
 
@@ -64,8 +65,8 @@ class VllmEngine:
 
         Raises EngineError if it does not start in time or samples anything but tw-gumbel-1.
         """
-        await self._process.start()
         try:
+            await self._process.start()
             self._self_test = await self._prove()
         except BaseException:
             await self.close()
@@ -90,13 +91,15 @@ class VllmEngine:
     async def generate(self, job: GenerateJob) -> AsyncGenerator[Step, None]:
         """Steps of one leg; closing or cancelling the iterator aborts it in the engine."""
         prompt = [*job.prompt, *job.prefix]
+        if job.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
         self._check_tokens(prompt, job.max_tokens)
         self._check_sampling(job.sampling)
         order = EngineOrder(job.sampling, job.seed, len(job.prompt))
         stop_ids = frozenset(job.sampling.stop_token_ids)
         request_id = f"g{next(self._serial)}"
         left = job.max_tokens
-        self._open_jobs += 1
+        self._open(1, len(prompt))
         try:
             async with aclosing(
                 self._process.run(prompt, order, request_id, max_tokens=job.max_tokens)
@@ -104,9 +107,10 @@ class VllmEngine:
                 async for token_ids in outputs:
                     left -= len(token_ids)
                     self._generated_tokens += len(token_ids)
+                    self._held_tokens += len(token_ids)
                     yield Step(token_ids, _finish(token_ids[-1], left, stop_ids))
         finally:
-            self._open_jobs -= 1
+            self._open(-1, left - job.max_tokens - len(prompt))
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[Score]:
         """Score claimed outputs in one teacher-forced prefill each, all at once.
@@ -120,20 +124,30 @@ class VllmEngine:
         scored = [job for job in jobs if job.output]
         batch = next(self._serial)
         keys = [f"s{batch}.{index}" for index in range(len(scored))]
-        self._open_jobs += len(scored)
+        tokens = sum(len(job.prompt) + len(job.prefix) + len(job.output) for job in scored)
+        self._open(len(scored), tokens)
         try:
             results = iter(await self._process.score(scored, keys)) if scored else iter(())
         finally:
-            self._open_jobs -= len(scored)
+            self._open(-len(scored), -tokens)
         return [next(results) if job.output else Score((), (), ()) for job in jobs]
 
+    def _open(self, jobs: int, tokens: int) -> None:
+        self._open_jobs += jobs
+        self._held_tokens += tokens
+
     def load(self) -> EngineLoad:
-        """Own count of open jobs, and what vLLM's scheduler said last."""
-        waiting = min(self._process.waiting, self._open_jobs)
+        """Counted here: vLLM's own statistics cost more per step than the sampler does.
+
+        ``kv_use`` counts the tokens of all open jobs, shared prefixes and queued jobs included, so
+        it errs on the side of less work.
+        """
+        running = min(self._open_jobs, self._options.max_running)
+        capacity = self._process.facts.kv_tokens if self._open_jobs else 0
         return EngineLoad(
-            running=self._open_jobs - waiting,
-            waiting=waiting,
-            kv_use=self._process.kv_use if self._open_jobs else 0.0,
+            running=running,
+            waiting=self._open_jobs - running,
+            kv_use=min(1.0, self._held_tokens / capacity) if capacity else 0.0,
             generated_tokens_total=self._generated_tokens,
         )
 
@@ -147,8 +161,8 @@ class VllmEngine:
 
     def _check_tokens(self, tokens: list[int], more: int) -> None:
         limits = self.limits
-        if not tokens or more < 0:
-            raise InvalidRequest("an engine job needs at least one prompt token and no debt")
+        if not tokens:
+            raise InvalidRequest("an engine job needs at least one prompt token")
         if min(tokens) < 0 or max(tokens) >= limits.vocabulary_size:
             raise InvalidRequest(f"token ids must be below {limits.vocabulary_size}")
         if len(tokens) + more > limits.max_context_tokens:

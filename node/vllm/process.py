@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,11 @@ _CLOSE_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What is known of a started engine."""
+    """What is known of a started engine. ``kv_tokens`` is how many tokens its cache holds."""
 
     fingerprint: EngineFingerprint
     limits: EngineLimits
+    kv_tokens: int
 
 
 class EngineProcess:
@@ -49,8 +50,6 @@ class EngineProcess:
         self._release = threading.Event()
         self._keeper: threading.Thread | None = None
         self.kernel_test = SelfTest()
-        self.waiting = 0
-        self.kv_use = 0.0
 
     @property
     def facts(self) -> EngineFacts:
@@ -72,14 +71,12 @@ class EngineProcess:
             async with asyncio.timeout(self._options.start_timeout_s):
                 self._llm = await asyncio.shield(built)
         except TimeoutError as error:
-            await self.close()
             raise EngineError(
                 f"vLLM did not start within {self._options.start_timeout_s:.0f} s",
                 hint="Look at the engine's log; give it more threads, memory or time.",
             ) from error
-        await self._llm.collective_rpc("trueweight_install_scorer")
-        checked = await self._llm.collective_rpc("trueweight_check_kernels")
-        self.kernel_test = SelfTest(*checked[0])
+        await self._rpc("trueweight_install_scorer")
+        self.kernel_test = SelfTest(*await self._rpc("trueweight_check_kernels"))
         self._facts = _facts(self._llm, self._options)
 
     def _keep(self, loop: asyncio.AbstractEventLoop, built: asyncio.Future[Any]) -> None:
@@ -105,30 +102,7 @@ class EngineProcess:
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
         arguments = engine_arguments(self._model_dir, self._options, canonical=True)
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**arguments), stat_loggers=[self._stat_logger()]
-        )
-
-    def _stat_logger(self) -> Callable[..., Any]:
-        from vllm.v1.metrics.loggers import StatLoggerBase  # noqa: PLC0415
-
-        outer = self
-
-        class LoadLogger(StatLoggerBase):  # type: ignore[misc]
-            """Remembers the scheduler's last word."""
-
-            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
-
-            def record(
-                self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any
-            ) -> None:
-                if scheduler_stats is not None:
-                    outer.waiting = scheduler_stats.num_waiting_reqs
-                    outer.kv_use = scheduler_stats.kv_cache_usage
-
-            def log_engine_initialized(self) -> None: ...
-
-        return LoadLogger
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def close(self) -> None:
         """End the engine's processes; waits for them with a deadline."""
@@ -187,8 +161,19 @@ class EngineProcess:
         except asyncio.CancelledError:
             await self._drop(keys)
             raise
-        packed = await self._llm.collective_rpc("trueweight_take_scores", args=(list(keys),))
-        return [unpack_score(item) for item in packed[0]]
+        return [
+            unpack_score(item) for item in await self._rpc("trueweight_take_scores", list(keys))
+        ]
+
+    async def _rpc(self, method: str, *arguments: Any) -> Any:
+        """A method of ``ScorerExtension`` in every worker; the first worker's answer."""
+        try:
+            answers = await self._llm.collective_rpc(
+                method, timeout=self._options.score_timeout_s, args=arguments
+            )
+        except Exception as error:
+            raise EngineError(f"the engine's worker failed: {error}") from error
+        return answers[0]
 
     async def _prefill(self, job: ScoreJob, key: str) -> None:
         order = EngineOrder(
@@ -206,8 +191,8 @@ class EngineProcess:
 
     async def _drop(self, keys: Sequence[str]) -> None:
         """Best effort: the engine bounds what it keeps anyway."""
-        with contextlib.suppress(Exception):
-            await self._llm.collective_rpc("trueweight_take_scores", args=(list(keys),))
+        with contextlib.suppress(EngineError):
+            await self._rpc("trueweight_take_scores", list(keys))
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
@@ -241,7 +226,8 @@ def _facts(llm: Any, options: VllmOptions) -> EngineFacts:
         sampler_id=SAMPLER_ID,
         sampler_precision="fp32",
     )
-    return EngineFacts(fingerprint, limits)
+    cache = config.cache_config
+    return EngineFacts(fingerprint, limits, (cache.num_gpu_blocks or 0) * cache.block_size)
 
 
 def _version() -> str:

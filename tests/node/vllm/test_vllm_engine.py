@@ -207,15 +207,17 @@ async def test_what_does_not_fit_is_refused_by_name(engine):
     assert (await collect(engine, job(0)))[1] is EngineFinish.LENGTH
 
 
-async def test_load_counts_running_waiting_and_generated(engine):
+async def test_load_counts_running_waiting_kv_and_generated(engine):
     before = engine.load().generated_tokens_total
     tasks = [asyncio.create_task(collect(engine, job(i, tokens=60))) for i in range(48)]
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.3)
     load = engine.load()
-    assert load.running + load.waiting <= 48
+    assert (load.running, load.waiting) == (32, 16)
+    assert 48 * 4 / 4096 < load.kv_use <= 1
     outputs = await asyncio.gather(*tasks)
     assert engine.load().generated_tokens_total - before == sum(len(o) for o, _ in outputs)
-    assert engine.load().running == 0
+    idle = engine.load()
+    assert (idle.running, idle.waiting, idle.kv_use, engine._held_tokens) == (0, 0, 0.0, 0)
 
 
 async def test_an_engine_that_is_not_started_says_so(tiny_model):
