@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,29 @@ import click
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import Signer
 from trueweight.protos.money import format_credits
-from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
+from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.runtime.market import Market, load_market
+from trueweight.runtime.market import Market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
+from trueweight.verifier.appeal_commands import appeal, bundle, recheck
 from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
+from trueweight.verifier.command_support import (
+    at_endpoint,
+    fetch_view,
+    ledger_option,
+    market_of,
+    read_log,
+    read_view,
+)
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
 from trueweight.verifier.reference import GrpcNode
-from trueweight.verifier.state import KINDS, LogView
+from trueweight.verifier.state import LogView
 
 EXTENSIONS = "trueweight.verifier.commands"
 
@@ -57,17 +64,11 @@ def verifier() -> None:
     """Verifiers: audit sampled answers and publish signed verdicts."""
 
 
-def _ledger_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cli.option("--ledger", default="", help="Ledger HOST:PORT, if not the market file's.")(
-        function
-    )
-
-
 @verifier.command()
 @cli.market_option
 @cli.keys_option
 @cli.path_option("--data", required=True, help="Directory for epoch secrets; keep it.")
-@_ledger_option
+@ledger_option
 @cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
 @cli.option("--reference", required=True, help="Reference node HOST:PORT ('node up --score-only').")
 @cli.path_option("--reference-cert", required=True, help="PEM certificate of that node to pin.")
@@ -99,9 +100,9 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
             f"there is no certificate at {certificate}",
             hint="It is tls-cert.pem in the reference node's key directory.",
         )
-    market = _market(options)
+    market = market_of(options)
     if options["router"]:
-        market = _at(market, Member.ROUTER, options["router"])
+        market = at_endpoint(market, Member.ROUTER, options["router"])
     policy = RatePolicy(
         newcomer_tokens=options["newcomer_tokens"],
         floor_ppm=round(options["floor"] * 1e6),
@@ -120,31 +121,14 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
     )
 
 
-def _market(options: dict[str, Any]) -> Market:
-    market = load_market(options["market"])
-    if options["ledger"]:
-        market = _at(market, Member.LEDGER, options["ledger"])
-    return market
-
-
-def _at(market: Market, role: Member.Role, endpoint: str) -> Market:
-    """The market with another endpoint for a role; identity and certificate stay pinned."""
-    descriptor = MarketDescriptor()
-    descriptor.CopyFrom(market.descriptor)
-    for member in descriptor.members:
-        if member.role == role:
-            member.endpoint = endpoint
-    return replace(market, descriptor=descriptor)
-
-
 @verifier.command()
 @cli.market_option
 @cli.keys_option
-@_ledger_option
+@ledger_option
 @cli.json_option
 def status(as_json: bool, **options: Any) -> None:
     """Every node: wealth, state, audit rate, audited tokens, and whether cheating would pay."""
-    view, rows = cli.run_async(_status(_market(options), load_signer(options["keys"])))
+    view, rows = cli.run_async(_status(market_of(options), load_signer(options["keys"])))
     if as_json:
         cli.print_json([{**asdict(row), "deterred": row.deterred} for row in rows])
         return
@@ -185,13 +169,13 @@ async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.
 @click.argument("node_id")
 @cli.market_option
 @cli.keys_option
-@_ledger_option
+@ledger_option
 @cli.option("--verifier-id", default="", help="Whose verdicts; default: who gave most.")
 @cli.option("--last", default=30, type=click.IntRange(1), help="Audits to list.")
 @cli.json_option
 def explain(node_id: str, verifier_id: str, last: int, as_json: bool, **options: Any) -> None:
     """Recompute a node's wealth from logged verdicts and say what it means."""
-    view = _read_log(options)
+    view = read_log(options)
     if node_id not in view.nodes:
         raise NotFound(f"the log knows no node {node_id}", hint="See 'trueweight verifier status'.")
     found = report.explain(view, node_id, verifier_id)
@@ -223,7 +207,7 @@ def explain(node_id: str, verifier_id: str, last: int, as_json: bool, **options:
 @click.argument("endpoint")
 @cli.market_option
 @cli.keys_option
-@_ledger_option
+@ledger_option
 @cli.path_option("--model", required=True, help="Our own copy of the weights.")
 @cli.path_option("--node-cert", required=True, help="PEM certificate of the node to pin.")
 @cli.option("--chunks", default=8, type=click.IntRange(1, 64), help="Random chunks to ask for.")
@@ -254,12 +238,12 @@ def challenge(endpoint: str, as_json: bool, **options: Any) -> None:
 
 
 async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, ChallengeResult]:
-    market, signer, clock = _market(options), load_signer(options["keys"]), SystemClock()
+    market, signer, clock = market_of(options), load_signer(options["keys"]), SystemClock()
     tokens = access_tokens(market, signer, clock)
     node = GrpcNode(endpoint, options["node_cert"].read_text(), "", tokens)
     try:
         offer = await node.offer()
-        view = await _view(market, signer)
+        view = await fetch_view(market, signer)
         for served in offer.models:
             manifest = view.manifests.get(served.manifest_digest)
             if manifest is not None:
@@ -275,40 +259,15 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
         await node.close()
 
 
-def _read_log(options: dict[str, Any]) -> LogView:
-    return cli.run_async(_view(_market(options), load_signer(options["keys"])))
-
-
-async def _view(market: Market, signer: Signer) -> LogView:
-    tokens = access_tokens(market, signer, SystemClock())
-    ledger = connect_ledger(market, tokens)
-    try:
-        return await read_view(market, ledger)
-    finally:
-        await ledger.close()
-
-
-async def read_view(market: Market, ledger: LedgerPort) -> LogView:
-    """The fold of the log as it is now."""
-    view = LogView(market)
-    while True:
-        page = await ledger.read_log(view.next_index, 1000, KINDS)
-        for entry in page.entries:
-            view.apply(entry)
-        view.next_index = max(view.next_index, page.next_index)
-        if page.next_index >= page.tree_size:
-            return view
-
-
 @verifier.command()
 @click.argument("epoch", type=click.IntRange(1))
 @cli.market_option
 @cli.keys_option
-@_ledger_option
+@ledger_option
 @cli.json_option
 def owed(epoch: int, as_json: bool, **options: Any) -> None:
     """Which audits EPOCH owed, which were done, late or missing, and by whom."""
-    view = _read_log(options)
+    view = read_log(options)
     found = accounts(view, epoch, SystemClock().now_unix_ms())
     if as_json:
         cli.print_json([entry.as_json() for entry in found])
@@ -335,3 +294,7 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
             ("receipt leaf", "node", "status", "delay s"),
             [(a.receipt_index, a.node_id, a.status, a.delay_ms / 1000) for a in broken[:100]],
         )
+
+
+for _command in (bundle, recheck, appeal):
+    verifier.add_command(_command)

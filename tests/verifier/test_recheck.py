@@ -1,0 +1,265 @@
+"""Bundles replay, forged ones do not, and hostile transcripts and bundles crash nobody."""
+
+import asyncio
+import json
+import os
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
+from trueweight.protos.transcript_box import seal_data, wrap_key
+from trueweight.protos.v1.audit_pb2 import Transcript, Verdict
+from trueweight.protos.v1.router_pb2 import OpenTranscriptResponse
+from trueweight.verifier.appeal import rerun
+from trueweight.verifier.audit import Auditor
+from trueweight.verifier.bundle import Bundle, read_bundle, write_bundle
+from trueweight.verifier.epochs import SecretStore
+from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
+from trueweight.verifier.recheck import replay
+from trueweight.verifier.reference import Scorer
+from trueweight.verifier.selection import ReceiptLeaf
+from trueweight.verifier.state import LogView
+from trueweight.verifier.transcripts import unseal
+from trueweight.verifier.verdicts import AuditContext
+
+HONEST = [0.0] * 39 + [0.01]
+WRONG = [3.0] * 50
+
+
+@pytest.fixture
+async def judged(world, kit):
+    """A market with verdicts: (world, app, receipt of an honest answer, of a wrong one)."""
+    world.add_node("good"), world.add_node("bad")
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    good = world.serve("good", HONEST)
+    bad = [world.serve("bad", WRONG) for _ in range(5)]
+    app = world.app()
+    await kit.settle(world, app)
+    return world, app, good, bad[0]
+
+
+async def bundle_of(world, app, receipt_digest):
+    view, agenda = app.service.view, app.service.agenda
+    index = view.receipts.get(receipt_digest).index
+    found = find_verdict(view, agenda.verifier_id, index)
+    transcript = await open_transcript(view, agenda.secrets, world, found)
+    return await make_bundle(view, world.ledger, found, transcript)
+
+
+@pytest.mark.parametrize("which", [2, 3], ids=["honest", "wrong"])
+async def test_an_honest_verdict_replays(judged, which, tmp_path):
+    world, app, *_ = judged
+    path = tmp_path / "evidence.json"
+    write_bundle(path, await bundle_of(world, app, judged[which]))
+    assert path.stat().st_mode & 0o077 == 0
+    found = await replay(read_bundle(path.read_bytes()), world.market, Scorer(world))
+    assert found.agrees, found.steps
+    assert [s.number for s in found.steps] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(InvalidRequest, match="exists already"):
+        write_bundle(path, await bundle_of(world, app, judged[which]))
+
+
+async def test_a_lying_verdict_does_not_replay(judged):
+    world, app, good, _ = judged
+    honest = await bundle_of(world, app, good)
+    verdict = Verdict()
+    found = find_verdict(app.service.view, world.verifiers[0].identity, _index(app, good))
+    verdict.CopyFrom(found.leaf.message)
+    verdict.sum_x_nano = 20 * 10**9
+    verdict.outcome = Verdict.REFUND
+    forged = _with(honest, verdict=seal(verdict, world.verifiers[0]))
+    result = await replay(forged, world.market, Scorer(world))
+    assert not result.agrees
+    assert [s.name for s in result.steps if not s.passed] == ["margins", "outcome"]
+
+
+def _index(app, receipt_digest):
+    return app.service.view.receipts.get(receipt_digest).index
+
+
+def _with(bundle, **changes):
+    fields = {
+        "verdict": bundle.verdict,
+        "registry_entry": bundle.registry_entry,
+        "calibration": bundle.calibration,
+        "key_events": bundle.key_events,
+        "transcript": bundle.transcript,
+    }
+    return Bundle(**{**fields, **changes})
+
+
+async def test_attack_bundles_with_swapped_parts(judged, kit):
+    world, app, good, bad = judged
+    mine, other = await bundle_of(world, app, good), await bundle_of(world, app, bad)
+    stranger = kit.signer(world.market_id)
+    swapped = [
+        _with(mine, transcript=other.transcript),
+        _with(mine, registry_entry=mine.calibration),
+        _with(mine, calibration=mine.verdict),
+        _with(mine, calibration=b""),
+        _with(mine, key_events=()),
+        _with(mine, verdict=seal(Verdict(market_id=world.market_id), stranger)),
+        _with(mine, verdict=b"nothing"),
+        _with(mine, transcript=Transcript()),
+    ]
+    for number, forged in enumerate(swapped):
+        result = await replay(forged, world.market, Scorer(world))
+        assert not result.agrees, number
+
+
+async def test_a_changed_output_fails_l0(judged):
+    world, app, good, _ = judged
+    mine = await bundle_of(world, app, good)
+    mine.transcript.output_token_ids[3] += 1
+    result = await replay(mine, world.market, Scorer(world))
+    assert [s.name for s in result.steps if not s.passed] == ["L0"]
+
+
+async def test_an_appeal_on_an_honest_reference_upholds_a_cheats_conviction(judged, kit):
+    world, app, _, _ = judged
+    service, me = app.service, world.verifiers[0].identity
+    bad = world.nodes["bad"].identity
+    found = await rerun(service.view, again(world, app), me, bad)
+    assert found.upheld and len(found.retried) == 3
+    assert found.wealth.value == pytest.approx(found.wealth_then)
+
+
+def again(world, app):
+    return Auditor(app.service.view, app.service.agenda.secrets, world, Scorer(world))
+
+
+async def test_an_appeal_against_a_broken_reference_is_not_upheld(judged):
+    world, app, _, _ = judged
+    bad = world.nodes["bad"].identity
+    world.margins = {key: [0.0] * len(value) for key, value in world.margins.items()}
+    found = await rerun(app.service.view, again(world, app), world.verifiers[0].identity, bad)
+    assert not found.upheld and found.wealth_then >= 10**6
+
+
+async def test_an_appeal_says_which_texts_are_gone(judged):
+    world, app, _, _ = judged
+    world.transcripts.clear()
+    bad = world.nodes["bad"].identity
+    found = await rerun(app.service.view, again(world, app), world.verifiers[0].identity, bad)
+    assert all("erased" in r.error for r in found.retried) and not found.upheld
+
+
+def test_only_known_leaves_can_be_exported(world):
+    app = world.app()
+    with pytest.raises(NotFound):
+        find_verdict(app.service.view, world.verifiers[0].identity, 7)
+
+
+# Hostile bytes.
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.binary(max_size=300))
+def test_hostile_bundles_are_refused(data):
+    with pytest.raises(InvalidRequest):
+        read_bundle(data)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_hostile_json_bundles_are_refused(data):
+    names = ("verdict", "registry_entry", "calibration", "key_events", "transcript")
+    document = {name: data.draw(json_values) for name in names}
+    document["format"] = "trueweight-evidence-1"
+    try:
+        bundle = read_bundle(json.dumps(document).encode())
+    except InvalidRequest:
+        return
+    assert isinstance(bundle, Bundle)
+
+
+def test_a_bundle_bomb_is_refused():
+    with pytest.raises(InvalidRequest):
+        read_bundle(b"[" * 100_000)
+    with pytest.raises(InvalidRequest, match="too large"):
+        read_bundle(b" " * (64 * 1024 * 1024 + 1))
+
+
+KEY = X25519PrivateKey.generate()
+LEAF = ReceiptLeaf(5, 0, b"r" * 32, b"a" * 32, "node", 3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=64), st.binary(max_size=64), st.binary(max_size=20), st.binary())
+def test_hostile_sealed_transcripts_are_refused(ephemeral, wrapped, nonce, ciphertext):
+    answer = OpenTranscriptResponse(
+        ephemeral_public_key=ephemeral, wrapped_key=wrapped, nonce=nonce, ciphertext=ciphertext
+    )
+    with pytest.raises(BadSignature):
+        unseal(answer, KEY, LEAF)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_a_router_that_seals_garbage_is_refused(data):
+    data_key, nonce = os.urandom(32), os.urandom(12)
+    public = KEY.public_key().public_bytes_raw()
+    wrapped = wrap_key(data_key, public, LEAF.receipt_digest, os.urandom)
+    answer = OpenTranscriptResponse(
+        ephemeral_public_key=wrapped.ephemeral_public_key,
+        wrapped_key=wrapped.wrapped_key,
+        nonce=nonce,
+        ciphertext=seal_data(data_key, nonce, data, LEAF.receipt_digest),
+    )
+    with pytest.raises(BadSignature):
+        unseal(answer, KEY, LEAF)
+
+
+@settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_hostile_transcripts_end_in_a_verdict_without_evidence(world, kit, data):
+    """The router opens a transcript with some bytes changed; whatever it is, the audit ends."""
+    if not world.nodes:
+        world.add_node("good")
+        world.kept = world.serve("good", HONEST)
+        world.original = world.transcripts[world.kept].SerializeToString()
+    body = bytearray(world.original)
+    for _ in range(data.draw(st.integers(1, 5))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        transcript = Transcript.FromString(bytes(body))
+    except Exception:  # noqa: BLE001  (any parse error: the router would send it sealed as it is)
+        return
+    verdict = asyncio.run(audited(world, transcript))
+    if verdict.outcome in (Verdict.SCORED, Verdict.REFUND, Verdict.UNCALIBRATED):
+        assert digest_of(transcript.receipt_envelope) == world.kept
+        assert list(transcript.output_token_ids) == list(
+            Transcript.FromString(world.original).output_token_ids
+        )
+
+
+async def audited(world, transcript):
+    view = LogView(world.market)
+    for entry in world.ledger.entries:
+        view.apply(entry)
+    receipt = view.receipts.get(world.kept)
+    secrets = SecretStore(world.directory / "fuzz", os.urandom)
+    auditor = Auditor(view, secrets, world, Scorer(world))
+
+    async def opened(_context):
+        return transcript
+
+    object.__setattr__(auditor, "_open", opened)
+    context = AuditContext(world.market_id, world.verifiers[0].identity, 1, receipt, 0)
+    return await auditor.run(context, last_try=True)

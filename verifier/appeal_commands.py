@@ -1,0 +1,179 @@
+"""``trueweight verifier bundle | recheck | appeal``: hand out evidence, replay it, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trueweight.protos.envelope import seal
+from trueweight.protos.errors import Conflict, InvalidRequest, NotFound
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1.market_pb2 import Member, Suspension
+from trueweight.runtime import cli
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import load_signer
+from trueweight.runtime.market import Market, load_market
+from trueweight.verifier.app import access_tokens, connect_ledger
+from trueweight.verifier.appeal import Appeal, rerun
+from trueweight.verifier.audit import Auditor
+from trueweight.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, read_bundle, write_bundle
+from trueweight.verifier.command_support import at_endpoint, ledger_option, market_of, read_view
+from trueweight.verifier.epochs import SecretStore
+from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
+from trueweight.verifier.recheck import Replay, replay
+from trueweight.verifier.reference import GrpcNode, Scorer
+from trueweight.verifier.transcripts import GrpcTranscripts
+
+
+def _reference_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = cli.option("--reference", required=True, help="Reference node HOST:PORT.")(function)
+    return cli.path_option(
+        "--reference-cert", required=True, help="PEM certificate of that node to pin."
+    )(function)
+
+
+def _scorer(options: dict[str, Any], market: Market, signer: Signer) -> Scorer:
+    tokens = access_tokens(market, signer, SystemClock())
+    pem = options["reference_cert"].read_text()
+    return Scorer(GrpcNode(options["reference"], pem, "", tokens))
+
+
+def _with_router(options: dict[str, Any]) -> Market:
+    market = market_of(options)
+    return at_endpoint(market, Member.ROUTER, options["router"]) if options["router"] else market
+
+
+@click.command()
+@click.argument("leaf", type=click.IntRange(0))
+@cli.market_option
+@cli.keys_option
+@ledger_option
+@cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
+@cli.path_option("--data", required=True, help="The verifier's data directory.")
+@cli.path_option("--out", required=True, help="Bundle to write. It holds the request's text.")
+def bundle(leaf: int, **options: Any) -> None:
+    """Write the evidence bundle of one's own audit (log index of its receipt or verdict)."""
+    made = cli.run_async(_export(leaf, options))
+    write_bundle(options["out"], made)
+    click.echo(f"wrote {options['out']}; it holds the text of a request", err=True)
+
+
+async def _export(leaf: int, options: dict[str, Any]) -> Bundle:
+    market, signer = _with_router(options), load_signer(options["keys"])
+    tokens = access_tokens(market, signer, SystemClock())
+    ledger, transcripts = connect_ledger(market, tokens), GrpcTranscripts(market, tokens)
+    try:
+        view = await read_view(market, ledger)
+        found = find_verdict(view, signer.identity, leaf)
+        secrets = SecretStore(options["data"], _no_new_secrets)
+        transcript = await open_transcript(view, secrets, transcripts, found)
+        return await make_bundle(view, ledger, found, transcript)
+    finally:
+        await transcripts.close()
+        await ledger.close()
+
+
+def _no_new_secrets(_count: int) -> bytes:
+    raise InvalidRequest("this is not the data directory of the verifier", hint="Name --data.")
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@cli.market_option
+@cli.keys_option
+@_reference_options
+@cli.json_option
+def recheck(file: Path, as_json: bool, **options: Any) -> None:
+    """Replay the audit in an evidence bundle on one's own reference node."""
+    if file.stat().st_size > MAX_BUNDLE_BYTES:
+        raise InvalidRequest(f"{file} is too large for a bundle")
+    found = cli.run_async(_recheck(read_bundle(file.read_bytes()), options))
+    if as_json:
+        cli.print_json({"agrees": found.agrees, "steps": [asdict(s) for s in found.steps]})
+    else:
+        rows = [(s.number, s.name, "ok" if s.passed else "FAILED", s.detail) for s in found.steps]
+        cli.print_table(f"replay of {file}", ("step", "what", "result", "detail"), rows)
+        click.echo("The verdict follows." if found.agrees else "The verdict does not follow.")
+    if not found.agrees:
+        raise SystemExit(1)
+
+
+async def _recheck(evidence: Bundle, options: dict[str, Any]) -> Replay:
+    market = load_market(options["market"])
+    scorer = _scorer(options, market, load_signer(options["keys"]))
+    try:
+        return await replay(evidence, market, scorer)
+    finally:
+        await scorer.close()
+
+
+@click.command()
+@click.argument("node_id")
+@cli.market_option
+@cli.keys_option
+@ledger_option
+@cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
+@cli.path_option("--data", required=True, help="The verifier's data directory.")
+@_reference_options
+@cli.option("--lift", is_flag=True, help="If it is not upheld, publish that the node may work.")
+@cli.json_option
+def appeal(node_id: str, lift: bool, as_json: bool, **options: Any) -> None:
+    """Re-run the audits that convicted NODE_ID on another reference node."""
+    found = cli.run_async(_appeal(node_id, lift, options))
+    facts = {
+        "node_id": found.node_id,
+        "upheld": found.upheld,
+        "wealth_then": found.wealth_then,
+        "wealth_now": found.wealth.value,
+        "audits": [asdict(r) for r in found.retried],
+    }
+    if as_json:
+        cli.print_json(facts)
+        return
+    cli.print_table(
+        f"appeal of {node_id}: {'upheld' if found.upheld else 'not upheld'}",
+        ("leaf", "tokens", "mean x then", "now", "note"),
+        [
+            (r.verdict_index, r.tokens, f"{r.mean_then:.6f}", f"{r.mean_now:.6f}", r.error)
+            for r in found.retried
+        ],
+    )
+    click.echo(f"wealth then {found.wealth_then:.4g}, now {found.wealth.value:.4g}")
+
+
+async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
+    market, signer = _with_router(options), load_signer(options["keys"])
+    tokens = access_tokens(market, signer, SystemClock())
+    ledger, transcripts = connect_ledger(market, tokens), GrpcTranscripts(market, tokens)
+    scorer = _scorer(options, market, signer)
+    try:
+        view = await read_view(market, ledger)
+        if node_id not in view.nodes:
+            raise NotFound(f"the log knows no node {node_id}")
+        secrets = SecretStore(options["data"], _no_new_secrets)
+        auditor = Auditor(view, secrets, transcripts, scorer)
+        found = await rerun(view, auditor, signer.identity, node_id)
+        if lift:
+            if found.upheld or any(r.error for r in found.retried):
+                raise Conflict("the suspension stays: the appeal is upheld or incomplete")
+            await ledger.publish(seal(_lifted(market, signer, node_id), signer))
+        return found
+    finally:
+        await scorer.close()
+        await transcripts.close()
+        await ledger.close()
+
+
+def _lifted(market: Market, signer: Signer, node_id: str) -> Suspension:
+    return Suspension(
+        market_id=market.market_id,
+        node_id=node_id,
+        issuer=signer.identity,
+        reason="appeal: the audits do not hold on another reference",
+        lifted=True,
+        issued_at_unix_ms=SystemClock().now_unix_ms(),
+    )

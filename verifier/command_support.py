@@ -1,0 +1,69 @@
+"""What the verifier's commands share: options, the market, the fold of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
+from trueweight.runtime import cli
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import load_signer
+from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.market import Market, load_market
+from trueweight.verifier.app import access_tokens, connect_ledger
+from trueweight.verifier.state import KINDS, LogView
+
+
+def ledger_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--ledger: where the ledger is now."""
+    return cli.option("--ledger", default="", help="Ledger HOST:PORT, if not the market file's.")(
+        function
+    )
+
+
+def market_of(options: dict[str, Any]) -> Market:
+    """The market of a command's options."""
+    market = load_market(options["market"])
+    if options["ledger"]:
+        market = at_endpoint(market, Member.LEDGER, options["ledger"])
+    return market
+
+
+def at_endpoint(market: Market, role: Member.Role, endpoint: str) -> Market:
+    """The market with another endpoint for a role; identity and certificate stay pinned."""
+    descriptor = MarketDescriptor()
+    descriptor.CopyFrom(market.descriptor)
+    for member in descriptor.members:
+        if member.role == role:
+            member.endpoint = endpoint
+    return replace(market, descriptor=descriptor)
+
+
+def read_log(options: dict[str, Any]) -> LogView:
+    """The fold of the log, for a command."""
+    return cli.run_async(fetch_view(market_of(options), load_signer(options["keys"])))
+
+
+async def fetch_view(market: Market, signer: Signer) -> LogView:
+    """Connects, folds the log as it is now, disconnects."""
+    tokens = access_tokens(market, signer, SystemClock())
+    ledger = connect_ledger(market, tokens)
+    try:
+        return await read_view(market, ledger)
+    finally:
+        await ledger.close()
+
+
+async def read_view(market: Market, ledger: LedgerPort) -> LogView:
+    """The fold of the log as it is now."""
+    view = LogView(market)
+    while True:
+        page = await ledger.read_log(view.next_index, 1000, KINDS)
+        for entry in page.entries:
+            view.apply(entry)
+        view.next_index = max(view.next_index, page.next_index)
+        if page.next_index >= page.tree_size:
+            return view
