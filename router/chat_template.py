@@ -7,6 +7,7 @@ this router's operator. The date is passed in, so that anybody can render the sa
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for name in ("center", "indent", "pprint", "random"):
             self.filters.pop(name, None)
         self.globals["raise_exception"] = _raise_exception
+        self.filters["tojson"] = _to_json
 
     def start(self, until_ms: float) -> None:
         """Sets this thread's deadline on the monotonic clock."""
@@ -77,6 +79,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 def _length(value: Any) -> int:
     return value if isinstance(value, int) else len(value) if hasattr(value, "__len__") else 0
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    # Jinja's own escapes for HTML; models were trained on plain JSON.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 8) if indent else None)
 
 
 def _raise_exception(message: Any) -> str:
