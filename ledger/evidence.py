@@ -34,6 +34,8 @@ from trueweight.protos.v1.market_pb2 import Assignment, Bill, BillLeg, Receipt
 M = TypeVar("M", bound=Message)
 MAX_LEGS = 64
 MAX_EVIDENCE_BYTES = 256 * 1024
+# From an assignment's deadline until its node may claim: the router's time to settle.
+CLAIM_GRACE_MS = 30_000
 REFUNDABLE = frozenset(
     (
         audit_pb2.Verdict.REFUND,
@@ -111,6 +113,8 @@ class ClaimFacts:
     receipt_digest: bytes
     node_id: str
     charge: int
+    # Before this the router may still settle, and a claim would stand in its way.
+    not_before_unix_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,9 @@ def check_capture(operation_id: bytes, body: ledger_pb2.Capture, court: Court) -
     """The bill's facts, or BadSignature / InvalidRequest at the first numbered check that fails.
 
     1. Sizes. 2. The bill is a router's. 3. Ids agree. 4. Each leg (see ``_check_leg``).
-    5. Nobody is paid twice for one assignment. 6. The sum.
+    5. Nobody is paid twice for one assignment, nor for one prompt. 6. The sum. 7. A bill never
+    takes more out of the pool than it brings, so that nodes cannot drain it by continuing
+    each other's invented prefixes.
     """
     if not 1 <= len(body.receipts) <= MAX_LEGS or len(body.assignments) != len(body.receipts):
         raise InvalidRequest("a capture carries 1 to 64 pairs of assignment and receipt")  # 1
@@ -167,11 +173,20 @@ def check_capture(operation_id: bytes, body: ledger_pb2.Capture, court: Court) -
     )  # 4
     if len({leg.assignment_digest for leg in legs}) != len(legs):
         raise InvalidRequest("the bill charges one assignment twice")  # 5
+    _check_prompt_once(bill)
     if sum(leg.charge for leg in legs) != bill.charge_nano:
         raise InvalidRequest("the bill's charge is not the sum of its legs")  # 6
+    if sum(leg.subsidy for leg in legs) > sum(leg.pool for leg in legs):
+        raise InvalidRequest("the bill's subsidies are more than its shares for the pool")  # 7
     return CaptureFacts(
         bill.hold_id, bill.router_id, bill.charge_nano, body.bill, opened.digest, legs
     )
+
+
+def _check_prompt_once(bill: Bill) -> None:
+    paying = [leg.choice_index for leg in bill.legs if leg.billed_input_tokens]
+    if len(set(paying)) != len(paying):
+        raise InvalidRequest("the bill charges the prompt of one choice twice")
 
 
 def _check_leg(
@@ -255,6 +270,9 @@ def check_claim(body: ledger_pb2.Claim, caller: str, court: Court) -> ClaimFacts
         raise BadSignature("the receipt is for another assignment")
     if facts.finish_reason not in CLAIMABLE:
         raise InvalidRequest("a leg that died is free and cannot be claimed")
+    if not facts.output_tokens:
+        # Else a node that never starts is paid for the prompts of clients who gave up.
+        raise InvalidRequest("a leg without output is free and cannot be claimed")
     if facts.output_tokens > assignment.max_tokens or facts.prompt_tokens > assignment.prompt_len:
         raise InvalidRequest("the receipt is for more tokens than were assigned")
     charge = charge_nano(
@@ -263,7 +281,21 @@ def check_claim(body: ledger_pb2.Claim, caller: str, court: Court) -> ClaimFacts
         assignment.ask_input_nano_per_mtok,
         assignment.ask_output_nano_per_mtok,
     )
-    return ClaimFacts(body.hold_id, opened.digest, body.receipt, receipt.digest, caller, charge)
+    return ClaimFacts(
+        body.hold_id,
+        opened.digest,
+        body.receipt,
+        receipt.digest,
+        caller,
+        charge,
+        _claimable_from(assignment),
+    )
+
+
+def _claimable_from(assignment: Assignment) -> int:
+    deadline = assignment.issued_at_unix_ms + assignment.deadline_ms
+    left = max(0, assignment.hold_expires_at_unix_ms - deadline)
+    return deadline + min(CLAIM_GRACE_MS, left // 2)
 
 
 def check_publish(envelope: bytes, court: Court) -> PublishFacts:

@@ -100,6 +100,12 @@ def claim(book: Book, op: Prepared, _: Terms) -> int:
     replaces it, and a bill that leaves it out is refused."""
     facts: ClaimFacts = op.facts
     pending = movements.open_hold(book, facts.hold_id)
+    if book.now < facts.not_before_unix_ms:
+        # A node that lost the leg, or never did it, could stop the router's bill or void.
+        raise Conflict(
+            "the router still has time to settle",
+            hint="Claim half a minute after the assignment's deadline.",
+        )
     claims = book.claims_of(pending.id)
     if any(c.assignment_digest == facts.assignment_digest for c in claims):
         raise Conflict("the leg was claimed before")

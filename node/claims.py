@@ -6,7 +6,7 @@ import logging
 
 from trueweight.node.journal import JournalEntry, ReceiptJournal
 from trueweight.protos.envelope import digest_of
-from trueweight.protos.errors import StorageError, TrueweightError
+from trueweight.protos.errors import Conflict, StorageError, TrueweightError
 from trueweight.protos.ids import derived_id
 from trueweight.protos.v1 import ledger_pb2
 from trueweight.runtime.clock import Clock
@@ -35,24 +35,37 @@ async def claim_due(journal: ReceiptJournal, ledger: LedgerPort, now_unix_ms: in
     """Claims every receipt whose hold is about to end; how many claims the ledger keeps. It pays
     them when the hold expires without a capture.
 
-    A refusal settles an entry as well: almost always the router has captured already.
+    A refusal settles an entry as well, because almost always the router has captured already;
+    only a conflict is asked about again while there is time, because the router may still have
+    some to settle.
     """
     kept = 0
     while entries := journal.due(now_unix_ms + CLAIM_BEFORE_EXPIRY_MS):
-        kept += await _claim(journal, ledger, entries)
+        settled, made = await _claim(journal, ledger, entries, now_unix_ms)
+        kept += made
+        if settled < len(entries):
+            break
     return kept
 
 
-async def _claim(journal: ReceiptJournal, ledger: LedgerPort, entries: list[JournalEntry]) -> int:
+async def _claim(
+    journal: ReceiptJournal, ledger: LedgerPort, entries: list[JournalEntry], now_unix_ms: int
+) -> tuple[int, int]:
+    """How many entries are settled now, and how many claims the ledger keeps."""
     results = await ledger.apply([claim_operation(entry) for entry in entries])
-    kept = 0
+    settled = kept = 0
     for entry, result in zip(entries, results, strict=True):
+        refused = result.status == ledger_pb2.Result.REFUSED
+        left_ms = entry.hold_expires_at_unix_ms - now_unix_ms
+        if refused and result.code == Conflict.code and left_ms > 2 * PERIOD_MS:
+            continue
         journal.mark_claimed(entry.assignment_digest)
-        if result.status == ledger_pb2.Result.REFUSED:
+        settled += 1
+        if refused:
             log.debug("claim settled otherwise: %s", result.code)
         else:
             kept += 1
-    return kept
+    return settled, kept
 
 
 async def claim_forever(journal: ReceiptJournal, ledger: LedgerPort, clock: Clock) -> None:

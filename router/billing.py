@@ -33,8 +33,14 @@ class Terms:
 
 def bill_legs(legs: Sequence[ServedLeg], terms: Terms) -> list[BillLeg]:
     """One bill leg per receipt. The client pays the prompt once, on the first of them, and the
-    output it got; what later nodes read again is paid from the verification pool."""
-    return [_bill_leg(leg, terms, pays_prompt=index == 0) for index, leg in enumerate(legs)]
+    output it got; what later nodes read again is paid from the verification pool, as far as this
+    bill itself fills it: else nodes could drain it by continuing each other."""
+    lines = [_bill_leg(leg, terms, pays_prompt=index == 0) for index, leg in enumerate(legs)]
+    left = sum(line.pool_nano for line in lines)
+    for line in lines:
+        line.pool_subsidy_nano = min(line.pool_subsidy_nano, left)
+        left -= line.pool_subsidy_nano
+    return lines
 
 
 def _bill_leg(leg: ServedLeg, terms: Terms, *, pays_prompt: bool) -> BillLeg:

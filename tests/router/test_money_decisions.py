@@ -102,14 +102,22 @@ def test_after_a_dead_leg_the_client_pays_the_prompt_once_and_only_new_tokens():
     made = bill(leg(1, 30, 20, 20))
     (line,) = made.legs
     assert (line.billed_input_tokens, line.billed_output_tokens) == (100, 20)
-    # The node read prompt + prefix; the client pays the prompt, the pool the prefix.
-    assert line.pool_subsidy_nano == charge_nano(30, 0, 10**8, 0)
+    # The node read prompt + prefix; the client pays the prompt, the pool the prefix, but never
+    # more than this bill brings to it.
+    assert 0 < line.pool_nano < charge_nano(30, 0, 10**8, 0)
+    assert line.pool_subsidy_nano == line.pool_nano
+
+
+def test_attack_a_high_ask_and_a_long_prefix_do_not_drain_the_pool():
+    made = bill(leg(1, 4000, 1, 1, prompt=1))
+    assert made.legs[0].pool_subsidy_nano <= made.legs[0].pool_nano
 
 
 def test_two_receipted_legs_charge_the_prompt_once():
     made = bill(leg(0, 0, 30, 30), leg(1, 30, 20, 20))
     assert [x.billed_input_tokens for x in made.legs] == [100, 0]
-    assert made.legs[1].pool_subsidy_nano == charge_nano(130, 0, 10**8, 0)
+    brought = sum(x.pool_nano for x in made.legs)
+    assert made.legs[1].pool_subsidy_nano == min(brought, charge_nano(130, 0, 10**8, 0))
     assert made.charge_nano == sum(x.client_charge_nano for x in made.legs)
 
 

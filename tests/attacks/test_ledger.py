@@ -1,0 +1,65 @@
+"""Attacks on the books by nodes, routers and verifiers that sign what suits them."""
+
+from __future__ import annotations
+
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1 import market_pb2
+from trueweight.simulation.ledger_world import Leg, leg_charge
+
+CREDIT = 10**9
+
+
+async def test_attack_a_node_claims_a_lost_leg_before_the_router_can_settle(books):
+    """It takes the assignment, does nothing, and signs for the maximum at once: the router's
+    bill for the node that did the work, and its void, must still go through."""
+    world = books.world
+    thief, worker = world.node[0], world.node[1]
+    hold = await books.open_hold()
+    claim = books.claim(hold, Leg(thief, output=4096))
+    (early,) = await books.do(thief.identity, claim)
+    assert early.code == "CONFLICT"
+    await books.must("router", world.capture(hold, Leg(worker)))
+    world.now += 60_000
+    await books.expire()
+    assert await books.available(f"node-locked:{thief.identity}") == 0
+    assert await books.available("client:acme") == 10 * CREDIT - leg_charge(Leg(worker))
+
+
+async def test_attack_a_claim_for_no_output_is_not_paid(books):
+    hold = await books.open_hold()
+    node = books.world.node[0]
+    idle = books.claim(hold, Leg(node, output=0, billed_output=0, finish=market_pb2.CANCELLED))
+    books.world.now += 50_000
+    (result,) = await books.do(node.identity, idle)
+    assert result.code == "INVALID_REQUEST"
+
+
+async def test_a_claim_counts_once_the_assignments_time_is_over(books):
+    hold = await books.open_hold()
+    node = books.world.node[0]
+    claim = books.claim(hold, Leg(node))
+    books.world.now += 50_000
+    await books.must(node.identity, claim)
+    books.world.now += 10_000
+    await books.expire()
+    assert await books.available(f"node-locked:{node.identity}") > 0
+
+
+async def test_attack_nodes_drain_the_verification_pool_by_continuing_each_other(books):
+    """One identity makes a long worthless prefix and dies, the next 're-reads' it at any price."""
+    world = books.world
+    await books.captured(Leg(world.node[0], output=4000, billed_output=4000))
+    pool = await books.available("pool:market")
+    hold = await books.open_hold()
+    greedy = Leg(world.node[1], leg=1, prefix=1000, billed_input=0, subsidy=100 * 1100)
+    (result,) = await books.do("router", world.capture(hold, greedy))
+    assert result.code == "INVALID_REQUEST"
+    assert await books.available("pool:market") == pool
+
+
+async def test_attack_a_router_bills_the_prompt_on_every_leg(books):
+    world = books.world
+    hold = await books.open_hold()
+    legs = [Leg(world.node[0]), Leg(world.node[1], leg=1, prefix=50)]
+    (result,) = await books.do("router", world.capture(hold, *legs))
+    assert result.code == "INVALID_REQUEST"
