@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 STORE_FILE = "router.sqlite"
 SWEEP_EVERY_MS = 60_000.0
 BONDS_EVERY_MS = 5_000.0
+FOLLOW_AGAIN_MS = 500.0
 DAY_MS = 24 * 60 * 60 * 1000
 
 
@@ -155,7 +156,7 @@ class Router:
         await self._feed.catch_up(self._ledger)
         self._tasks = [
             asyncio.create_task(self._replay()),
-            asyncio.create_task(self._feed.follow(self._ledger)),
+            asyncio.create_task(self._follow_forever()),
             asyncio.create_task(self._sweep_forever()),
         ]
         if self._config.min_bond_nano:
@@ -205,9 +206,23 @@ class Router:
         self.http_endpoint = f"{host or '127.0.0.1'}:{bound[1]}"
 
     async def _replay(self) -> None:
-        count = await self.settler.replay()
-        if count:
-            log.info("replayed %d captures of an earlier run", count)
+        """At start, and from time to time for captures that met an error nobody expected."""
+        while True:
+            try:
+                if count := await self.settler.replay():
+                    log.info("sent %d captures of the journal again", count)
+            except TrueweightError as error:
+                log.warning("the journal could not be replayed: %s", error)
+            await self._clock.sleep_ms(SWEEP_EVERY_MS)
+
+    async def _follow_forever(self) -> None:
+        # Whoever does not hear of suspensions must not go deaf for good.
+        while True:
+            try:
+                await self._feed.follow(self._ledger)
+            except TrueweightError as error:
+                log.warning("following the log again after: %s", error)
+            await self._clock.sleep_ms(FOLLOW_AGAIN_MS)
 
     async def _sweep_forever(self) -> None:
         while True:

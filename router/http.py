@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 
 from trueweight.protos.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
@@ -37,6 +38,7 @@ from trueweight.router.planning import MAX_CLIENT_NONCE_BYTES
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
+BODY_TIMEOUT_S = 60.0
 WRITE_TIMEOUT_S = 60.0
 RETRY_AFTER_S = 2
 _FRONT: web.AppKey[Front] = web.AppKey("front", Front)
@@ -99,7 +101,7 @@ async def _answer(
 ) -> web.StreamResponse:
     front, started = request.app[_FRONT], asyncio.get_running_loop().time()
     key = await front.who(request.headers.get("Authorization"))
-    parsed = parse(parse_json(await request.read()))
+    parsed = parse(parse_json(await _body(request)))
     run = await front.start(parsed, key, _client_nonce(request))
     writer = _Writer(request, front, run, parsed, started)
     try:
@@ -107,6 +109,14 @@ async def _answer(
     finally:
         # Whatever ended this handler: nobody reads any more.
         run.abandon()
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
 
 
 class _Writer:
@@ -306,6 +316,8 @@ def _of_http(error: web.HTTPException) -> TrueweightError:
         return NotFound("There is no such path.", hint="The API is under /v1/.")
     if error.status == 405:
         return InvalidRequest("This path does not know the method.")
+    if error.status == 408:
+        return DeadlineExceeded("The body did not arrive in time.", hint="Send it without pauses.")
     if error.status >= 500:
         return Unavailable("The server cannot answer now.")
     return InvalidRequest(f"The request cannot be understood: {error.reason}")

@@ -28,6 +28,7 @@ class Settler:
     def __init__(self, ledger: LedgerPort, journal: Journal, clock: Clock) -> None:
         self._ledger, self._journal, self._clock = ledger, journal, clock
         self._tasks: set[asyncio.Task[None]] = set()
+        self._capturing: set[bytes] = set()
         self.captured = 0
         self.refused = 0
 
@@ -45,8 +46,9 @@ class Settler:
         await self._in_background(self._void(hold_id, hold_expires_at_unix_ms), wait_ms)
 
     async def replay(self) -> int:
-        """Sends every journalled capture without a known outcome; how many there were."""
-        pending = await self._journal.pending()
+        """Sends every journalled capture without a known outcome that is not under way; how many
+        there were."""
+        pending = [op for op in await self._journal.pending() if op.id not in self._capturing]
         for start in range(0, len(pending), _REPLAY_BATCH):
             batch = pending[start : start + _REPLAY_BATCH]
             await asyncio.gather(*(self.capture(op, wait_ms=60_000) for op in batch))
@@ -67,9 +69,15 @@ class Settler:
         await asyncio.wait({task}, timeout=wait_ms / 1000)
 
     async def _capture(self, operation: Operation) -> None:
-        result = await self._apply(operation, until_unix_ms=None)
-        if result is None:
-            return
+        self._capturing.add(operation.id)
+        try:
+            result = await self._apply(operation, until_unix_ms=None)
+            if result is not None:
+                await self._write_down(operation, result)
+        finally:
+            self._capturing.discard(operation.id)
+
+    async def _write_down(self, operation: Operation, result: Result) -> None:
         if result.status == Result.REFUSED:
             self.refused += 1
             log.error(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
-from trueweight.protos.errors import InvalidRequest, NotFound, StorageError
+from trueweight.protos.errors import Erased, InvalidRequest, NotFound, StorageError
 from trueweight.protos.transcript_box import KEY_BYTES, NONCE_BYTES, open_data, seal_data
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.router.store import data_keys, transcripts
@@ -75,11 +75,13 @@ class TranscriptBox:
         return work
 
     def get(self, receipt_digest: bytes) -> Callable[[Connection], SealedTranscript]:
-        """A work that finds a sealed transcript. Raises NotFound if there is none or its key was
-        destroyed."""
+        """A work that finds a sealed transcript. Raises Erased if its client had it destroyed,
+        NotFound if there is none."""
         query = (
             select(transcripts.c.nonce, transcripts.c.ciphertext, data_keys.c.wrapped)
-            .join(data_keys, data_keys.c.receipt_digest == transcripts.c.receipt_digest)
+            .join(
+                data_keys, data_keys.c.receipt_digest == transcripts.c.receipt_digest, isouter=True
+            )
             .where(transcripts.c.receipt_digest == receipt_digest)
         )
 
@@ -87,6 +89,8 @@ class TranscriptBox:
             row = connection.execute(query).first()
             if row is None:
                 raise NotFound("There is no transcript for this receipt; it may have been erased.")
+            if row.wrapped is None:
+                raise Erased("The transcript was erased at its client's request.")
             key = self._unwrap(row.wrapped, receipt_digest)
             return SealedTranscript(key, row.nonce, row.ciphertext)
 
@@ -113,15 +117,23 @@ class TranscriptBox:
 
 
 def erase_request(request_id: bytes) -> Callable[[Connection], int]:
-    """A work that destroys keys and texts of one request; how many there were."""
+    """A work that destroys keys and texts of one request; how many there were. What stays is that
+    its client wanted it so: a transcript that is missing without that is refunded."""
 
     def work(connection: Connection) -> int:
         digests = list(
             connection.scalars(
-                select(transcripts.c.receipt_digest).where(transcripts.c.request_id == request_id)
+                select(transcripts.c.receipt_digest)
+                .join(data_keys, data_keys.c.receipt_digest == transcripts.c.receipt_digest)
+                .where(transcripts.c.request_id == request_id)
             )
         )
-        _erase(connection, digests)
+        connection.execute(delete(data_keys).where(data_keys.c.receipt_digest.in_(digests)))
+        connection.execute(
+            update(transcripts)
+            .where(transcripts.c.receipt_digest.in_(digests))
+            .values(nonce=b"", ciphertext=b"")
+        )
         return len(digests)
 
     return work

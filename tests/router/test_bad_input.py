@@ -10,6 +10,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from trueweight.router import http
 from trueweight.simulation.inprocess import MODEL_ID
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -166,6 +167,20 @@ async def test_a_long_client_nonce_is_refused(market, name):
             headers={"Authorization": f"Bearer {key}", "x-trueweight-nonce": "n" * 65},
         )
     check(answer, 400, "x-trueweight-nonce")
+
+
+async def test_a_body_that_does_not_come_in_time_is_given_up(market, name, monkeypatch):
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+    key = await market.client_key(name, 1)
+    host, port = market.router.http_endpoint.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        "Content-Length: 1000\r\n\r\n{".encode()
+    )
+    status = await asyncio.wait_for(reader.readline(), 10)
+    assert b" 408 " in status
+    writer.close()
 
 
 async def test_a_body_that_never_comes_leaves_no_hold(market, name):
