@@ -209,8 +209,9 @@ async def test_what_does_not_fit_is_refused_by_name(engine):
 
 async def test_load_counts_running_waiting_kv_and_generated(engine):
     before = engine.load().generated_tokens_total
-    tasks = [asyncio.create_task(collect(engine, job(i, tokens=60))) for i in range(48)]
-    await asyncio.sleep(0.3)
+    jobs = [job(i, sampling=MIXED[0], tokens=100) for i in range(48)]
+    tasks = [asyncio.create_task(collect(engine, work)) for work in jobs]
+    await asyncio.sleep(0.05)
     load = engine.load()
     assert (load.running, load.waiting) == (32, 16)
     assert 48 * 4 / 4096 < load.kv_use <= 1
