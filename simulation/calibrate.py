@@ -33,29 +33,37 @@ SCORE_BATCH = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """One benign way to serve. ``share`` of the tokens is generated this way."""
+    """One benign way to serve. ``share`` of the tokens is generated this way.
+
+    Variants with one ``name`` are one kind of honest node (batching and caching change from one
+    minute to the next), so their requests are one sample.
+    """
 
     name: str
+    detail: str
     dtype: str = "auto"
     concurrency: int = 32
     max_batched_tokens: int = 2048
     prefix_caching: bool = True
     share: float = 1.0
+    # Also judges, as a reference, everything generated so far.
+    judges: bool = True
 
 
 VARIANTS = (
-    Variant("vllm bf16, 32 at once"),
-    Variant("vllm fp32, 32 at once", dtype="float32"),
+    Variant("vllm, dtype of the weights", "32 at once", share=0.9, judges=False),
+    Variant("vllm, float32", "32 at once", dtype="float32", share=0.6),
     Variant(
-        "vllm bf16, chunked prefill, 3 at once",
-        concurrency=3,
+        "vllm, dtype of the weights",
+        "chunked prefill, 4 at once, no prefix cache",
+        concurrency=4,
         max_batched_tokens=64,
         prefix_caching=False,
-        share=0.25,
+        share=0.1,
     ),
 )
-# Which serving variants each reference judges; all references see the first.
-TRANSFORMERS_DTYPES = ("bfloat16", "float32")
+QUICK = (Variant("vllm, dtype of the weights", "32 at once"),)
+TRANSFORMERS_DTYPES = ("bfloat16",)
 
 
 @dataclass
@@ -121,7 +129,15 @@ class Calibrator:
         self.weights = weights_sha256(manifest)
         self._context = manifest.max_context_tokens
         self._prompts = load_prompts(model_directory, manifest.eos_token_ids, 2000, seed)
-        self.samples: dict[str, list[PairSample]] = {name: [] for name in self._classes}
+        self._requests: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+
+    def samples(self, parameter_class: str) -> list[PairSample]:
+        """One sample per kind of honest node and reference."""
+        return [
+            PairSample(pair, tuple(requests))
+            for (name, pair), requests in self._requests.items()
+            if name == parameter_class
+        ]
 
     async def run(self, variants: Sequence[Variant], dtypes: Sequence[str]) -> None:
         """Generates and scores everything."""
@@ -143,17 +159,18 @@ class Calibrator:
         started = time.monotonic()
         await engine.start()
         try:
-            _say(f"{variant.name}: engine ready after {time.monotonic() - started:.0f} s")
+            ready_s = time.monotonic() - started
+            _say(f"{variant.name}, {variant.detail}: engine ready after {ready_s:.0f} s")
             made = Traffic(variant)
             for number, name in enumerate(self._classes):
                 jobs = draw_jobs(self._prompts, name, self._seed + number, self._context)
                 wanted = max(1, round(self._tokens * variant.share))
                 made.jobs[name] = await generate(engine, jobs, wanted, variant.concurrency)
                 _say(f"  generated {name} ({time.monotonic() - started:.0f} s)")
-            for traffic in (*before, made):
+            for traffic in (*before, made) if variant.judges else ():
                 for name, claims in traffic.jobs.items():
                     self._keep(name, traffic, variant.name, await score_all(engine, claims))
-            _say(f"  scored ({time.monotonic() - started:.0f} s)")
+            _say(f"  done ({time.monotonic() - started:.0f} s)")
             return made
         finally:
             await engine.close()
@@ -170,7 +187,7 @@ class Calibrator:
 
     def _keep(self, name: str, traffic: Traffic, reference: str, scores: Sequence[Score]) -> None:
         pair = f"{traffic.variant.name} / {reference}"
-        self.samples[name].append(PairSample(pair, to_requests(scores)))
+        self._requests.setdefault((name, pair), []).extend(to_requests(scores))
 
 
 def _say(text: str) -> None:
@@ -204,14 +221,14 @@ def calibrate(as_json: bool, **options: Any) -> None:
     """Measure honest noise of a model with real engines and write a calibration file.
 
     A verifier signs and publishes it ('verifier run --calibration FILE'). More tokens give a
-    tighter bound: the null mean cannot get below about 20 / tokens.
+    tighter bound: the null mean cannot get below about 40 / tokens.
     """
     tokens, seed, out = options["tokens"], options["seed"], options["out"]
-    calibrator = Calibrator(options["model"], tokens, options["classes"] or CLASSES, seed)
-    variants = VARIANTS[:1] if options["quick"] else VARIANTS
-    dtypes = TRANSFORMERS_DTYPES[:1] if options["quick"] else TRANSFORMERS_DTYPES
-    cli.run_async(calibrator.run(variants, dtypes))
-    entries = tuple(calibrate_class(name, found) for name, found in calibrator.samples.items())
+    classes = options["classes"] or CLASSES
+    calibrator = Calibrator(options["model"], tokens, classes, seed)
+    variants = QUICK if options["quick"] else VARIANTS
+    cli.run_async(calibrator.run(variants, TRANSFORMERS_DTYPES))
+    entries = tuple(calibrate_class(name, calibrator.samples(name)) for name in classes)
     made_by = provenance(tokens, seed)
     write_measured(
         out, Measured(calibrator.weights, options["calibration_version"], made_by, entries)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from trueweight.protos.envelope import Opened
+from trueweight.protos.envelope import Opened, parse_envelope, parse_payload
 from trueweight.protos.errors import (
     BadSignature,
+    Erased,
     InvalidRequest,
     ReceiptRefused,
     TrueweightError,
 )
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
+from trueweight.protos.tokens import SALT_BYTES, token_digest
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Transcript, Verdict
-from trueweight.protos.v1.market_pb2 import Assignment, EngineFingerprint
+from trueweight.protos.v1.market_pb2 import Assignment, EngineFingerprint, Receipt
 from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
 from trueweight.verifier import verdicts
@@ -30,8 +32,9 @@ from trueweight.verifier.verdicts import AuditContext, Scored
 
 log = logging.getLogger(__name__)
 
-# L0 checks that only a wrong transcript fails, never a node: its router answers for them.
-_TRANSCRIPT_CHECKS = frozenset({"assignment", "prompt_digest", "prefix_digest"})
+# L0 checks that only a wrong transcript or assignment fails, never a node: its router answers for
+# them. (The name that is sold is the router's word; a node only ever sees the weights' digest.)
+_TRANSCRIPT_CHECKS = frozenset({"assignment", "manifest", "prompt_digest", "prefix_digest"})
 
 
 class TranscriptMissing(TrueweightError):
@@ -60,6 +63,11 @@ class Auditor:
                 raise
             log.info("audit of receipt leaf %d: %s", context.receipt.index, error.message)
             return verdicts.missing_transcript(context)
+        except Erased:
+            return verdicts.erased(context)
+        if not _is_what_was_signed(transcript):
+            # The router paid for this receipt, so it had the signed tokens: it withholds them.
+            return verdicts.missing_transcript(context)
         try:
             self._check(transcript, assignment)  # 2
             sampling = Sampling.from_proto(assignment.message.sampling)  # 3
@@ -82,7 +90,9 @@ class Auditor:
         try:
             answer = await self.transcripts.open(router_id, message)
             return unseal(answer, self._key(request), receipt)
-        except TrueweightError as error:  # not found, erased, refused, unreachable, damaged
+        except Erased:
+            raise
+        except TrueweightError as error:  # not found, refused, unreachable, damaged
             raise TranscriptMissing(error.message) from error
 
     def _key(self, request: Leaf[AuditRequest]) -> X25519PrivateKey:
@@ -141,3 +151,12 @@ class Auditor:
             return verdicts.unscorable(context, name)
         scored = Scored(list(found.result.margins), name, found.fingerprint)
         return verdicts.scored(context, scored, calibration)
+
+
+def _is_what_was_signed(transcript: Transcript) -> bool:
+    """True if the output is the one that the receipt's digest names, whoever lies otherwise."""
+    receipt = parse_payload(parse_envelope(transcript.receipt_envelope), Receipt)
+    output = transcript.output_token_ids
+    if len(transcript.salt) != SALT_BYTES or len(output) != receipt.output_tokens:
+        return False
+    return token_digest(transcript.salt, output) == receipt.output_digest

@@ -70,8 +70,11 @@ def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
     return sorted(found, key=lambda v: v.leaf.index)
 
 
-def node_row(view: LogView, node_id: str, stake: Stake) -> NodeRow:
-    """The node's row, from the pooled evidence and its stake."""
+NOTHING_AT_STAKE = Stake(0, 0, 0.0)
+
+
+def node_row(view: LogView, node_id: str, stake: Stake = NOTHING_AT_STAKE) -> NodeRow:
+    """The node's row, from the pooled evidence and, if it was looked up, its stake."""
     record = view.nodes[node_id]
     verdicts = verdicts_of(view, node_id)
     counted = [v.evidence for v in verdicts if v.evidence is not None]

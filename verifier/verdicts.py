@@ -17,6 +17,8 @@ REFUNDING = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT, Verdict.MISSING_
 # Outcomes that add to a node's wealth.
 EVIDENCE = frozenset({Verdict.SCORED, Verdict.REFUND})
 MAX_NAME_CHARS = 64
+# ``l0_failure`` of a receipt whose transcript its client had destroyed.
+ERASED = "erased"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,14 @@ class Scored:
 def missing_transcript(context: AuditContext) -> Verdict:
     """The router could not open the transcript: refunded, no evidence against the node."""
     return _verdict(context, Verdict.MISSING_TRANSCRIPT)
+
+
+def erased(context: AuditContext) -> Verdict:
+    """Its client had the transcript destroyed: no evidence, and no refund, or every answer could
+    be had for nothing by erasing it."""
+    verdict = _verdict(context, Verdict.UNCALIBRATED)
+    verdict.l0_failure = ERASED
+    return verdict
 
 
 def invalid_receipt(context: AuditContext, failed_check: str) -> Verdict:

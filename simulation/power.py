@@ -1,0 +1,114 @@
+"""How much evidence it takes: from pools of scored requests to tokens until conviction. Pure."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trueweight.protos.evidence import Item, Wealth
+
+MAX_REQUESTS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """Audited tokens and requests until conviction over many orders; ``convicted`` of ``orders``
+    got there within the pool limit. Medians and percentiles are over those that did."""
+
+    name: str
+    orders: int
+    convicted: int
+    mean_x: float
+    exact: float
+    median_tokens: float
+    p95_tokens: float
+    median_requests: float
+    p95_requests: float
+    largest_wealth: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scored requests of one way of serving, and the share of tokens that matched exactly."""
+
+    name: str
+    items: tuple[Item, ...]
+    exact: float
+
+    @property
+    def mean_x(self) -> float:
+        """Mean clipped margin per token."""
+        tokens = sum(item.n for item in self.items)
+        return sum(item.sum_x_nano for item in self.items) / tokens / 1e9 if tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """How a cheat hides: honest requests before, among (share of the cheated ones), and one-token
+    requests of a friendly client per request."""
+
+    honest_before: int = 0
+    cheat_share: float = 1.0
+    one_token_each: int = 0
+
+
+def traffic(cheat: Pool, honest: Pool, mix: Mix, chance: random.Random) -> Iterator[Item]:
+    """One order of requests, endless."""
+    for _ in range(mix.honest_before):
+        yield chance.choice(honest.items)
+    order = list(cheat.items)
+    while True:
+        chance.shuffle(order)
+        for item in order:
+            while chance.random() >= mix.cheat_share:
+                yield chance.choice(honest.items)
+            yield item
+            for _ in range(mix.one_token_each):
+                yield Item(0, 1, item.mu0_nano)
+
+
+def _until_conviction(items: Iterator[Item], skip: int) -> tuple[int, int, float, bool]:
+    """Requests and tokens after the first ``skip``, largest wealth, whether convicted."""
+    wealth, requests, tokens, largest = Wealth(), 0, 0, 1.0
+    for number, item in enumerate(items):
+        wealth = wealth.add(*item)
+        largest = max(largest, wealth.value)
+        if number >= skip:
+            requests, tokens = requests + 1, tokens + item.n
+        if wealth.state == "convict":
+            return requests, tokens, largest, True
+        if requests >= MAX_REQUESTS:
+            return requests, tokens, largest, False
+    raise ValueError("traffic never ends")
+
+
+def power(cheat: Pool, honest: Pool, mix: Mix, orders: int, seed: int) -> Power:
+    """Tokens to conviction over random orders of the pool."""
+    runs = []
+    for number in range(orders):
+        chance = random.Random(f"{seed}/{number}")  # noqa: S311  (reproducible orders)
+        runs.append(_until_conviction(traffic(cheat, honest, mix, chance), mix.honest_before))
+    done = [run for run in runs if run[3]]
+    requests, tokens = sorted(r[0] for r in done), sorted(r[1] for r in done)
+    return Power(
+        name=cheat.name,
+        orders=orders,
+        convicted=len(done),
+        mean_x=cheat.mean_x,
+        exact=cheat.exact,
+        median_tokens=_median(tokens),
+        p95_tokens=_p95(tokens),
+        median_requests=_median(requests),
+        p95_requests=_p95(requests),
+        largest_wealth=max(run[2] for run in runs),
+    )
+
+
+def _median(values: Sequence[int]) -> float:
+    return float(statistics.median(values)) if values else float("inf")
+
+
+def _p95(values: Sequence[int]) -> float:
+    return float(values[min(len(values) - 1, int(0.95 * len(values)))]) if values else float("inf")
