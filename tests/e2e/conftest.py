@@ -72,6 +72,15 @@ class Kit:
     async def open_holds(self, client: str) -> list[bytes]:
         return open_holds(await self.transfers(client))
 
+    async def some_open_holds(self, client: str, count: int, within_s: float = 10.0) -> list[bytes]:
+        holds: list[bytes] = []
+
+        async def refresh() -> None:
+            holds[:] = await self.open_holds(client)
+
+        assert await wait_until(lambda: len(holds) >= count, refresh, within_s), "no hold was made"
+        return holds
+
     async def no_open_holds(self, client: str, within_s: float = 20.0) -> None:
         holds: list[bytes] = []
 
