@@ -147,8 +147,8 @@ class Book:
         debit, credit = self.account(debit_id), self.account(credit_id)
         _check_debit(debit, amount)
         self._store(
-            debit._replace(debits_posted=_bounded(debit.debits_posted + amount)),
-            credit._replace(credits_posted=_bounded(credit.credits_posted + amount)),
+            _with(debit, debits_posted=amount),
+            _with(credit, credits_posted=amount),
         )
         self._record((debit, credit), amount, SINGLE, b"", reason)
 
@@ -157,8 +157,8 @@ class Book:
         debit, credit = self.account(pending.debit), self.account(pending.credit)
         _check_debit(debit, pending.amount)
         self._store(
-            debit._replace(debits_pending=_bounded(debit.debits_pending + pending.amount)),
-            credit._replace(credits_pending=_bounded(credit.credits_pending + pending.amount)),
+            _with(debit, debits_pending=pending.amount),
+            _with(credit, credits_pending=pending.amount),
         )
         self.put(self.pendings, pending.id, pending)
         self._record((debit, credit), pending.amount, PENDING, b"", reason)
@@ -171,14 +171,8 @@ class Book:
             raise InvalidRequest("more than what was held cannot be posted")
         debit, credit = self.account(pending.debit), self.account(pending.credit)
         self._store(
-            debit._replace(
-                debits_pending=debit.debits_pending - pending.amount,
-                debits_posted=_bounded(debit.debits_posted + posted),
-            ),
-            credit._replace(
-                credits_pending=credit.credits_pending - pending.amount,
-                credits_posted=_bounded(credit.credits_posted + posted),
-            ),
+            _with(debit, debits_pending=-pending.amount, debits_posted=posted),
+            _with(credit, credits_pending=-pending.amount, credits_posted=posted),
         )
         self.put(self.pendings, pending.id, pending._replace(state=state, posted=posted))
         self._record((debit, credit), posted, _PHASE_OF_STATE[state], pending.id, reason)
@@ -230,7 +224,8 @@ class Book:
             self.snapshot.next_sequence + len(self.transfers),
             self._operation,
             self._ordinal,
-            *sides,
+            sides[0],
+            sides[1],
             amount,
             phase,
             pending_id,
@@ -255,7 +250,22 @@ def _check_debit(debit: Account, amount: int) -> None:
         )
 
 
-def _bounded(counter: int) -> int:
-    if counter > MAX_NANO:
+def _with(
+    account: Account,
+    *,
+    debits_pending: int = 0,
+    debits_posted: int = 0,
+    credits_pending: int = 0,
+    credits_posted: int = 0,
+) -> Account:
+    """The account with these amounts added to its counters."""
+    no, id_, kind, dp, dx, cp, cx = account
+    dp, dx, cp, cx = (
+        dp + debits_pending,
+        dx + debits_posted,
+        cp + credits_pending,
+        cx + credits_posted,
+    )
+    if dp > MAX_NANO or dx > MAX_NANO or cp > MAX_NANO or cx > MAX_NANO:
         raise InvalidRequest("the amount exceeds what an account can count")
-    return counter
+    return Account(no, id_, kind, dp, dx, cp, cx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -76,7 +77,14 @@ def serve(
 ) -> None:
     """Serve the ledger until SIGTERM. Start it twice on one database for a warm standby."""
     configure_logs(log_level, log_json)
+    tune_collector()
     run_async(serve_until_signal(lambda stop: _serve(stop, market, keys, database, listen)))
+
+
+def tune_collector() -> None:
+    """Cyclic garbage is rare here, and full collections cost a quarter of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 async def _serve(

@@ -136,6 +136,8 @@ class RefundFacts:
     receipt_digest: bytes
     verdict: PublishFacts | None
     node_id: str = ""
+    # The router lost or withholds the transcript: not the node's fault.
+    by_router: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +339,8 @@ def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -
         raise InvalidRequest("the verdict is about another receipt")
     if verdict.outcome not in REFUNDABLE:
         raise InvalidRequest("the verdict's outcome does not refund")
-    return RefundFacts(body.receipt_digest, published, verdict.node_id)
+    by_router = verdict.outcome == audit_pb2.Verdict.MISSING_TRANSCRIPT
+    return RefundFacts(body.receipt_digest, published, verdict.node_id, by_router)
 
 
 def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> ConvictFacts:

@@ -65,6 +65,8 @@ class Cache:
 
     accounts: dict[str, Account] = field(default_factory=dict)
     open_holds: dict[bytes, Pending] = field(default_factory=dict)
+    # False: no hold has ever been claimed from, so nobody need look (None: not known yet).
+    any_claims: bool | None = None
 
     def trim(self) -> None:
         """Keeps the cache bounded: a full one starts anew."""
@@ -116,6 +118,7 @@ def load(
         if pending.api_key_id:
             needs.spending.add(pending.api_key_id)
     legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
+    needs.claims.update(leg.hold_id for leg in legs.values())
     for leg in legs.values():
         needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
     return Snapshot(
@@ -123,7 +126,7 @@ def load(
         pendings=pendings,
         applied=applied,
         legs=legs,
-        claims=_claims(backend, needs.claims),
+        claims=_claims(backend, needs.claims) if _any_claims(backend, cache) else {},
         references=_references(backend, needs.references),
         spending={
             row[0]: Spending(*row)
@@ -315,6 +318,12 @@ def _claims(backend: Backend, wanted: set[bytes]) -> dict[bytes, tuple[Claim, ..
         made = Claim(*row)
         found[made.hold_id] = (*found.get(made.hold_id, ()), made)
     return found
+
+
+def _any_claims(backend: Backend, cache: Cache) -> bool:
+    if cache.any_claims is None:
+        cache.any_claims = bool(backend.query("SELECT 1 FROM claim LIMIT 1"))
+    return cache.any_claims
 
 
 def _references(backend: Backend, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], bytes]:

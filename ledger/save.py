@@ -40,6 +40,8 @@ def remember(cache: Cache, book: Book) -> None:
             cache.open_holds[pending.id] = pending
         else:
             cache.open_holds.pop(pending.id, None)
+    if book.claims:
+        cache.any_claims = True
     cache.trim()
 
 

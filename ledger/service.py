@@ -113,10 +113,11 @@ class Ledger:
         if not operations:
             return []
         court = self._court
-        outcomes = await self._submit([prepare(op, caller, court) for op in operations])
+        outcomes = await self.apply_prepared([prepare(op, caller, court) for op in operations])
         return [result_of(outcome) for outcome in outcomes]
 
-    async def _submit(self, prepared: Sequence[Prepared]) -> list[Outcome]:
+    async def apply_prepared(self, prepared: Sequence[Prepared]) -> list[Outcome]:
+        """Applies operations that were checked by ``prepare``, here or in another process."""
         if self._writer is None:
             raise Unavailable("the ledger is not started")
         answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()

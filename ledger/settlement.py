@@ -169,7 +169,11 @@ def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Te
 
 
 def refund(book: Book, op: Prepared, _: Terms) -> int:
-    """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back."""
+    """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back.
+
+    If the router cannot show the transcript, the market pays for its router: a node that did its
+    work keeps what it earned, or routers and clients could drain nodes together. Only what a node
+    claimed by itself is its own to prove."""
     facts: RefundFacts = op.facts
     leg = book.leg(facts.receipt_digest)
     if leg is None:
@@ -180,21 +184,28 @@ def refund(book: Book, op: Prepared, _: Terms) -> int:
         raise Conflict("the leg was refunded before")
     if facts.verdict is not None:
         publish_evidence(book, facts.verdict)
+    claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
+    from_market = facts.by_router and not claimed
+    sources = (
+        (FEE_ACCOUNT,) if from_market else (node_locked(leg.node_id), node_bond(leg.node_id))
+    )
     from_node = 0
-    for source in (node_locked(leg.node_id), node_bond(leg.node_id)):
+    for source in sources:
         from_node += _pay_up_to(book, source, leg.client, leg.node - from_node, "refund")
     missing = leg.node - from_node
     missing += leg.fee - _pay_up_to(book, FEE_ACCOUNT, leg.client, leg.fee, "refund")
     missing += leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
     missing -= _pay_up_to(book, TREASURY_ACCOUNT, leg.client, missing, "refund")
-    _pay_up_to(book, node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
+    taken_back = 0 if from_market else leg.node + leg.subsidy
+    if taken_back:
+        _pay_up_to(book, node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
     _owe(book, leg.client, missing)
     paid = leg.charge - missing
     # Marked with the whole charge: what could not be paid is owed, and is not claimed again.
     book.put(
         book.legs,
         leg.receipt_digest,
-        leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy),
+        leg._replace(refunded=leg.charge, refunded_node=taken_back),
     )
     return paid
 

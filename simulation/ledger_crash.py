@@ -121,7 +121,8 @@ async def run_load(load: Load, url: str, acknowledge: Callable[[bytes], None]) -
 
 def _victim(url: str, kill_at: int, out: int) -> None:
     countdown = [kill_at]
-    service_module.open_backend = lambda u: _Fatal(open_backend(u), countdown)  # type: ignore[assignment,return-value]
+    # The service opens its backend by this name; the victim's is wrapped.
+    vars(service_module)["open_backend"] = lambda url_: _Fatal(open_backend(url_), countdown)
     asyncio.run(run_load(make_load(), url, lambda id_: _write(out, f"{id_.hex()}\n")))
     _write(out, "end\n")
 

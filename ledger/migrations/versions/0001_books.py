@@ -70,7 +70,7 @@ def _create_books() -> None:
             "(phase IN (1, 2)) = (pending_id IS NULL)", name="second_phase_names_the_first"
         ),
     )
-    op.create_index("transfer_once", "transfer", ["operation_id", "ordinal"], unique=True)
+    # (operation_id, ordinal) is unique because operation ids are: see the operation table.
     # One resolution per pending transfer, enforced here and not only in Python.
     op.create_index(
         "resolved_once",
