@@ -1,0 +1,95 @@
+"""``make up`` and ``make down``: a market that stays, repairs itself, and goes without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import httpx
+import pytest
+
+from trueweight.simulation.background import read_state
+
+
+def wait_for(condition, within_s, what):
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def directory(command, tmp_path):
+    made = tmp_path / "up"
+    yield made
+    command("simulate", "down", "--directory", str(made))
+
+
+def up(command, directory, *more):
+    arguments = ("simulate", "up", "--engine", "synthetic", "--directory", str(directory), *more)
+    return command(*arguments, within_s=200)
+
+
+def ask(facts, text="hello"):
+    return httpx.post(
+        f"{facts['base_url']}/chat/completions",
+        headers={"Authorization": f"Bearer {facts['api_key']}"},
+        json={
+            "model": facts["model"],
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 12,
+        },
+        timeout=30,
+    )
+
+
+def test_up_serves_repairs_itself_and_down_leaves_nothing(command, directory, live_processes):
+    started = up(command, directory, "--json")
+    assert started.returncode == 0, started.stderr
+    facts = json.loads(started.stdout)
+    assert ask(facts).status_code == 200
+
+    again = up(command, directory)
+    assert again.returncode == 0
+    assert "up already" in again.stderr
+    for text in (facts["base_url"], facts["api_key"], "curl -s", str(directory / "logs")):
+        assert text in again.stdout
+    assert (directory / "state.json").stat().st_mode & 0o077 == 0
+
+    for role in ("ledger", "router", "node-honest-cheap", "reference"):
+        os.kill(read_state(directory).groups[role], signal.SIGKILL)
+    wait_for(lambda: _answers(facts), 60, "the market did not repair itself")
+
+    down = command("simulate", "down", "--directory", str(directory))
+    assert down.returncode == 0, down.stderr
+    assert live_processes(str(directory)) == []
+    assert read_state(directory) is None
+    assert "No market is up" in command("simulate", "down", "--directory", str(directory)).stdout
+
+
+def _answers(facts):
+    try:
+        return ask(facts).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_kill_9_of_the_keeper_takes_the_market_with_it(command, directory, live_processes):
+    assert up(command, directory).returncode == 0
+    os.kill(read_state(directory).pid, signal.SIGKILL)
+    wait_for(lambda: live_processes(str(directory)) == [], 10, "something outlived the keeper")
+    assert command("simulate", "down", "--directory", str(directory)).returncode == 0
+
+
+def test_a_failed_start_says_why_and_leaves_nothing(command, directory, live_processes, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"\0" * 64)
+    failed = up(command, directory, "--model", str(broken))
+    assert failed.returncode not in (0, 130)
+    assert "the market did not start" in failed.stderr
+    assert len(failed.stderr.splitlines()) > 2, "no tail of a log"
+    assert live_processes(str(directory)) == []
