@@ -69,6 +69,9 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
     book.append(Leaf("bill", facts.bill, facts.bill_digest))
     book.resolve(pending, CAPTURED, facts.charge, "capture")
     clearing = pending.credit
+    book.move(clearing, FEE_ACCOUNT, sum(leg.fee for leg in facts.legs), "fee")
+    # Before the subsidies: they are at most what this bill itself brings to the pool.
+    book.move(clearing, POOL_ACCOUNT, sum(leg.pool for leg in facts.legs), "pool")
     for leg, index in zip(facts.legs, indices, strict=True):
         locked = node_locked(leg.node_id)
         book.move(clearing, locked, leg.node, "earning")
@@ -90,8 +93,6 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
                 book.now,
             ),
         )
-    book.move(clearing, FEE_ACCOUNT, sum(leg.fee for leg in facts.legs), "fee")
-    book.move(clearing, POOL_ACCOUNT, sum(leg.pool for leg in facts.legs), "pool")
     return facts.charge
 
 

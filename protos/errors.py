@@ -88,6 +88,13 @@ class NotFound(TrueweightError):
     openai_type = "invalid_request_error"
 
 
+class Erased(NotFound):
+    """It was there, and whoever it belongs to had it destroyed."""
+
+    code = "ERASED"
+    http_status = 410
+
+
 class Conflict(TrueweightError):
     """The state does not allow it."""
 

@@ -155,7 +155,10 @@ class Auditor:
 
 def _is_what_was_signed(transcript: Transcript) -> bool:
     """True if the output is the one that the receipt's digest names, whoever lies otherwise."""
-    receipt = parse_payload(parse_envelope(transcript.receipt_envelope), Receipt)
+    try:
+        receipt = parse_payload(parse_envelope(transcript.receipt_envelope), Receipt)
+    except BadSignature:
+        return False
     output = transcript.output_token_ids
     if len(transcript.salt) != SALT_BYTES or len(output) != receipt.output_tokens:
         return False

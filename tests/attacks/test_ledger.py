@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.protos.v1 import market_pb2
+from trueweight.protos.envelope import digest_of
+from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.simulation.ledger_world import Leg, leg_charge
 
 CREDIT = 10**9
@@ -63,3 +63,34 @@ async def test_attack_a_router_bills_the_prompt_on_every_leg(books):
     legs = [Leg(world.node[0]), Leg(world.node[1], leg=1, prefix=50)]
     (result,) = await books.do("router", world.capture(hold, *legs))
     assert result.code == "INVALID_REQUEST"
+
+
+async def test_attack_router_and_client_drain_a_node_by_losing_its_transcripts(books):
+    """The node did its work; the client gets its money back from the market that has the router."""
+    node = books.world.node[0].identity
+    await books.captured(*[Leg(books.world.node[1], choice=i) for i in range(20)])
+    fees = await books.available("fee:market")
+    (digest,) = await books.captured(Leg(books.world.node[0]))
+    earned = await books.available(f"node-locked:{node}")
+    before = await books.available("client:acme")
+    lost = books.world.refund(digest, node, audit_pb2.Verdict.MISSING_TRANSCRIPT)
+    await books.must("verifier", lost)
+    assert await books.available(f"node-locked:{node}") == earned > 0
+    charge = leg_charge(Leg(books.world.node[0]))
+    assert await books.available("client:acme") == before + charge
+    assert await books.available("fee:market") < fees
+
+
+async def test_attack_a_node_that_claimed_a_lie_is_not_paid_by_the_market(books):
+    hold = await books.open_hold()
+    node = books.world.node[0]
+    claim = books.claim(hold, Leg(node, output=4096))
+    books.world.now += 50_000
+    await books.must(node.identity, claim)
+    books.world.now += 10_000
+    await books.expire()
+    digest = digest_of(claim.claim.receipt)
+    lost = books.world.refund(digest, node.identity, audit_pb2.Verdict.MISSING_TRANSCRIPT)
+    await books.must("verifier", lost)
+    assert await books.available(f"node-locked:{node.identity}") == 0
+    assert await books.available("client:acme") == 10 * CREDIT
