@@ -35,6 +35,7 @@ from trueweight.verifier.command_support import (
 )
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
+from trueweight.verifier.plot import write_png
 from trueweight.verifier.reference import GrpcNode
 from trueweight.verifier.state import LogView
 
@@ -172,16 +173,20 @@ async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.
 @ledger_option
 @cli.option("--verifier-id", default="", help="Whose verdicts; default: who gave most.")
 @cli.option("--last", default=30, type=click.IntRange(1), help="Audits to list.")
+@cli.path_option("--png", default=None, help="Also draw the wealth into this file.")
 @cli.json_option
-def explain(node_id: str, verifier_id: str, last: int, as_json: bool, **options: Any) -> None:
+def explain(node_id: str, as_json: bool, **options: Any) -> None:
     """Recompute a node's wealth from logged verdicts and say what it means."""
     view = read_log(options)
     if node_id not in view.nodes:
         raise NotFound(f"the log knows no node {node_id}", hint="See 'trueweight verifier status'.")
-    found = report.explain(view, node_id, verifier_id)
+    found = report.explain(view, node_id, options["verifier_id"])
+    if options["png"]:
+        write_png(found, options["png"])
     if as_json:
         cli.print_json(found.as_json())
         return
+    last = options["last"]
     click.echo(found.words)
     cli.print_table(
         f"last {min(last, len(found.steps))} of {len(found.steps)} audits",

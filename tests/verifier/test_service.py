@@ -1,9 +1,12 @@
 """The whole verifier against a small market: verdicts, refunds, convictions, calibration."""
 
+import pytest
+
 from trueweight.protos.audit import check_reveal
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochOpen, Verdict
 from trueweight.verifier.epochs import RatePolicy
+from trueweight.verifier.plot import write_png
 from trueweight.verifier.report import explain, status_rows
 
 HONEST = [0.0] * 199 + [0.0078125]
@@ -174,3 +177,16 @@ async def test_epochs_roll_over_and_old_secrets_are_revealed(world, kit):
     assert len(reveals) >= 2
     for reveal in reveals:
         check_reveal(reveal.secret, by_epoch[reveal.epoch])
+
+
+async def test_a_picture_of_the_wealth(world, kit, tmp_path):
+    node = world.add_node("bad")
+    await opened(world, kit, world.app())
+    for _ in range(3):
+        world.serve("bad", WRONG)
+    app = world.app()
+    await kit.settle(world, app)
+    path = tmp_path / "wealth.png"
+    pytest.importorskip("matplotlib")
+    write_png(explain(app.service.view, node), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
