@@ -99,21 +99,47 @@ async def test_max_tokens_and_ignore_eos_give_exactly_that_many(market, connect,
         assert answer.choices[0].finish_reason == "length"
 
 
-async def test_stop_string_cuts_text_and_bill_at_the_same_token(market, connect, model_id):
+async def test_stop_string_cuts_text_and_bill_at_the_same_token(
+    start_market, connect, name, model_id
+):
+    # Slow enough that the router's Stop comes before the node is done by itself.
+    async with start_market(NodeSpec("slow", speed=Speed(100.0))) as market:
+        client = await connect(market)
+        ask = {"model": model_id, "prompt": "def f", "max_tokens": 200, "seed": 3}
+        free = await client.completions.create(
+            **{**ask, "max_tokens": 30}, extra_body={"ignore_eos": True}
+        )
+        text = free.choices[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 2]
+        cut = await client.completions.create(**ask, stop=[stop], extra_body={"ignore_eos": True})
+        assert cut.choices[0].text == text[: text.index(stop)]
+        assert cut.choices[0].finish_reason == "stop"
+        used = cut.usage.completion_tokens
+        assert 0 < used < 30
+        found = await read_receipt(market, client, cut.id)
+        bundle = parse_bundle(json.dumps(found))
+        # The node signed exactly the tokens that are billed.
+        assert len(bundle.output_token_ids[0]) == used
+        assert found["finish_reason"] == "stopped"
+        decoded = market.router.catalog.get(model_id).tokenizer.decode
+        assert stop in decoded(bundle.output_token_ids[0])
+        assert stop not in decoded(bundle.output_token_ids[0][:-1])
+
+
+async def test_a_stop_string_in_what_is_done_already_is_billed_up_to_it(
+    market, connect, model_id, name
+):
     client = await connect(market)
-    ask = {"model": model_id, "prompt": "def f", "max_tokens": 60, "seed": 3}
+    ask = {"model": model_id, "prompt": "def f", "max_tokens": 12, "seed": 3}
     free = await client.completions.create(**ask, extra_body={"ignore_eos": True})
     text = free.choices[0].text
-    stop = text[len(text) // 2 : len(text) // 2 + 2]
-    cut = await client.completions.create(**ask, stop=[stop], extra_body={"ignore_eos": True})
-    assert cut.choices[0].text == text[: text.index(stop)]
-    assert cut.choices[0].finish_reason == "stop"
-    assert 0 < cut.usage.completion_tokens < 60
-    bundle = parse_bundle(json.dumps(await read_receipt(market, client, cut.id)))
-    assert len(bundle.output_token_ids[0]) == cut.usage.completion_tokens
-    decoded = market.router.catalog.get(model_id).tokenizer.decode
-    assert stop in decoded(bundle.output_token_ids[0])
-    assert stop not in decoded(bundle.output_token_ids[0][:-1])
+    cut = await client.completions.create(**ask, stop=text[4:6], extra_body={"ignore_eos": True})
+    used = cut.usage
+    assert cut.choices[0].text == text[: text.index(text[4:6])]
+    assert used.completion_tokens < 12
+    assert used.cost_nano == -(
+        -(used.prompt_tokens * 10**8 + used.completion_tokens * 3 * 10**8) // 10**6
+    )
 
 
 async def test_neutral_parameters_of_load_clients_change_nothing(market, connect, model_id):

@@ -8,7 +8,7 @@ import os
 import pytest
 from sqlalchemy import select
 
-from trueweight.protos.errors import InvalidRequest, NotFound, StorageError, Unauthenticated
+from trueweight.protos.errors import Erased, InvalidRequest, NotFound, StorageError, Unauthenticated
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.protos.v1.ledger_pb2 import Operation, Result, VoidHold
 from trueweight.router.api_keys import KeyGate, create_key, list_keys, revoke_key
@@ -133,7 +133,8 @@ async def test_transcripts_are_encrypted_at_rest_and_erasure_destroys_the_key(st
     rows = await store.read(lambda c: list(c.execute(select(data_keys.c.wrapped))))
     assert sealed.data_key not in rows[0][0]
     assert await store.write(erase_request(b"r" * 16)) == 1
-    with pytest.raises(NotFound):
+    assert await store.write(erase_request(b"r" * 16)) == 0
+    with pytest.raises(Erased):
         await store.read(box.get(DIGEST))
     assert await store.read(lambda c: list(c.execute(select(data_keys)))) == []
     # What stays says that the client wanted it so, and nothing else.
