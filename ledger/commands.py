@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 from collections.abc import Awaitable, Callable
@@ -12,12 +13,15 @@ from typing import TypeVar
 import click
 
 from trueweight.ledger import reports
+from trueweight.ledger import witness as witnessing
 from trueweight.ledger.connect import connected
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
+from trueweight.protos.checkpoint import log_origin
 from trueweight.protos.ids import derived_id, uuid7
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime.cli import (
     configure_logs,
     json_option,
@@ -321,6 +325,35 @@ def expire(*, market: Path, keys: Path, endpoint: str | None, limit: int, as_jso
     """Give back every hold whose time has passed (the ledger does so by itself, too)."""
     operation = pb.Operation(id=_new_id(), expire=pb.Expire(limit=limit))
     _move(market, keys, endpoint, operation, as_json)
+
+
+@ledger.command()
+@ledger_options
+@path_option("--state", required=True, help="File in which the newest checkpoint is remembered.")
+@option("--every", default=5.0, type=click.FloatRange(0.1, 3600), help="Seconds between looks.")
+@option("--once", is_flag=True, help="Look once and end.")
+def witness(
+    *, market: Path, keys: Path, endpoint: str | None, state: Path, every: float, once: bool
+) -> None:
+    """Follow the log's checkpoints; exit status 3 if the log's past was changed."""
+    known = load_market(market)
+    member = known.member(Member.LEDGER)
+    signers = [key for who, key in known.ring.keys.values() if who == member.identity]
+    origin = log_origin(known.market_id)
+
+    async def follow(stop: asyncio.Event) -> None:
+        seen = witnessing.load(state, origin, signers)
+        async with connected(market, keys, endpoint) as port:
+            while not stop.is_set():
+                seen = await witnessing.look(port, seen, origin, signers)
+                witnessing.remember(state, seen)
+                print_json({"size": seen.state.size, "consistent": True})
+                if once:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), every)
+
+    run_async(serve_until_signal(follow))
 
 
 def _move(

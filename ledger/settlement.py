@@ -187,9 +187,7 @@ def refund(book: Book, op: Prepared, _: Terms) -> int:
         publish_evidence(book, facts.verdict)
     claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
     from_market = facts.by_router and not claimed
-    sources = (
-        (FEE_ACCOUNT,) if from_market else (node_locked(leg.node_id), node_bond(leg.node_id))
-    )
+    sources = (FEE_ACCOUNT,) if from_market else (node_locked(leg.node_id), node_bond(leg.node_id))
     from_node = 0
     for source in sources:
         from_node += _pay_up_to(book, source, leg.client, leg.node - from_node, "refund")

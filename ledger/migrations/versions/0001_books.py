@@ -23,6 +23,7 @@ IMMUTABLE = ("transfer", "operation", "bundle", "tile", "checkpoint", "reference
 
 def upgrade() -> None:
     _create_books()
+    _create_pending()
     _create_evidence()
     _create_log()
     if op.get_bind().dialect.name == "sqlite":
@@ -82,6 +83,9 @@ def _create_books() -> None:
     )
     op.create_index("transfer_debit", "transfer", ["debit", "sequence"])
     op.create_index("transfer_credit", "transfer", ["credit", "sequence"])
+
+
+def _create_pending() -> None:
     op.create_table(
         "pending",
         sa.Column("id", sa.LargeBinary, primary_key=True),
