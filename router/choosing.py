@@ -6,7 +6,7 @@ Filters fail closed: a node about which something is not known is not eligible.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from trueweight.router.openai_requests import Preferences
@@ -19,7 +19,7 @@ EXPLORE = 0.015
 PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
 PRICE_EXPONENT = -2.0
 MIN_SUCCESS = 0.05
-# Until measured: a slow machine's rates, so that the unknown never looks better than the known.
+# While nobody was measured: a slow machine's rates.
 DEFAULT_PREFILL_TOKENS_PER_S = 2_000.0
 DEFAULT_DECODE_TOKENS_PER_S = 20.0
 
@@ -200,8 +200,19 @@ def _better(first: NodeView, second: NodeView, work: Work) -> tuple[NodeView, st
     if first.is_hot:
         fewer = min(first, second, key=lambda n: n.in_flight)
         return fewer, "both hot, fewer in flight"
-    sooner = min(first, second, key=lambda n: expected_completion_s(n, work))
-    return sooner, "sooner done"
+    # An unmeasured node counts as fast as the other: it must get work to be measured at all.
+    known = (_as_fast_as(first, second), _as_fast_as(second, first))
+    sooner = min(known, key=lambda n: expected_completion_s(n, work))
+    return (first if sooner is known[0] else second), "sooner done"
+
+
+def _as_fast_as(node: NodeView, other: NodeView) -> NodeView:
+    """The node with the other's rates where its own were never measured."""
+    return replace(
+        node,
+        prefill_tokens_per_s=node.prefill_tokens_per_s or other.prefill_tokens_per_s,
+        decode_tokens_per_s=node.decode_tokens_per_s or other.decode_tokens_per_s,
+    )
 
 
 def _is_excluded(node: NodeView, preferences: Preferences) -> bool:

@@ -206,3 +206,11 @@ def test_measured_rates_are_the_routers_own():
     assert seen.with_failure().success < 1.0
     one = Measured().with_success(prompt_tokens=1, output_tokens=1, first_ms=0, rest_ms=0)
     assert one.decode_tokens_per_s == 0
+
+
+def test_an_unmeasured_node_gets_work_to_be_measured():
+    known = node("a", decode_tokens_per_s=500.0, prefill_tokens_per_s=9000.0)
+    new = node("b", decode_tokens_per_s=0.0, tokens_in_flight=0)
+    busy = replace(known, tokens_in_flight=10_000)
+    taken = Counter(pick([busy, new], seed).node.node_id for seed in range(200))
+    assert taken["b"] >= 200 * (1 - 3 * EXPLORE)
