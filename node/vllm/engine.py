@@ -132,6 +132,15 @@ class VllmEngine:
             self._open(-len(scored), -tokens)
         return [next(results) if job.output else Score((), (), ()) for job in jobs]
 
+    async def prefill(self, jobs: Sequence[ScoreJob]) -> None:
+        """Compute the same tokens as ``score`` and score nothing: the yardstick of its cost."""
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                tokens = [*job.prompt, *job.prefix, *job.output[:-1]]
+                self._check_tokens(tokens, 1)
+                order = EngineOrder(job.sampling, job.seed, len(job.prompt))
+                group.create_task(self._process.prefill(tokens, order, f"p{next(self._serial)}"))
+
     def _open(self, jobs: int, tokens: int) -> None:
         self._open_jobs += jobs
         self._held_tokens += tokens

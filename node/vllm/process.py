@@ -115,7 +115,13 @@ class EngineProcess:
             await asyncio.to_thread(keeper.join, 2 * _CLOSE_TIMEOUT_S)
 
     async def run(
-        self, prompt: list[int], order: EngineOrder, request_id: str, *, max_tokens: int
+        self,
+        prompt: list[int],
+        order: EngineOrder,
+        request_id: str,
+        *,
+        max_tokens: int,
+        read_cache: bool = True,
     ) -> AsyncGenerator[tuple[int, ...], None]:
         """New token ids per engine step. Closing the iterator aborts the request."""
         from vllm import SamplingParams  # noqa: PLC0415
@@ -129,7 +135,7 @@ class EngineProcess:
             stop_token_ids=list(order.sampling.stop_token_ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            skip_reading_prefix_cache=bool(order.score_key),
+            skip_reading_prefix_cache=not read_cache,
             extra_args=order.pack(),
         )
         engine_input = {"type": "token", "prompt_token_ids": prompt}
@@ -151,7 +157,7 @@ class EngineProcess:
         try:
             async with asyncio.timeout(self._options.score_timeout_s), asyncio.TaskGroup() as group:
                 for job, key in zip(jobs, keys, strict=True):
-                    group.create_task(self._prefill(job, key))
+                    group.create_task(self._score_prefill(job, key))
         except TimeoutError as error:
             await self._drop(keys)
             raise EngineError("scoring took too long", hint="Send fewer items at once.") from error
@@ -175,7 +181,7 @@ class EngineProcess:
             raise EngineError(f"the engine's worker failed: {error}") from error
         return answers[0]
 
-    async def _prefill(self, job: ScoreJob, key: str) -> None:
+    async def _score_prefill(self, job: ScoreJob, key: str) -> None:
         order = EngineOrder(
             sampling=job.sampling,
             seed=job.seed,
@@ -185,7 +191,12 @@ class EngineProcess:
             last_claimed=job.output[-1],
         )
         tokens = [*job.prompt, *job.prefix, *job.output[:-1]]
-        async with aclosing(self.run(tokens, order, key, max_tokens=1)) as outputs:
+        await self.prefill(tokens, order, key)
+
+    async def prefill(self, tokens: list[int], order: EngineOrder, request_id: str) -> None:
+        """Compute all of ``tokens``, cached or not, and no more than one token after them."""
+        outputs = self.run(tokens, order, request_id, max_tokens=1, read_cache=False)
+        async with aclosing(outputs):
             async for _ in outputs:
                 pass
 
