@@ -149,6 +149,16 @@ class Agenda:
                 if newer and measured.weights == weights_sha256(manifest):
                     yield PublishCalibration(digest, measured)
 
+    @property
+    def has_calibrations(self) -> bool:
+        """True if all weights on sale have a calibration in the log or one at hand."""
+        at_hand = {m.weights for m in self.measured}
+        return all(
+            weights_sha256(manifest) in at_hand
+            or self.view.calibrations.in_force(digest, self.view.next_index) is not None
+            for digest, manifest in self.view.manifests.items()
+        )
+
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:
         epochs = self.my_epochs
         newest = epochs[-1] if epochs else None

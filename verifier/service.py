@@ -51,6 +51,8 @@ class VerifierService:
     async def run(self, stop: asyncio.Event) -> None:
         """Rebuilds the state from the log, then works until ``stop``."""
         await self.catch_up()
+        if not self.agenda.has_calibrations:
+            log.warning("no calibration fits the weights on sale: nothing can convict yet")
         follower = asyncio.create_task(self._follow())
         stopper = asyncio.create_task(stop.wait())
         try:
