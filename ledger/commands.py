@@ -75,14 +75,32 @@ def ledger_options(function: F) -> F:
 @keys_option
 @database_option
 @option("--listen", default="127.0.0.1:0", help="host:port of the gRPC service; 0 is any port.")
+@option(
+    "--verify-workers",
+    default=max(0, min(4, (os.cpu_count() or 1) - 1)),
+    type=click.IntRange(0, 64),
+    help="Processes that check signatures of large batches; started when needed.",
+)
 @log_options
 def serve(
-    *, market: Path, keys: Path, database: str, listen: str, log_level: str, log_json: bool
+    *,
+    market: Path,
+    keys: Path,
+    database: str,
+    listen: str,
+    verify_workers: int,
+    log_level: str,
+    log_json: bool,
 ) -> None:
     """Serve the ledger until SIGTERM. Start it twice on one database for a warm standby."""
     configure_logs(log_level, log_json)
     tune_collector()
-    run_async(serve_until_signal(lambda stop: _serve(stop, market, keys, database, listen)))
+    clock = SystemClock()
+    known, signer = load_market(market), load_signer(keys)
+    books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
+    ensure_certificate(keys, clock.now_unix_ms())
+    gate = Authenticator(signer.identity, known.market_id, known.ring, clock)
+    run_async(serve_until_signal(lambda stop: _serve(stop, books, gate, listen, keys)))
 
 
 def tune_collector() -> None:
@@ -92,13 +110,8 @@ def tune_collector() -> None:
 
 
 async def _serve(
-    stop: asyncio.Event, market_path: Path, keys: Path, database: str, listen: str
+    stop: asyncio.Event, books: Ledger, gate: Authenticator, listen: str, keys: Path
 ) -> None:
-    clock = SystemClock()
-    market, signer = load_market(market_path), load_signer(keys)
-    ensure_certificate(keys, clock.now_unix_ms())
-    books = Ledger(market, signer, database, clock)
-    gate = Authenticator(signer.identity, market.market_id, market.ring, clock)
     server = LedgerServer(books, gate, check_address(listen), keys)
     try:
         # A standby serves reads while it waits for the writer's lock.
@@ -107,7 +120,7 @@ async def _serve(
         print_ready(
             role="ledger",
             endpoint=server.endpoint,
-            identity=signer.identity,
+            identity=books.identity,
             writer=books.is_writer,
         )
         await stop.wait()

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from trueweight.ledger.accounts import CLIENT, kind_of, owner_of
@@ -22,6 +23,7 @@ from trueweight.ledger.evidence import Court
 from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, prepare
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, migrate, normal_url
+from trueweight.ledger.signature_pool import SignaturePool
 from trueweight.ledger.values import Leaf, Prepared
 from trueweight.ledger.writer import Answer, Call, Hooks, Writer
 from trueweight.protos.errors import (
@@ -60,6 +62,8 @@ class Ledger:
         database: str,
         clock: Clock,
         random: Callable[[int], bytes] = os.urandom,
+        *,
+        verify_workers: int = 0,
     ) -> None:
         self._url = normal_url(database)
         self._signer, self._clock, self._random = signer, clock, random
@@ -67,10 +71,16 @@ class Ledger:
         self._engine = make_engine(self._url)
         self._reader = Reader(self._engine)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="ledger-read")
+        self._signatures = SignaturePool(verify_workers)
         self._writer: Writer | None = None
         self._size = 0
         self._grown = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def identity(self) -> str:
+        """Whose ledger this is."""
+        return self._signer.identity
 
     @property
     def court(self) -> Court:
@@ -97,6 +107,7 @@ class Ledger:
         """Commits what is queued and lets go of the database."""
         if self._writer is not None:
             await asyncio.to_thread(self._writer.stop)
+        self._signatures.close()
         self._pool.shutdown(wait=True)
         self._reader.close()
 
@@ -113,6 +124,9 @@ class Ledger:
         if not operations:
             return []
         court = self._court
+        ring = await self._signatures.ring_for(operations, court.ring)
+        if ring is not court.ring:
+            court = replace(court, ring=ring)
         outcomes = await self.apply_prepared([prepare(op, caller, court) for op in operations])
         return [result_of(outcome) for outcome in outcomes]
 

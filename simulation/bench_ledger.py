@@ -53,6 +53,13 @@ def fresh_world() -> World:
     return World(now=SystemClock().now_unix_ms(), window_ms=0)
 
 
+def make_ledger(world: World, url: str) -> Ledger:
+    """As ``ledger serve`` makes it: signatures are checked on the other cores."""
+    workers = max(0, min(4, (os.cpu_count() or 1) - 1))
+    signer = world.signers["ledger"]
+    return Ledger(world.market, signer, url, SystemClock(), verify_workers=workers)
+
+
 class Pairs:
     """Holds and captures made (and signed) before the clock runs."""
 
@@ -102,7 +109,7 @@ def cpu_s() -> float:
 async def measure(url: str, count: int, clients: int) -> dict[str, float]:
     """Books alone, then the whole ledger, on one database."""
     world = fresh_world()
-    ledger = Ledger(world.market, world.signers["ledger"], url, SystemClock())
+    ledger = make_ledger(world, url)
     await ledger.start()
     await fund(ledger, world, clients)
     router = world.identity("router")
@@ -169,7 +176,7 @@ async def serve(url: str, keys: Path) -> None:
     gc.set_threshold(50_000, 50, 100)
     clock, world = SystemClock(), fresh_world()
     pem = ensure_certificate(keys, clock.now_unix_ms())
-    ledger = Ledger(world.market, world.signers["ledger"], url, clock)
+    ledger = make_ledger(world, url)
     await ledger.start()
     await fund(ledger, world, 1000)
     gate = Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
