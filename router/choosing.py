@@ -5,6 +5,7 @@ Filters fail closed: a node about which something is not known is not eligible.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -15,6 +16,10 @@ from trueweight.router.quoting import Prices
 HOT_WAITING = 8
 HOT_KV_USE_PPM = 800_000
 EXPLORE = 0.015
+# The second stage looks at speed alone, so only what costs about the same gets that far: else in a
+# small market half of the traffic would go to a node at any price. More if the first is hot.
+COMPARABLE_PRICE = 2.0
+COMPARABLE_PRICE_IF_HOT = 10.0
 # Below this a price makes no more difference: dumping must not buy all traffic.
 PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
 PRICE_EXPONENT = -2.0
@@ -151,12 +156,29 @@ def choose(
     if len(free) == 1:
         return Choice(free[0], "only free node", (free[0].node_id,), len(candidates))
     newest = min(free, key=lambda n: (n.completed, n.node_id))
-    if random() < EXPLORE and not newest.is_hot:
+    usual = statistics.median_low(expected_price_nano(n, work) for n in free)
+    fair = expected_price_nano(newest, work) <= COMPARABLE_PRICE * usual
+    if random() < EXPLORE and fair and not newest.is_hot:
         return Choice(newest, "exploring", (newest.node_id,), len(candidates))
     first = _draw(free, work, random())
-    second = _draw([n for n in free if n is not first], work, random())
+    times = COMPARABLE_PRICE_IF_HOT if first.is_hot else COMPARABLE_PRICE
+    limit = times * expected_price_nano(first, work)
+    rivals = [n for n in free if n is not first and expected_price_nano(n, work) <= limit]
+    if not rivals:
+        return Choice(first, "others are dearer", (first.node_id,), len(candidates))
+    second = _draw(rivals, work, random())
     node, why = _better(first, second, work)
     return Choice(node, why, (first.node_id, second.node_id), len(candidates))
+
+
+def price_ceilings(nodes: Sequence[NodeView]) -> list[Prices]:
+    """What to hold for, dearest first: all of these nodes, the cheaper half, only the cheapest. A
+    client without means for the dearest must not be kept from the others by it."""
+    ranked = sorted(
+        nodes, key=lambda n: (n.prices.input_nano_per_mtok, n.prices.output_nano_per_mtok)
+    )
+    sizes = (len(ranked), (len(ranked) + 1) // 2, 1)
+    return list(dict.fromkeys(highest_prices(ranked[:size]) for size in sizes))
 
 
 def expected_price_nano(node: NodeView, work: Work) -> float:

@@ -26,6 +26,8 @@ from trueweight.router.quoting import Prices
 from trueweight.runtime.clock import Clock
 
 WINDOW_TOKENS = 512
+# Code of a leg that ended without a single token: nothing was done that could be paid.
+NO_OUTPUT = "NO_OUTPUT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class LegResult:
     cancelled: bool = False
     first_ms: float = 0.0
     rest_ms: float = 0.0
+    # From dispatch to the end.
+    total_ms: float = 0.0
 
 
 def make_assignment(
@@ -157,6 +161,15 @@ class LegRunner:
             while True:
                 event = await self._next(self._call)
                 if isinstance(event, NewTokens):
+                    if max(event.token_ids) >= self._vocabulary_size:
+                        # As a prefix they would make every other node refuse to continue.
+                        self._call.cancel()
+                        self._ended(
+                            LegEnd.FAILED,
+                            "the node sent ids outside the vocabulary",
+                            ReceiptRefused.code,
+                        )
+                        break
                     if trouble is None:
                         trouble = await self._take(event.token_ids, take)
                     else:
@@ -172,9 +185,14 @@ class LegRunner:
                     break
         finally:
             self._call.close()
+            self.result.total_ms = self._clock.monotonic_ms() - self._started_ms
         if trouble is not None:
             raise trouble
         return self.result
+
+    @property
+    def _vocabulary_size(self) -> int:
+        return self._order.plan.model.manifest.vocabulary_size
 
     def _dispatch(self) -> Call:
         session = self.result.node.session
@@ -245,7 +263,7 @@ class LegRunner:
             prefix=result.prefix,
             received=result.received,
             manifest_digest=plan.model.manifest_digest,
-            vocabulary_size=plan.model.manifest.vocabulary_size,
+            vocabulary_size=self._vocabulary_size,
             events=RouterEvents(
                 stop_at=result.stop_at,
                 cancelled=result.cancelled,
@@ -261,6 +279,11 @@ class LegRunner:
         if result.receipt.message.finish_reason == ENGINE_ERROR:
             self._ended(LegEnd.FAILED, "the node's engine failed", "ENGINE_ERROR")
             result.receipt = None  # a dead leg's tokens are free
+            return
+        if not result.receipt.message.output_tokens:
+            # Else a node could live on the prompts of clients who gave up waiting for it.
+            self._ended(LegEnd.FAILED, "the node gave no output", NO_OUTPUT)
+            result.receipt = None
             return
         result.end = LegEnd.SERVED
 

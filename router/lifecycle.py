@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from trueweight.protos.errors import EngineError, TrueweightError, Unavailable
+from trueweight.protos.errors import EngineError, InsufficientFunds, TrueweightError, Unavailable
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import uuid7
 from trueweight.protos.v1.ledger_pb2 import Hold, Operation
@@ -19,10 +19,11 @@ from trueweight.protos.v1.market_pb2 import FinishReason
 from trueweight.router.answers import Answer, AnswerEvent, Completed, Failed
 from trueweight.router.billing import ServedLeg
 from trueweight.router.channel import Channel, ClientGone
-from trueweight.router.choosing import Choice, Work, choose, eligible, highest_prices
+from trueweight.router.choosing import Choice, Work, choose, eligible, price_ceilings
 from trueweight.router.fleet import Fleet, NodeRecord
 from trueweight.router.keyring import Keys
 from trueweight.router.legs import (
+    NO_OUTPUT,
     LegEnd,
     LegOrder,
     LegResult,
@@ -40,9 +41,14 @@ from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
+# Nodes that say they are full cost a request only a moment each.
+MAX_REFUSALS = 16
 # An answer that ran into its deadline still gets this long to be written out.
 _LAST_WORD_MS = 5_000.0
 _REFUSED = "RECEIPT_REFUSED"
+_FULL = "OVER_CAPACITY"
+# Who gives nothing for this long before its client gives up is slow, if not worse.
+_STALLED_MS = 5_000.0
 # Refusals that say nothing about the node's health.
 _HARMLESS = frozenset(
     {
@@ -122,8 +128,7 @@ class RequestRun:
             log.debug("request %s ended without a reader", self.plan.request_id.hex())
 
     async def _hold_serve_settle(self) -> AnswerEvent:
-        most = self._highest_prices()
-        await self._hold(quote(len(self.plan.prompt), self.plan.max_tokens, most))
+        most = await self._hold_for(self._price_ceilings())
         failure: TrueweightError | None = None
         reason = FinishReason.CANCELLED
         try:
@@ -139,6 +144,17 @@ class RequestRun:
         if failure is not None:
             return Failed(failure, settled)
         return Completed(self.answer.rest, reason, len(self.answer.output), settled)
+
+    async def _hold_for(self, ceilings: list[Prices]) -> Prices:
+        """Holds for the first ceiling that the client's balance covers; nodes above it are out."""
+        for most in ceilings[:-1]:
+            try:
+                await self._hold(quote(len(self.plan.prompt), self.plan.max_tokens, most))
+            except InsufficientFunds:
+                continue
+            return most
+        await self._hold(quote(len(self.plan.prompt), self.plan.max_tokens, ceilings[-1]))
+        return ceilings[-1]
 
     async def _hold(self, cost: Quote) -> None:
         operation = Operation(
@@ -159,7 +175,7 @@ class RequestRun:
             raise
         raise_refused(result)
 
-    def _highest_prices(self) -> Prices:
+    def _price_ceilings(self) -> list[Prices]:
         views = self._services.fleet.views(self.plan.model.manifest_digest)
         able = eligible(views, self._work(frozenset()))
         if not able:
@@ -167,14 +183,20 @@ class RequestRun:
                 f"No node can serve {self.plan.model.model_id!r} under these conditions now.",
                 hint="Try again soon, or ask for less: price, context, named nodes.",
             )
-        return highest_prices(able)
+        return price_ceilings(able)
 
     async def _serve(self, most: Prices) -> FinishReason:
         """Legs until the output is complete. Raises if it cannot be completed."""
         tried: set[str] = set()
+        full: set[str] = set()
+        attempts = refusals = 0
         problem = "none is left to try"
-        for _ in range(MAX_ATTEMPTS):
-            choice = await self._choose(most, frozenset(tried))
+        while attempts < MAX_ATTEMPTS and refusals < MAX_REFUSALS:
+            choice = await self._choose(most, frozenset(tried | full))
+            if choice is None and full:
+                full.clear()
+                await self._services.fleet.room(self._left_ms())
+                continue
             if choice is None:
                 break
             leg = await self._run_leg(choice)
@@ -188,10 +210,13 @@ class RequestRun:
                 self._disown_output()
             if (complete := self.answer.ended_by()) is not None:
                 return complete
-            if leg.code == "OVER_CAPACITY":
-                await self._services.fleet.room(self._left_ms())
+            if leg.code == _FULL:
+                # Asked again only when nobody else can, whatever its price.
+                full.add(leg.node.node_id)
+                refusals += 1
             else:
                 tried.add(leg.node.node_id)
+                attempts += 1
         if self.answer.output:
             raise EngineError(
                 "The node was lost in the middle of the answer and no other could go on.",
@@ -312,8 +337,15 @@ def rate(node: NodeRecord, leg: LegResult, now_ms: float) -> None:
             first_ms=leg.first_ms,
             rest_ms=leg.rest_ms,
         )
-    elif leg.end is LegEnd.REJECTED and leg.code in _HARMLESS:
+    elif leg.end is LegEnd.REJECTED and leg.code in _HARMLESS and not leg.received:
         node.breaker = node.breaker.abandoned()
+        if leg.code in (_FULL, "UNAVAILABLE"):
+            # No fault, but no service either: the draw must know.
+            node.measured = node.measured.with_failure()
+    elif leg.code == NO_OUTPUT and leg.cancelled:
+        node.breaker = node.breaker.abandoned()
+        if leg.total_ms >= _STALLED_MS:
+            node.measured = node.measured.with_failure()
     else:
         node.breaker = node.breaker.failed(now_ms)
         node.measured = node.measured.with_failure()

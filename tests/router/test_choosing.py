@@ -136,10 +136,20 @@ def test_capacity_seen_counts_not_capacity_claimed():
 
 
 def test_new_nodes_are_explored_a_little():
-    nodes = [node("a"), node("b"), node("new", completed=0, prices=Prices(10**12, 10**12))]
+    nodes = [node("a"), node("b"), node("new", completed=0, success=0.0)]
     rng = random.Random(1)
     taken = Counter(choose(nodes, WORK, rng.random).node.node_id for _ in range(4000))
     assert 0.005 < taken["new"] / 4000 < 0.04
+
+
+def test_attack_an_absurd_price_gets_nothing_from_exploration_or_speed():
+    absurd = node("new", completed=0, prices=Prices(10**12, 10**12), decode_tokens_per_s=1e6)
+    rng = random.Random(1)
+    for others in ([node("a")], [node("a"), node("b")]):
+        taken = Counter(
+            choose([*others, absurd], WORK, rng.random).node.node_id for _ in range(999)
+        )
+        assert taken["new"] == 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,124 @@
+"""Attacks by nodes on routers and clients: stalling, refusing, poisoning, overcharging."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from trueweight.node import session as node_session
+from trueweight.node.admission import Refused
+from trueweight.node.engine import Step
+from trueweight.node.synthetic import Speed, SyntheticEngine
+from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
+from trueweight.protos.errors import EngineError
+from trueweight.router.legs import LegTiming
+from trueweight.router.lifecycle import Timing
+from trueweight.simulation.inprocess import MODEL_DIRECTORY, MODEL_ID, NodeSpec
+
+CHEAP, DEAR = 10_000_000, 400_000_000
+ABSURD = 900_000_000_000
+BODY = {"model": MODEL_ID, "prompt": "def f", "max_tokens": 40, "seed": 3, "ignore_eos": True}
+QUICK = Timing(
+    request_ms=20_000,
+    queue_ms=5_000,
+    leg=LegTiming(first_token_ms=3_000, between_tokens_ms=3_000, receipt_ms=2_000),
+)
+
+
+class Evil(SyntheticEngine):
+    """An engine with the right weights and a wrong will."""
+
+    def __init__(self):
+        shape = shape_from_directory(MODEL_DIRECTORY, ModelShape(mean_output_tokens=64))
+        super().__init__(SyntheticModel(shape), speed=Speed(), max_running=64)
+
+
+class Stalls(Evil):
+    """Takes work and never begins."""
+
+    async def generate(self, job):
+        await asyncio.sleep(3600)
+        yield Step((), None)
+
+
+class Poisons(Evil):
+    """Sends ids that no other node can take as a prefix, then dies."""
+
+    async def generate(self, job):
+        yield Step((2**31, 2**31 + 1), None)
+        await asyncio.sleep(0.2)
+        raise EngineError("poisoned")
+
+
+def cheap(name, **more):
+    return NodeSpec(name, ask_input=CHEAP, ask_output=CHEAP, **more)
+
+
+def dear(name, **more):
+    return NodeSpec(name, ask_input=DEAR, ask_output=DEAR, **more)
+
+
+async def settled(market):
+    async with asyncio.timeout(10):
+        while market.router.front._runs:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_attack_a_node_that_never_begins_is_not_paid_for_prompts(bazaar, shopper):
+    """Clients give up, the router cancels, the node signs for nothing."""
+    async with bazaar(nodes=(cheap("stalls", engine=Stalls()),), timing=QUICK) as market:
+        client = await shopper(market)
+        for _ in range(2):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(client.post(BODY, "/completions"), 0.5)
+            await settled(market)
+        account = await market.balance("client:acme")
+        assert int(account.debits_posted_nano or 0) == 0
+        assert await market.held_nano("acme") == 0
+        (record,) = market.router.fleet.all()
+        assert record.measured.completed == 0
+
+
+async def test_attack_a_cheap_node_that_refuses_everything_does_not_close_the_market(
+    bazaar, shopper, monkeypatch
+):
+    nodes = (cheap("refuses"), dear("works"))
+    async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
+        refuser = market.nodes["refuses"].node_id
+        admit = node_session.admit
+
+        def full(dispatch, terms, now):
+            if terms.node_id == refuser:
+                return Refused("OVER_CAPACITY", "all places are taken")
+            return admit(dispatch, terms, now)
+
+        monkeypatch.setattr(node_session, "admit", full)
+        client = await shopper(market)
+        statuses = [(await client.post(BODY, "/completions"))[0] for _ in range(10)]
+        assert statuses == [200] * 10
+
+
+async def test_attack_out_of_vocabulary_ids_do_not_poison_the_continuation(bazaar, shopper):
+    nodes = (cheap("poisons", engine=Poisons()), dear("works"))
+    async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
+        client = await shopper(market)
+        for stream in (False, True):
+            if not stream:
+                status, body, _ = await client.post(BODY, "/completions")
+                assert status == 200, body
+                assert body["usage"]["completion_tokens"] == 40
+
+
+async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds(bazaar, shopper):
+    """A free identity asks 900 credits per million tokens: nobody who named no maximum pays it,
+    and nobody needs a balance for it."""
+    absurd = NodeSpec("absurd", ask_input=ABSURD, ask_output=ABSURD)
+    async with bazaar(nodes=(dear("fair"), absurd), timing=QUICK, draw=lambda: 0.001) as market:
+        client = await shopper(market, credits=1)
+        body = BODY | {"max_tokens": 1500}
+        status, answer, _ = await client.post(body, "/completions")
+        assert status == 200, answer
+        fair = market.nodes["fair"].node_id
+        assert answer["usage"]["cost_nano"] <= 1600 * DEAR // 10**6
+        status, answer, _ = await client.post(BODY, "/completions")
+        assert status == 200 and fair
