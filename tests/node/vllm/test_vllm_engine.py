@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
+import os
 import random
+import signal
 
 import pytest
 
@@ -62,12 +65,12 @@ async def test_start_proved_the_engine_and_says_what_it_is(engine):
 async def test_a_full_batch_of_mixed_parameters_is_canonical_under_chunks_and_preemption(engine):
     """Long and short prompts, 32 at once, in a cache that cannot hold them all: what was generated
     scores as canonical, and is what each request gives when it is alone."""
-    jobs = [job(i, length=(4, 90, 200)[i % 3], tokens=40) for i in range(32)]
+    jobs = [job(i, length=(100, 4, 220)[i % 3], tokens=60) for i in range(32)]
     together = await asyncio.gather(*(collect(engine, work) for work in jobs))
     for work, (output, finish) in zip(jobs, together, strict=True):
         ended = finish is EngineFinish.EOS
         assert ended == (output[-1] in work.sampling.stop_token_ids)
-        assert ended or (finish is EngineFinish.LENGTH and len(output) == 40)
+        assert ended or (finish is EngineFinish.LENGTH and len(output) == 60)
     claims = [claim(work, output) for work, (output, _) in zip(jobs, together, strict=True)]
     scores = await engine.score(claims)
     margins = [margin for score in scores for margin in score.margins]
@@ -136,17 +139,17 @@ async def test_a_token_outside_the_allowed_set_scores_the_largest_margin(engine)
 
 
 async def test_scoring_in_the_middle_of_generation_disturbs_neither(engine):
-    alone = [await collect(engine, job(i, length=70)) for i in range(4)]
-    claims = [claim(job(i, length=70), alone[i][0]) for i in range(4)]
+    alone = [await collect(engine, job(i, length=110)) for i in range(4)]
+    claims = [claim(job(i, length=110), alone[i][0]) for i in range(4)]
     generating = [
-        asyncio.create_task(collect(engine, job(100 + i, length=50, tokens=60))) for i in range(20)
+        asyncio.create_task(collect(engine, job(100 + i, length=100, tokens=60))) for i in range(20)
     ]
     await asyncio.sleep(0.05)
     scores = [score for _ in range(3) for score in await engine.score(claims)]
     outputs = [(await task)[0] for task in generating]
     assert max(margin for score in scores for margin in score.margins) < 0.2
     scored = await engine.score(
-        [claim(job(100 + i, length=50, tokens=60), outputs[i]) for i in range(20)]
+        [claim(job(100 + i, length=100, tokens=60), outputs[i]) for i in range(20)]
     )
     assert max(margin for score in scored for margin in score.margins) < 0.2
 
@@ -228,3 +231,19 @@ async def test_an_engine_that_is_not_started_says_so(tiny_model):
     with pytest.raises(EngineError):
         _ = idle.fingerprint
     await idle.close()
+
+
+async def test_a_killed_worker_is_an_engine_error_and_not_a_hang(engine):
+    """Last in this file: the engine of the session does not survive it."""
+    running = asyncio.create_task(collect(engine, job(0, sampling=MIXED[0], tokens=400)))
+    await asyncio.sleep(0.2)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        with pytest.raises(EngineError):
+            await running
+        with pytest.raises(EngineError):
+            await collect(engine, job(1))
+        with pytest.raises(EngineError):
+            await engine.score([claim(job(1), (1, 2))])
+    assert engine.load().running == 0
