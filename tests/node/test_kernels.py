@@ -168,3 +168,19 @@ def test_the_self_test_judges_margins():
     for scores in ([bad], [Score((), (), ())], [Score((0.001,) * 100, (-1.0,) * 100, (0,) * 100)]):
         with pytest.raises(EngineError, match="self-test"):
             judge(passed, scores)
+
+
+def test_without_a_writable_cache_the_kernels_compile_in_memory(monkeypatch):
+    real = kernels.numba.njit
+
+    def refusing(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(kernels.numba, "njit", refusing)
+    assert kernels._compile(_increment)(1) == 2
+
+
+def _increment(x):
+    return x + 1
