@@ -99,7 +99,7 @@ def serve(
     known, signer = load_market(market), load_signer(keys)
     books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
     ensure_certificate(keys, clock.now_unix_ms())
-    gate = Authenticator(signer.identity, known.market_id, known.ring, clock)
+    gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
     run_async(serve_until_signal(lambda stop: _serve(stop, books, gate, listen, keys)))
 
 

@@ -117,7 +117,7 @@ _HANDLERS: dict[str, Handler] = {
     "void_hold": _moves(movements.void_hold),
     "payout_start": _moves(movements.payout_start),
     "payout_settle": _moves(movements.payout_settle),
-    "bond_withdraw": _moves(movements.bond_withdraw),
+    "bond_withdraw": _settles(movements.bond_withdraw),
     "reward": _moves(movements.reward),
     "set_spending_limit": _moves(movements.set_spending_limit),
     "capture": _settles(settlement.capture),

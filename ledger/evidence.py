@@ -33,6 +33,8 @@ from trueweight.protos.v1.market_pb2 import Assignment, Bill, BillLeg, Receipt
 
 M = TypeVar("M", bound=Message)
 MAX_LEGS = 64
+# floor(1000 * log10(1/alpha)): no conviction on less, whatever threshold it names.
+CONVICT_LOG10_MILLI = 6000
 MAX_EVIDENCE_BYTES = 256 * 1024
 # From an assignment's deadline until its node may claim: the router's time to settle.
 CLAIM_GRACE_MS = 30_000
@@ -344,11 +346,23 @@ def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -
 
 
 def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> ConvictFacts:
-    """The conviction must be the calling verifier's own."""
+    """The conviction must be the calling verifier's own and state enough evidence. Whether the
+    verdicts add up to it anybody can recompute from the log; the ledger takes the word of as
+    many verifiers as the market asks for."""
     if body.reward_ppm > 100_000:
         raise InvalidRequest("a challenger's reward is at most 100,000 ppm")
     published = check_publish(body.conviction, court)
     conviction = _payload(body.conviction, audit_pb2.Conviction)
+    if (
+        min(conviction.wealth_log10_milli, conviction.threshold_log10_milli) < CONVICT_LOG10_MILLI
+        or conviction.wealth_log10_milli < conviction.threshold_log10_milli
+        or not 0 < conviction.verdicts <= conviction.audited_tokens
+        or conviction.first_verdict_index > conviction.last_verdict_index
+    ):
+        raise InvalidRequest(
+            "the conviction does not state enough evidence",
+            hint="A wealth of 10^6 over at least one audited token.",
+        )
     if published.signer != caller and "admin" not in court.roles_of(caller):
         raise PermissionDenied("the conviction was signed by another verifier")
     return ConvictFacts(

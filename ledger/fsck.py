@@ -328,10 +328,16 @@ def _check_legs(
         if amount:
             findings.add(f"{account} earned {amount} without receipts")
     wrong = sa.text(
-        "SELECT COUNT(*) FROM (SELECT p.id FROM pending p LEFT JOIN leg l ON l.hold_id = p.id "
-        "WHERE p.kind = 1 GROUP BY p.id, p.posted HAVING p.posted <> COALESCE(SUM(l.charge), 0)) x"
+        "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged FROM leg GROUP BY hold_id) l "
+        "LEFT JOIN pending p ON p.id = l.hold_id AND p.kind = 1 "
+        "WHERE p.id IS NULL OR p.posted <> l.charged"
     )
-    if connection.execute(wrong).scalar_one():
+    sums = sa.text(
+        "SELECT (SELECT COALESCE(SUM(charge), 0) FROM leg), "
+        "(SELECT COALESCE(SUM(posted), 0) FROM pending WHERE kind = 1)"
+    )
+    charged, posted = connection.execute(sums).one()
+    if connection.execute(wrong).scalar_one() or charged != posted:
         findings.add("holds were captured for other sums than their receipts")
     lost = sa.text(
         "SELECT COUNT(*) FROM leg l LEFT JOIN evidence e ON e.digest = l.receipt_digest "

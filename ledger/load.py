@@ -184,6 +184,7 @@ def _add_needs(needs: Needs, op: Prepared) -> None:
         for leg in facts.legs:
             needs.accounts.add(node_locked(leg.node_id))
             needs.legs.add(leg.receipt_digest)
+            needs.nodes.add(leg.node_id)
     elif isinstance(facts, ClaimFacts):
         needs.pendings.add(facts.hold_id)
         needs.claims.add(facts.hold_id)
@@ -255,6 +256,7 @@ def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> 
     needs.accounts.update(_MARKET)
     for claims in _claims(backend, needs.claims).values():
         needs.accounts.update(node_locked(c.node_id) for c in claims)
+        needs.nodes.update(c.node_id for c in claims)
     return due
 
 

@@ -25,6 +25,7 @@ from trueweight.ledger.values import (
     Pending,
     Prepared,
     Spending,
+    Terms,
 )
 from trueweight.protos.errors import (
     Conflict,
@@ -120,11 +121,15 @@ def payout_start(book: Book, op: Prepared) -> int:
     return int(body.amount_nano)
 
 
-def bond_withdraw(book: Book, op: Prepared) -> int:
-    """node bond -> external, pending; may be paid from ``not_before`` on unless forfeited."""
+def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
+    """node bond -> external, pending; may be paid from ``not_before`` on unless forfeited. The
+    audits of what the node served until now must have time to come before that."""
     body = op.body
-    if not book.now <= body.not_before_unix_ms <= book.now + MAX_WITHDRAWAL_MS:
-        raise InvalidRequest("not_before must lie between now and a year from now")
+    earliest = book.now + terms.window_ms
+    if not earliest <= body.not_before_unix_ms <= book.now + MAX_WITHDRAWAL_MS:
+        raise InvalidRequest(
+            f"not_before must lie {terms.window_ms} ms (the settlement window) to a year from now"
+        )
     pending = Pending(
         op.id,
         WITHDRAWAL,

@@ -302,6 +302,19 @@ def _keep_leg(book: Book, leg: Leg) -> None:
     if book.leg(leg.receipt_digest) is not None:
         raise IdConflict("two legs carry the same receipt")
     book.put(book.legs, leg.receipt_digest, leg)
+    if book.node(leg.node_id).convicted:
+        _undo(book, leg)
+
+
+def _undo(book: Book, leg: Leg) -> None:
+    """Gives back what was just captured for a node that is convicted: its conviction has refunded
+    everything up to then, and work that was under way is worth no more than that."""
+    book.move(node_locked(leg.node_id), leg.client, leg.node, "refund")
+    book.move(FEE_ACCOUNT, leg.client, leg.fee, "refund")
+    book.move(POOL_ACCOUNT, leg.client, leg.pool, "refund")
+    book.move(node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
+    undone = leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy)
+    book.put(book.legs, leg.receipt_digest, undone)
 
 
 def _pay_up_to(book: Book, source: str, target: str, amount: int, reason: str) -> int:

@@ -182,10 +182,11 @@ async def serve(url: str, keys: Path) -> None:
     gate = Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
     server = LedgerServer(ledger, gate, "127.0.0.1:0", keys)
     await server.start()
+    before = cpu_s()
     sys.stdout.write(json.dumps({"endpoint": server.endpoint, "pem": pem}) + "\n")
     sys.stdout.flush()
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    sys.stdout.write(json.dumps({"cpu_s": cpu_s()}) + "\n")
+    sys.stdout.write(json.dumps({"cpu_s": cpu_s() - before}) + "\n")
     await server.stop()
     await ledger.close()
 

@@ -225,7 +225,7 @@ TAMPERINGS = {
     "a transfer's amount is changed": "UPDATE transfer SET amount = amount + 1 WHERE sequence = 4",
     "a transfer is dropped": "DELETE FROM transfer WHERE sequence = 3",
     "the last transfer is dropped": "DELETE FROM transfer WHERE sequence = (SELECT MAX(sequence) FROM transfer)",
-    "a transfer goes to somebody else": "UPDATE transfer SET credit = (SELECT no FROM account WHERE kind = 5) WHERE sequence = 4",
+    "a transfer goes to somebody else": "UPDATE transfer SET credit = (SELECT no FROM account WHERE kind = 5) WHERE sequence = 6",
     "a captured hold is called void": "UPDATE pending SET state = 3 WHERE state = 2",
     "a leg is dropped": "DELETE FROM leg",
     "a leg earned more": "UPDATE leg SET node = node + 1, charge = charge + 1",

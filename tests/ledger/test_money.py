@@ -306,7 +306,7 @@ async def test_conviction_takes_a_bond_whose_withdrawal_is_pending(bench):
     withdraw = pb.Operation(
         id=world.new_id(),
         bond_withdraw=pb.BondWithdraw(
-            node_id=node, amount_nano=CREDIT, not_before_unix_ms=world.now + 1000
+            node_id=node, amount_nano=CREDIT, not_before_unix_ms=world.now + world.window_ms
         ),
     )
     await bench.must(node, withdraw)
@@ -315,7 +315,7 @@ async def test_conviction_takes_a_bond_whose_withdrawal_is_pending(bench):
     assert early.code == "CONFLICT"
     (result,) = await bench.must("verifier", world.convict(node, 0))
     assert result.amount_nano == CREDIT
-    bench.advance(2000)
+    bench.advance(world.window_ms)
     (late,) = await bench.do("admin", pb.Operation(id=world.new_id(), payout_settle=settle))
     assert late.code == "CONFLICT"
 
