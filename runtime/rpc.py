@@ -16,6 +16,7 @@ import grpc.aio
 
 from trueweight.protos.envelope import open_envelope, parse_envelope, parse_payload, ring_of, seal
 from trueweight.protos.errors import (
+    Conflict,
     DeadlineExceeded,
     TrueweightError,
     Unauthenticated,
@@ -138,9 +139,18 @@ class Authenticator:
 
     _MAX_REMEMBERED = 1024
 
-    def __init__(self, identity: str, market_id: str, ring: KeyRing, clock: Clock) -> None:
-        self._identity, self._market_id, self._ring, self._clock = identity, market_id, ring, clock
+    def __init__(
+        self,
+        identity: str,
+        market_id: str,
+        ring: KeyRing | Callable[[], KeyRing],
+        clock: Clock,
+    ) -> None:
+        """``ring`` may be a function: then keys revoked meanwhile do not count any more."""
+        self._identity, self._market_id, self._clock = identity, market_id, clock
+        self._ring_now = ring if callable(ring) else lambda: ring
         self._seen: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        self._seen_with: KeyRing | None = None
 
     def caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
         """The caller of an RPC; anonymous without a token. Raises Unauthenticated."""
@@ -152,10 +162,14 @@ class Authenticator:
     def check(self, token: bytes) -> str:
         """The identity that a token proves. Raises Unauthenticated."""
         now = self._clock.now_unix_ms()
+        if (ring := self._ring_now()) is not self._seen_with:
+            # Keys came or went: what was believed before is judged again.
+            self._seen.clear()
+            self._seen_with = ring
         known = self._seen.get(token)
         if known and now <= known[1] + TOKEN_SKEW_MS:
             return known[0]
-        message = self._open(token)
+        message = self._open(token, ring)
         if message.audience != self._identity:
             raise Unauthenticated("the access token is for another server")
         lifetime = message.expires_at_unix_ms - message.issued_at_unix_ms
@@ -167,12 +181,15 @@ class Authenticator:
             self._seen.popitem(last=False)
         return message.subject
 
-    def _open(self, token: bytes) -> AccessToken:
+    def _open(self, token: bytes, known: KeyRing) -> AccessToken:
         if len(token) > MAX_TOKEN_BYTES:
             raise Unauthenticated("the access token is too long")
         claimed = parse_payload(parse_envelope(token), AccessToken)
         # A stranger brings its own key event; it proves a key for that identity and nothing more.
-        ring = ring_of([claimed.key_event], self._market_id, self._ring)
+        try:
+            ring = ring_of([claimed.key_event], self._market_id, known)
+        except Conflict:
+            raise Unauthenticated("the access token's key was replaced or revoked") from None
         opened = open_envelope(token, AccessToken, ring, self._market_id, signer=claimed.subject)
         return opened.message
 

@@ -108,14 +108,18 @@ class Shopper:
 
     async def post(self, body, path="/chat/completions"):
         """Status and JSON of a request without streaming."""
-        async with aiohttp.ClientSession(headers=self._headers) as session:
-            async with session.post(self._url + path, json=body) as answer:
-                return answer.status, await answer.json(), dict(answer.headers)
+        async with (
+            aiohttp.ClientSession(headers=self._headers) as session,
+            session.post(self._url + path, json=body) as answer,
+        ):
+            return answer.status, await answer.json(), dict(answer.headers)
 
     async def delete(self, path):
-        async with aiohttp.ClientSession(headers=self._headers) as session:
-            async with session.delete(self._url + path) as answer:
-                return answer.status, await answer.json()
+        async with (
+            aiohttp.ClientSession(headers=self._headers) as session,
+            session.delete(self._url + path) as answer,
+        ):
+            return answer.status, await answer.json()
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from trueweight.protos.envelope import digest_of
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1 import audit_pb2, market_pb2
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1.audit_pb2 import Conviction
 from trueweight.simulation.ledger_world import Leg, leg_charge
 
 CREDIT = 10**9
@@ -94,3 +96,37 @@ async def test_attack_a_node_that_claimed_a_lie_is_not_paid_by_the_market(books)
     await books.must("verifier", lost)
     assert await books.available(f"node-locked:{node.identity}") == 0
     assert await books.available("client:acme") == 10 * CREDIT
+
+
+async def test_attack_a_conviction_that_states_too_little_evidence_takes_nothing(books):
+    node = books.world.node[0].identity
+    await books.captured(Leg(books.world.node[0]))
+    earned = await books.available(f"node-locked:{node}")
+    honest = Conviction.FromString(parse_envelope(books.world.conviction(node, 0)).payload)
+    for name, value in (
+        ("wealth_log10_milli", 5999),
+        ("threshold_log10_milli", 1),
+        ("threshold_log10_milli", 7000),
+        ("verdicts", 0),
+        ("audited_tokens", 0),
+        ("first_verdict_index", 10),
+    ):
+        bent = Conviction()
+        bent.CopyFrom(honest)
+        setattr(bent, name, value)
+        envelope = seal(bent, books.world.signers["verifier"])
+        body = pb.Convict(conviction=envelope, reward_ppm=100_000)
+        operation = pb.Operation(id=books.world.new_id(), convict=body)
+        (result,) = await books.do("verifier", operation)
+        assert result.code == "INVALID_REQUEST", name
+    assert await books.available(f"node-locked:{node}") == earned > 0
+
+
+async def test_attack_a_node_takes_its_bond_away_before_its_audits_are_done(books):
+    node = books.world.node[0].identity
+    await books.must("admin", books.world.bond(node, CREDIT))
+    body = pb.BondWithdraw(
+        node_id=node, amount_nano=CREDIT, not_before_unix_ms=books.world.now + 1000
+    )
+    (result,) = await books.do(node, pb.Operation(id=books.world.new_id(), bond_withdraw=body))
+    assert result.code == "INVALID_REQUEST"

@@ -102,11 +102,9 @@ async def test_attack_out_of_vocabulary_ids_do_not_poison_the_continuation(bazaa
     nodes = (cheap("poisons", engine=Poisons()), dear("works"))
     async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
         client = await shopper(market)
-        for stream in (False, True):
-            if not stream:
-                status, body, _ = await client.post(BODY, "/completions")
-                assert status == 200, body
-                assert body["usage"]["completion_tokens"] == 40
+        status, body, _ = await client.post(BODY, "/completions")
+        assert status == 200, body
+        assert body["usage"]["completion_tokens"] == 40
 
 
 async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds(bazaar, shopper):
@@ -118,7 +116,6 @@ async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds
         body = BODY | {"max_tokens": 1500}
         status, answer, _ = await client.post(body, "/completions")
         assert status == 200, answer
-        fair = market.nodes["fair"].node_id
         assert answer["usage"]["cost_nano"] <= 1600 * DEAR // 10**6
         status, answer, _ = await client.post(BODY, "/completions")
-        assert status == 200 and fair
+        assert status == 200
