@@ -94,7 +94,8 @@ def needed_rate_ppm(stake: Stake, mu0: float, cheats: Sequence[Cheat] = KNOWN_CH
     gain, _ = _best_gain(stake.price_per_token_nano, mu0, cheats)
     if stake.total_nano <= 0:
         return PPM if gain > 0 else 0
-    return min(PPM, math.ceil(SAFETY * gain / stake.total_nano * PPM))
+    # One part per million more than needed: rounding must not leave the stake a nanocredit short.
+    return min(PPM, math.floor(SAFETY * gain / stake.total_nano * PPM) + 1)
 
 
 def releasable_nano(stake: Stake, needed_nano: int) -> int:

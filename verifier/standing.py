@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
@@ -30,11 +31,11 @@ def stakes(view: LogView, records: Sequence[AccountRecord]) -> dict[str, Stake]:
 
 
 def null_mean(view: LogView) -> float | None:
-    """The largest null mean of the newest calibrations: the least power anybody relies on. None
-    without any calibration: the power is unknown."""
+    """The median null mean over the classes of the newest calibrations: the power that a cheat
+    meets in ordinary traffic. None without any calibration: the power is unknown."""
     newest = {c.manifest_digest: c for c in view.calibrations.all()}
     means = [e.mu0_nano / 1e9 for c in newest.values() for e in c.entries.values()]
-    return max(means, default=None)
+    return statistics.median(means) if means else None
 
 
 def standings(view: LogView, held: Mapping[str, Stake]) -> dict[str, Standing]:
