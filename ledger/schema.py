@@ -15,6 +15,12 @@ from trueweight.protos.errors import InvalidRequest, StorageError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MS = 5_000
+MIGRATION_LOCK = 0x7472756578
+# After the lock is ours a new snapshot must show what was committed meanwhile.
+_MIGRATION: dict[str, dict[str, str]] = {
+    "sqlite": {},
+    "postgresql": {"isolation_level": "READ COMMITTED"},
+}
 
 
 def normal_url(url: str) -> sa.URL:
@@ -65,10 +71,13 @@ def migrate(engine: sa.Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     try:
-        with engine.begin() as connection:
+        # Two processes may start at once: the second waits, then sees what the first did.
+        with engine.execution_options(**_MIGRATION[engine.dialect.name]).begin() as connection:
             if engine.dialect.name == "sqlite":
                 # The driver opens no transaction for DDL, and each statement would be synced.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except sa.exc.OperationalError as error:

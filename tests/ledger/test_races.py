@@ -66,6 +66,14 @@ async def test_exactly_half_succeed_also_during_a_take_over(bench, start):
     assert sum(r.status == pb.Result.REPLAYED for r in again) == 32
 
 
+async def test_two_processes_start_at_once_on_an_empty_database(world, start, databases):
+    url = databases.copy()
+    pair = await asyncio.gather(start(world, url, 1_500), start(world, url, 1_500))
+    assert sum(ledger.is_writer for ledger in pair) == 1
+    for ledger in pair:
+        await ledger.close()
+
+
 async def test_a_standby_takes_over_within_5_seconds(bench, start):
     standby = await start(bench.world, bench.url, wait_ms=0)
     await bench.ledger.close()
