@@ -298,6 +298,19 @@ async def test_conviction_forfeits_refunds_pro_rata_rewards_and_records_the_rest
     assert before
 
 
+async def test_work_under_way_at_the_conviction_is_refunded_when_it_is_captured(bench):
+    world = bench.world
+    cheat = world.node[0]
+    await funded(bench)
+    await captured(bench, Leg(cheat))
+    await bench.must("admin", world.bond(cheat.identity, 10_000))
+    await bench.must("verifier", world.convict(cheat.identity, 0))
+    accounts = ("client:acme", f"node-locked:{cheat.identity}", "fee:market", "pool:market")
+    before = [await bench.available(account) for account in accounts]
+    await captured(bench, Leg(cheat), client="acme")
+    assert [await bench.available(account) for account in accounts] == before
+
+
 async def test_conviction_takes_a_bond_whose_withdrawal_is_pending(bench):
     world = bench.world
     node = world.node[0].identity
