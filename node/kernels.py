@@ -320,23 +320,6 @@ def _pop(heap, size):
 
 
 @_compiled
-def _heap_of(scaled, lowest):
-    """A heap of the finite values not below ``lowest``, and their number."""
-    count = 0
-    for token in range(scaled.size):
-        count += scaled[token] >= lowest and scaled[token] > -np.inf
-    heap = np.empty((count, 2), np.float64)
-    size = 0
-    for token in range(scaled.size):
-        if scaled[token] >= lowest and scaled[token] > -np.inf:
-            heap[size, 0] = scaled[token]
-            heap[size, 1] = 0.0
-            size += 1
-    _heapify(heap, size)
-    return heap, size
-
-
-@_compiled
 def _threshold(scaled, rules, best):
     """Smallest allowed value of ``scaled``: the highest of the min-p, top-k and top-p cuts."""
     threshold = np.float32(-np.inf)
@@ -354,29 +337,69 @@ def _threshold(scaled, rules, best):
 @_compiled
 def _kth_largest(scaled, above, k):
     """The k-th largest value if there are k not below ``above``; otherwise ``above``."""
-    heap, size = _heap_of(scaled, above)
-    if k > size:
-        return above
-    for _ in range(k - 1):
-        _pop(heap, size)
-        size -= 1
-    return np.float32(heap[0, 0])
+    # The k largest so far, negated, so that the heap's root is the one to drop.
+    heap = np.empty((k, 2), np.float64)
+    size = 0
+    for token in range(scaled.size):
+        value = scaled[token]
+        if value < above or value == -np.inf:
+            continue
+        if size < k:
+            heap[size, 0] = -np.float64(value)
+            heap[size, 1] = 0.0
+            size += 1
+            if size == k:
+                _heapify(heap, k)
+        elif -np.float64(value) < heap[0, 0]:
+            heap[0, 0] = -np.float64(value)
+            _sift(heap, 0, k)
+    return np.float32(-heap[0, 0]) if size == k else above
+
+
+@_compiled
+def _bin(value, best):
+    """Which of 512 bins, each 1/16 wide, ``value`` lies in below ``best``."""
+    # Clamped before the conversion: models mask with -3e38, and int(inf) is anything.
+    return np.int64(min((best - value) * np.float32(16), np.float32(511)))
 
 
 @_compiled
 def _top_p_threshold(scaled, above, top_p, best):
     """Value of the last token of the smallest set that holds ``top_p`` of what is ``above``.
 
-    Tokens so unlikely that all of them together are less than 1 - top_p of the total cannot be in
-    the set and do not enter the heap.
+    Probabilities are summed in bins by value; only the bin where the sum passes ``top_p`` is put
+    in order.
     """
+    masses = np.zeros(512, np.float64)
+    counts = np.zeros(512, np.int64)
     total = 0.0
     for token in range(scaled.size):
-        if scaled[token] >= above and scaled[token] > -np.inf:
-            total += np.float64(_exponential(scaled[token] - best))
-    unlikely = max(0.5 * (1.0 - top_p) * total / scaled.size, 1e-37)
-    heap, size = _heap_of(scaled, max(above, np.float32(best + math.log(unlikely))))
+        value = scaled[token]
+        if value >= above and value > -np.inf:
+            at = _bin(value, best)
+            mass = np.float64(_exponential(value - best))
+            masses[at] += mass
+            counts[at] += 1
+            total += mass
     before = 0.0
+    crossed = 0
+    for at in range(512):
+        if counts[at]:
+            crossed = at
+            if before + masses[at] >= top_p * total:
+                break
+            before += masses[at]
+    else:
+        before -= masses[crossed]
+    heap = np.empty((counts[crossed], 2), np.float64)
+    size = 0
+    for token in range(scaled.size):
+        value = scaled[token]
+        if value >= above and value > -np.inf and _bin(value, best) == crossed:
+            heap[size, 0] = value
+            heap[size, 1] = 0.0
+            size += 1
+    _heapify(heap, size)
     last = heap[0, 0]
     while size > 0 and before < top_p * total:
         last = heap[0, 0]

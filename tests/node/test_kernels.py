@@ -125,6 +125,23 @@ def test_minus_infinity_everywhere_is_token_zero():
         assert RowSampler(sampling, 1, [1], [], SCRATCH).winner(row, []) == 0
 
 
+@pytest.mark.parametrize("low", [-3.4e38, -1e30, -1e4])
+def test_models_that_mask_with_huge_finite_values(low):
+    logits = np.random.default_rng(3).standard_normal((4, VOCABULARY)).astype(np.float32)
+    logits[:, ::2] = low
+    warm = Sampling(temperature=2.0)
+    for sampling in map(resolve, (Sampling(top_p=0.999), Sampling(top_k=80, min_p=0.01), warm)):
+        rows = rows_of(sampling, 9, [1], [], [5, 6, 7, 8], count=4)
+        sampler = RowSampler(sampling, 9, [1], [], SCRATCH)
+        claims = [5, 6, 7, 8]
+        assert [sampler.winner(row, claims[:i]) for i, row in enumerate(logits)] == sample_rows(
+            logits, rows
+        )
+        score = BlockScorer(sampling, 9, [1], claims, SCRATCH).score(logits, 0)
+        expected = [s.margin for s in score_rows(logits, rows, claims)]
+        assert score.margins == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
 def test_claims_outside_the_vocabulary_are_refused():
     for token in (-1, VOCABULARY):
         with pytest.raises(InvalidRequest):
