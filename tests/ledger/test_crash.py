@@ -11,11 +11,14 @@ import signal
 import psycopg
 import pytest
 
+from trueweight.ledger import service as service_module
 from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, normal_url
-from trueweight.protos.errors import TrueweightError
+from trueweight.protos.errors import StorageError, TrueweightError
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_crash import Crasher, make_load, problems, run_load
+
+from .conftest import Bench, fsck
 
 CREDIT = 10**9
 KILLS, SOAK_KILLS = 10, 200  # on each database
@@ -125,7 +128,6 @@ async def test_a_full_disk_is_a_clear_error_without_half_state(bench, monkeypatc
     world = bench.world
     await bench.must("admin", world.deposit("acme", 10 * CREDIT))
     from trueweight.ledger import books
-    from trueweight.protos.errors import StorageError
 
     real, left = books.save, [2]
 
@@ -143,6 +145,35 @@ async def test_a_full_disk_is_a_clear_error_without_half_state(bench, monkeypatc
     result = await until_applied(bench, world.identity("router"), hold)
     assert result.status == pb.Result.APPLIED
     assert await bench.available("client:acme") == 9 * CREDIT
+
+
+async def test_a_really_full_sqlite_file_is_a_clear_error_and_recovers(  # noqa: PLR0917
+    databases, migrated, world, clock, start, monkeypatch
+):
+    if databases.kind != "sqlite":
+        pytest.skip("PostgreSQL has no page limit to set")
+    real, full = service_module.open_backend, [True]
+
+    def opening(url):
+        backend = real(url)
+        if full[0]:
+            pages = backend.query("PRAGMA page_count")[0][0]
+            backend.query(f"PRAGMA max_page_count = {pages + 1}")
+        return backend
+
+    monkeypatch.setattr(service_module, "open_backend", opening)
+    url = databases.copy(migrated)
+    bench = Bench(world, clock, await start(world, url), url)
+    operations = [world.deposit(f"client{i}", CREDIT) for i in range(300)]
+    with pytest.raises(StorageError, match="full"):
+        await bench.do("admin", *operations)
+    assert fsck(url, world).clean
+    full[0] = False  # somebody made room
+    admin = world.identity("admin")
+    assert (await until_applied(bench, admin, operations[0])).status == pb.Result.APPLIED
+    await bench.must("admin", *operations)
+    await bench.ledger.close()
+    assert fsck(url, world).clean
 
 
 def test_a_backup_restores(databases, migrated, tmp_path):
