@@ -26,7 +26,7 @@ class Connections:
     def __init__(self, me: SessionIdentity, fleet: Fleet) -> None:
         self._me, self._fleet = me, fleet
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._dialled: dict[str, tuple[str, str]] = {}
+        self._dialled: dict[str, tuple[NodeRecord, tuple[str, str]]] = {}
         self._hurry: dict[str, asyncio.Event] = {}
 
     def ensure(self, record: NodeRecord) -> None:
@@ -34,13 +34,14 @@ class Connections:
         node_id, target = record.node_id, _target(record)
         task = self._tasks.get(node_id)
         if task is not None and not task.done():
-            if self._dialled.get(node_id) == target:
+            dialled, to = self._dialled[node_id]
+            if dialled is record and to == target:
                 # It has just registered, so it is there: no reason to wait any longer.
                 self._hurry[node_id].set()
                 return
             task.cancel()
         if target[0]:
-            self._dialled[node_id] = target
+            self._dialled[node_id] = (record, target)
             self._hurry[node_id] = asyncio.Event()
             self._tasks[node_id] = asyncio.create_task(self._keep(record, target))
 
@@ -49,9 +50,10 @@ class Connections:
         for record in self._fleet.all():
             if record.session is not None:
                 record.session.close("the router is going away")
-        for task in self._tasks.values():
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, record: NodeRecord, target: tuple[str, str]) -> None:
         failures = 0
@@ -65,15 +67,20 @@ class Connections:
                 await self._pause(record.node_id, _PAUSES_MS[min(failures, len(_PAUSES_MS) - 1)])
                 failures += 1
         finally:
+            if self._tasks.get(record.node_id) is asyncio.current_task():
+                # Registering is free: nothing of a node stays once it is not dialled any more.
+                for table in (self._tasks, self._dialled, self._hurry):
+                    table.pop(record.node_id)
             await channel.close(grace=None)
 
     async def _pause(self, node_id: str, pause_ms: float) -> None:
         # Never less than the first pause, so that nobody can make this router dial in a loop.
         await self._me.clock.sleep_ms(_PAUSES_MS[0])
-        self._hurry[node_id].clear()
+        hurry = self._hurry[node_id]
+        hurry.clear()
         try:
             async with asyncio.timeout((pause_ms - _PAUSES_MS[0]) / 1000):
-                await self._hurry[node_id].wait()
+                await hurry.wait()
         except TimeoutError:
             return
 
@@ -106,7 +113,10 @@ class Connections:
         self._fleet.wake()
 
     def _is_wanted(self, record: NodeRecord) -> bool:
-        """A node that neither answers nor registers for three leases is not dialled any more."""
+        """A node that neither answers nor registers for three leases is not dialled any more, nor
+        one that had to make room for others."""
+        if self._fleet.get(record.node_id) is not record:
+            return False
         silent_ms = self._me.clock.monotonic_ms() - record.last_heard_ms()
         return silent_ms < 3 * _lease(record)
 

@@ -202,9 +202,10 @@ class Fleet:
         if len(self._nodes) < MAX_NODES:
             return
         now = self._clock.monotonic_ms()
-        for record in list(self._nodes.values()):
-            idle = record.in_flight == 0 and record.session is None
-            if idle and now - record.last_heard_ms() > FORGET_AFTER_MS:
+        idle = [r for r in self._nodes.values() if r.in_flight == 0 and r.session is None]
+        for record in idle:
+            # Identities are free: those that never did anything make room for new ones at once.
+            if now - record.last_heard_ms() > FORGET_AFTER_MS or not record.measured.completed:
                 del self._nodes[record.node_id]
         if len(self._nodes) >= MAX_NODES:
             raise OverCapacity("this router knows too many nodes", hint="Try another router.")

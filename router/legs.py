@@ -12,6 +12,7 @@ from trueweight.protos.errors import (
     ReceiptRefused,
     TrueweightError,
     Unavailable,
+    error_for,
 )
 from trueweight.protos.identity import Signer
 from trueweight.protos.receipts import ReceiptFacts, RouterEvents, check_receipt
@@ -175,7 +176,9 @@ class LegRunner:
                     else:
                         self.result.received.extend(event.token_ids)
                 elif isinstance(event, Rejected):
-                    self._ended(LegEnd.REJECTED, event.message, event.code)
+                    # Its words stay out of logs and answers: it knows the prompt.
+                    code = error_for(event.code, "").code
+                    self._ended(LegEnd.REJECTED, f"the node refused it ({code})", code)
                     break
                 elif isinstance(event, Lost):
                     self._ended(LegEnd.FAILED, event.reason, "UNAVAILABLE")

@@ -129,6 +129,8 @@ class RouterService(RouterServicer):
                 "none of the offered models is registered in this market",
                 hint="See 'trueweight model register'; the weights must be the registered ones.",
             )
+        # First, because it refuses what there is no room for.
+        record = self._fleet.remember(offer, envelope)
         for event in offer.key_events:
             self._keys.learn(event)
             if event not in self._published:
@@ -137,7 +139,7 @@ class RouterService(RouterServicer):
                 if len(self._published) > MAX_REMEMBERED_EVENTS:
                     self._published.clear()
                 self._published.add(event)
-        return self._fleet.remember(offer, envelope)
+        return record
 
     async def _wait_for_session(self, record: NodeRecord) -> bool:
         for _ in range(20):

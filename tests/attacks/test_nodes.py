@@ -10,10 +10,14 @@ from trueweight.node.admission import Refused
 from trueweight.node.engine import Step
 from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
+from trueweight.protos.envelope import seal
 from trueweight.protos.errors import EngineError
+from trueweight.protos.v1.market_pb2 import Offer, OfferedModel
+from trueweight.router import fleet
 from trueweight.router.legs import LegTiming
 from trueweight.router.lifecycle import Timing
 from trueweight.simulation.inprocess import MODEL_DIRECTORY, MODEL_ID, NodeSpec
+from trueweight.simulation.ledger_world import make_signer
 
 CHEAP, DEAR = 10_000_000, 400_000_000
 ABSURD = 900_000_000_000
@@ -119,3 +123,58 @@ async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds
         assert answer["usage"]["cost_nano"] <= 1600 * DEAR // 10**6
         status, answer, _ = await client.post(BODY, "/completions")
         assert status == 200
+
+
+async def test_attack_free_identities_do_not_fill_the_fleet(bazaar, shopper, monkeypatch):
+    """Thousands register at addresses where nobody is; a real node still gets in and works."""
+    monkeypatch.setattr(fleet, "MAX_NODES", 8)
+    async with bazaar(nodes=(), timing=QUICK) as market:
+        service, connections = market.router._service, market.router._connections
+        for index in range(30):
+            offer = fake_offer(market, f"sybil{index}")
+            connections.ensure(await service._take_offer(offer))
+        assert len(market.router.fleet.all()) <= 8
+        await market.add_node(dear("real"))
+        await market.until_connected(1)
+        client = await shopper(market)
+        status, answer, _ = await client.post(BODY, "/completions")
+        assert status == 200, answer
+        await asyncio.sleep(0.5)
+        assert len(connections._tasks) <= 8 + 1
+
+
+def fake_offer(market, name):
+    signer = make_signer(name, market.market.market_id)
+    digest = market.router.catalog.all()[0].manifest_digest
+    model = OfferedModel(
+        manifest_digest=digest,
+        ask_input_nano_per_mtok=1,
+        ask_output_nano_per_mtok=1,
+        max_context_tokens=4096,
+    )
+    pem = (market.directory / "keys/router/tls-cert.pem").read_text()
+    offer = Offer(
+        market_id=market.market.market_id,
+        node_id=signer.identity,
+        key_events=[signer.key_event],
+        endpoint="127.0.0.1:9",
+        tls_certificate_pem=pem,
+        models=[model],
+        capacity=64,
+        lease_ms=600_000,
+        issued_at_unix_ms=market.clock.now_unix_ms(),
+    )
+    return seal(offer, signer)
+
+
+async def test_attack_a_nodes_words_reach_neither_logs_nor_clients(
+    bazaar, shopper, monkeypatch, caplog
+):
+    """It knows the prompt; what it says when it refuses is not passed on."""
+    caplog.set_level("DEBUG")
+    async with bazaar(nodes=(dear("talks"),), timing=QUICK) as market:
+        words = "the secret prompt\nERROR forged line"
+        monkeypatch.setattr(node_session, "admit", lambda *_: Refused("CONFLICT", words))
+        status, answer, _ = await (await shopper(market)).post(BODY, "/completions")
+        assert status == 503
+        assert "secret" not in str(answer) + caplog.text
