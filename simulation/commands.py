@@ -20,7 +20,7 @@ from rich.console import Console
 from trueweight.protos.errors import Conflict, Unavailable
 from trueweight.runtime.cli import json_option, option, path_option, print_json
 from trueweight.simulation import background
-from trueweight.simulation.demo import LEAST_REQUESTS, Demo, DemoSettings
+from trueweight.simulation.demo import REQUESTS, Demo, DemoSettings
 from trueweight.simulation.display import Display
 from trueweight.simulation.market import DEMO_MODEL, ENGINES, fresh_directory
 from trueweight.simulation.report import Result, show

@@ -45,7 +45,7 @@ NODES = (
     NodePlan("cheat", "0.20", "0.60", cheating=True),
 )
 CLIENTS = (ClientPlan("alice", "5"), ClientPlan("bob", "5"))
-LEAST_REQUESTS = 60
+REQUESTS = 80
 ALONE = 4
 # A cheat that drew little traffic is given more chances, so that luck does not decide the run.
 EXTRA_ROUND, MAX_EXTRA_ROUNDS = 12, 6
@@ -61,7 +61,7 @@ class DemoSettings:
     directory: Path
     model: Path
     engine: str = "vllm"
-    requests: int = LEAST_REQUESTS
+    requests: int = REQUESTS
     concurrency: int = 8
     seed: int = 1
     nodes: tuple[NodePlan, ...] = NODES

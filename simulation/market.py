@@ -42,7 +42,7 @@ from trueweight.runtime.market import Market
 from trueweight.runtime.rpc import AccessTokens
 from trueweight.runtime.tls import CERTIFICATE, ensure_certificate
 from trueweight.simulation.ports import pick_ports
-from trueweight.simulation.supervisor import ProcessSpec, Supervisor
+from trueweight.simulation.supervisor import ProcessSpec, Supervisor, tail
 
 DEMO_MODEL = Path(__file__).resolve().parent / "models" / "tw-demo"
 ENGINES = ("vllm", "synthetic")
@@ -240,9 +240,11 @@ class LocalMarket:
                     if health.get("ready") and health.get("nodes", 0) >= nodes:
                         return
                 await asyncio.sleep(0.1)
+        log = self.supervisor.log_directory / "router.log"
         raise DeadlineExceeded(
-            f"only {health.get('nodes', 0)} of {nodes} nodes registered within {within_s:.0f} s",
-            hint=f"See the logs in {self.supervisor.log_directory}.",
+            f"the router cannot give work to {nodes} nodes after {within_s:.0f} s: "
+            f"{health.get('nodes', 0)} are connected, models: {health.get('models', [])}",
+            hint=f"The end of its log {log}:\n{tail(log)}",
         )
 
     async def _start(self) -> None:

@@ -27,9 +27,9 @@ def directory(command, tmp_path):
     command("simulate", "down", "--directory", str(made))
 
 
-def up(command, directory, *more):
+def up(command, directory, *more, **settings):
     arguments = ("simulate", "up", "--engine", "synthetic", "--directory", str(directory), *more)
-    return command(*arguments, within_s=200)
+    return command(*arguments, within_s=200, **settings)
 
 
 def ask(facts, text="hello"):
@@ -87,9 +87,15 @@ def test_a_failed_start_says_why_and_leaves_nothing(command, directory, live_pro
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    (broken / "model.safetensors").write_bytes(b"\0" * 64)
     failed = up(command, directory, "--model", str(broken))
     assert failed.returncode not in (0, 130)
     assert "the market did not start" in failed.stderr
-    assert len(failed.stderr.splitlines()) > 2, "no tail of a log"
+    assert "config.json names no vocab_size" in failed.stderr
+
+    # A role that fails by itself: the end of its log is shown, and what to look at.
+    environment = {**os.environ, "TRUEWEIGHT_NODE_UP_CAPACITY": "many"}
+    failed = up(command, directory, env=environment)
+    assert failed.returncode not in (0, 130)
+    assert "The end of its log" in failed.stderr
+    assert "'many' is not a valid integer" in failed.stderr
     assert live_processes(str(directory)) == []
