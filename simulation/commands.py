@@ -38,9 +38,7 @@ def simulate() -> None:
 
 
 @simulate.command()
-@option(
-    "--requests", default=LEAST_REQUESTS, type=click.IntRange(1, 10_000), help="At least so many."
-)
+@option("--requests", default=REQUESTS, type=click.IntRange(1, 10_000), help="At least so many.")
 @option("--engine", default="vllm", type=click.Choice(ENGINES), help="What the nodes compute with.")
 @option("--concurrency", default=8, type=click.IntRange(1, 256), help="Requests at once.")
 @option("--seed", default=1, help="Of the mix of requests.")
