@@ -1,5 +1,8 @@
 """Proof at start that an engine samples tw-gumbel-1 and scores it as it samples it.
 
+``python -m trueweight.node.vllm.self_test`` runs the first part alone and so compiles the kernels
+once for all engines of this machine.
+
 Two parts. In the process that will sample, the fused kernels are compared with the reference on
 rows of the model's own vocabulary size. Then the engine generates with every kind of parameter and
 scores its own outputs, which goes through everything a paid request goes through: batch slots,
@@ -8,11 +11,13 @@ positions, chunks, the scorer. An engine that fails does not serve.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from trueweight.node.canonical import BlockScorer, RowSampler, Scratch
+from trueweight.node import kernels
+from trueweight.node.canonical import BlockScorer, RowSampler, Scratch, is_plain
 from trueweight.node.engine import GenerateJob, Score, ScoreJob, SelfTest
 from trueweight.node.golden import GoldenCase, golden_cases, prove_sampler
 from trueweight.protos.errors import EngineError
@@ -44,6 +49,8 @@ def check_kernels(vocabulary_size: int) -> SelfTest:
     cases, tolerance = golden_cases()
     if not all(_scores_agree(case, tolerance) for case in cases):
         raise EngineError("the fused scorer differs from the golden vectors on this machine")
+    if not all(_batch_token(case) == case.token for case in cases if is_plain(case.sampling)):
+        raise EngineError("the batched sampler differs from the golden vectors on this machine")
     positions = _check_large_rows(vocabulary_size)
     return SelfTest(golden.positions + positions, golden.equal + positions)
 
@@ -51,6 +58,19 @@ def check_kernels(vocabulary_size: int) -> SelfTest:
 def _fused_token(case: GoldenCase) -> int:
     sampler = RowSampler(case.sampling, case.seed, case.prompt, [], Scratch(case.logits.size))
     return sampler.winner(case.logits, case.output, case.mask)
+
+
+def _batch_token(case: GoldenCase) -> int:
+    """The kernel that serves all plain rows of a step at once; vLLM masks grammars before it."""
+    row = case.logits if case.mask is None else np.where(case.mask, case.logits, -np.inf)
+    winners = np.empty(1, dtype=np.int32)
+    kernels.sample_plain_rows(
+        row[None, :].astype(np.float32), np.zeros(1, np.int64), np.array([case.seed], np.int64),
+        np.array([len(case.prompt) + len(case.output) - 1], np.int64),
+        np.array([case.sampling.temperature], np.float32), winners,
+        Scratch(case.logits.size).rows[0],
+    )  # fmt: skip
+    return int(winners[0])
 
 
 def _scores_agree(case: GoldenCase, tolerance: float) -> bool:
@@ -105,7 +125,7 @@ def score_job(job: GenerateJob, output: tuple[int, ...]) -> ScoreJob:
     return ScoreJob(job.prompt, job.prefix, output, job.sampling, job.seed)
 
 
-def judge(kernels: SelfTest, scores: Sequence[Score]) -> SelfTest:
+def judge(fused: SelfTest, scores: Sequence[Score]) -> SelfTest:
     """Both parts together. Raises EngineError if the engine does not sample what it scores."""
     margins = np.array([margin for score in scores for margin in score.margins])
     equal = int(np.count_nonzero(margins == 0))
@@ -116,4 +136,14 @@ def judge(kernels: SelfTest, scores: Sequence[Score]) -> SelfTest:
             f"mean clipped margin {clipped:.3f}",
             hint="This build of vLLM or this accelerator is not supported; nothing was served.",
         )
-    return SelfTest(kernels.positions + margins.size, kernels.equal + equal)
+    return SelfTest(fused.positions + margins.size, fused.equal + equal)
+
+
+def main() -> None:
+    """Compile and check the kernels."""
+    found = check_kernels(2048)
+    sys.stdout.write(f"canonical sampler: {found.equal} of {found.positions} positions equal\n")
+
+
+if __name__ == "__main__":
+    main()
