@@ -6,7 +6,7 @@ from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Conviction
-from trueweight.simulation.ledger_world import Leg, leg_charge
+from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
 
 CREDIT = 10**9
 
@@ -130,3 +130,10 @@ async def test_attack_a_node_takes_its_bond_away_before_its_audits_are_done(book
     )
     (result,) = await books.do(node, pb.Operation(id=books.world.new_id(), bond_withdraw=body))
     assert result.code == "INVALID_REQUEST"
+
+
+async def test_attack_strangers_fill_the_log_with_free_identities(books):
+    stranger = make_signer("stranger", books.world.market_id)
+    for caller in ("", stranger.identity):
+        (result,) = await books.do(caller, books.world.publish(stranger.key_event))
+        assert result.code == "PERMISSION_DENIED"

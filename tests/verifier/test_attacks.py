@@ -374,3 +374,31 @@ def test_leaves_seen_twice_count_once(forger):
 def test_other_kinds_of_leaves_pass_by(forger):
     entry = LogEntry(index=forger.view.next_index, kind="new-kind", body=os.urandom(50))
     assert forger.view.apply(entry) == ""
+
+
+def truncated(transcript):
+    del transcript.output_token_ids[-5:]
+
+
+def beyond_the_vocabulary(transcript):
+    transcript.output_token_ids[3] = 2**31
+
+
+def other_tokens(transcript):
+    transcript.output_token_ids[3] += 1
+
+
+@pytest.mark.parametrize("forge", [truncated, beyond_the_vocabulary, other_tokens])
+async def test_attack_a_router_frames_a_node_with_a_forged_transcript(make_world, kit, forge):
+    """It paid for the receipt, so it had the signed tokens: what it shows instead is its own."""
+    world = make_world()
+    node = world.add_node("good")
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    digest = world.serve("good", [0.0] * 50)
+    forge(world.transcripts[digest])
+    app = world.app()
+    await kit.settle(world, app)
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert verdict.outcome == Verdict.MISSING_TRANSCRIPT and not verdict.l0_failure
+    assert app.service.view.nodes[node].pooled.wealth.r == 0
