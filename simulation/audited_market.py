@@ -144,7 +144,7 @@ class AuditedMarket:
 
     async def join(self, signer: Signer, bond_nano: int) -> None:
         """A node joins: its key is published and its bond paid."""
-        await self.port(signer.identity).publish(signer.key_event)
+        await self.port(self.world.identity("router")).publish(signer.key_event)
         if bond_nano:
             await self.apply("admin", self.world.bond(signer.identity, bond_nano))
 
