@@ -67,7 +67,10 @@ def make_engine(url: sa.URL) -> sa.Engine:
 def migrate(engine: sa.Engine) -> None:
     """Applies missing migrations, in one transaction."""
     if engine.dialect.name == "sqlite":
-        sqlite_path(engine.url).parent.mkdir(parents=True, exist_ok=True)
+        path = sqlite_path(engine.url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Balances are nobody else's; SQLite gives its side files the mode of the database.
+        path.touch(mode=0o600)
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     try:
