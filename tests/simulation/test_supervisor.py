@@ -30,7 +30,7 @@ def gone(pid, within_s=5.0):
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
-            with open(f"/proc/{pid}/stat") as file:
+            with Path(f"/proc/{pid}/stat").open() as file:
                 if file.read().rpartition(")")[2].split()[0] in "ZX":
                     return True
         except FileNotFoundError:

@@ -126,7 +126,7 @@ class _Prctl:
         return 0
 
 
-@pytest.mark.parametrize("owner", [None, str(os.getpid())])
+@pytest.mark.parametrize("owner", [None, str(os.getpid())], ids=["none", "own"])
 def test_the_node_itself_and_foreign_engines_are_left_alone(monkeypatch, owner):
     monkeypatch.delenv(lifeline.OWNER_VARIABLE, raising=False)
     if owner is not None:
