@@ -176,7 +176,12 @@ def bench_power(**options: Any) -> None:
             for p in found
         ],
     )
-    click.echo(json.dumps({"power": [asdict(p) for p in found]}))
+    click.echo(json.dumps({"power": [_finite(asdict(p)) for p in found]}))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: never convicted is null."""
+    return {k: None if v == float("inf") else v for k, v in row.items()}
 
 
 if __name__ == "__main__":
