@@ -6,7 +6,7 @@ TW := .venv/bin/trueweight
 ARGS ?=
 
 .PHONY: help setup setup-dev setup-gpu demo up down test check soak lock stubs clean \
-        bench-node bench-verify bench-ledger
+        bench-node bench-verify bench-power bench-ledger
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ bench-node: setup-dev ## Throughput of the bare engine, with the sampler, and th
 
 bench-verify: setup-dev ## Cost of scoring against prefill and generation
 	@$(PY) -m trueweight.simulation.bench_verify $(ARGS)
+
+bench-power: setup-dev ## Audited tokens until each known cheat is convicted
+	@$(PY) -m trueweight.simulation.bench_power --model simulation/models/tw-demo \
+	  --calibration simulation/models/tw-demo.calibration.json $(ARGS)
 
 bench-ledger: setup-dev ## Hold and capture pairs per second on both databases
 	@$(PY) -m trueweight.simulation.bench_ledger $(ARGS)
