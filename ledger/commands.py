@@ -70,6 +70,14 @@ def ledger_options(function: F) -> F:
     return market_option(keys_option(function))
 
 
+def rail_options(function: F) -> F:
+    """Which payment rail brought the money, under which reference."""
+    function = option(
+        "--reference", default="", help="The rail's reference: the same one never counts twice."
+    )(function)
+    return option("--rail", default="manual", help="Where the money came from.")(function)
+
+
 @ledger.command()
 @market_option
 @keys_option
@@ -208,8 +216,7 @@ def export(*, database: str, form: str, out: Path) -> None:
 @click.argument("account")
 @click.argument("credits")
 @ledger_options
-@option("--rail", default="manual", help="Where the money came from.")
-@option("--reference", default="", help="The rail's reference: the same one never counts twice.")
+@rail_options
 @json_option
 def deposit(
     *,
@@ -236,8 +243,7 @@ def deposit(
 @click.argument("node_id")
 @click.argument("credits")
 @ledger_options
-@option("--rail", default="manual", help="Where the money came from.")
-@option("--reference", default="", help="The rail's reference: the same one never counts twice.")
+@rail_options
 @json_option
 def bond(
     *,

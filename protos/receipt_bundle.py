@@ -27,7 +27,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,17 +240,4 @@ def _bad(key: str) -> InvalidRequest:
         f"the receipt file's {key!r} is missing or malformed",
         hint="Use the body of GET /v1/receipts/{id} unchanged.",
         param=key,
-    )
-
-
-def legs_of(bundle: ReceiptBundle) -> Sequence[tuple[bytes, bytes, Ids, Ids]]:
-    """(assignment, receipt, prefix, output) of each leg."""
-    return list(
-        zip(
-            bundle.assignments,
-            bundle.receipts,
-            bundle.prefix_token_ids,
-            bundle.output_token_ids,
-            strict=True,
-        )
     )

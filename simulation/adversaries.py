@@ -7,7 +7,6 @@ it. Cheats that change weights are in ``adversary_weights``.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -170,21 +169,6 @@ class OtherEngine(Adversary):
 
     async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
         async for step in self._cheap.generate(job):
-            yield step
-
-
-class Sometimes(Adversary):
-    """Cheats on ``share`` of the requests only, chosen by their prompt and seed."""
-
-    def __init__(self, honest: Engine, cheat: Engine, share: float) -> None:
-        super().__init__(honest)
-        self._cheat, self._share = cheat, share
-
-    async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
-        key = f"{job.seed}/{job.prompt}".encode()
-        drawn = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
-        chosen = self._cheat if drawn < self._share else self._engine
-        async for step in chosen.generate(job):
             yield step
 
 

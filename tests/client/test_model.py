@@ -61,48 +61,36 @@ def test_a_signed_model_verifies_with_both_signatures(sign, verify, market, mode
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
+def openssf_verify(model):
+    """The library's own command over a model directory, with the public key beside it."""
+    paths = paths_of(model)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "model_signing",
+            "verify",
+            "key",
+            str(model),
+            "--signature",
+            str(paths.bundle),
+            "--public_key",
+            str(paths.bundle_key),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def test_the_openssf_library_itself_accepts_the_bundle(sign, model):
     """A stranger checks with the library's own command and knows nothing of Trueweight."""
     assert sign().code == 0
-    paths = paths_of(model)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "model_signing",
-            "verify",
-            "key",
-            str(model),
-            "--signature",
-            str(paths.bundle),
-            "--public_key",
-            str(paths.bundle_key),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = openssf_verify(model)
     assert done.returncode == 0, done.stderr
     (model / "model.safetensors").write_bytes(b"other")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "model_signing",
-            "verify",
-            "key",
-            str(model),
-            "--signature",
-            str(paths.bundle),
-            "--public_key",
-            str(paths.bundle_key),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = openssf_verify(model)
     assert done.returncode != 0
 
 
