@@ -34,8 +34,9 @@ check: setup-dev ## Lint, format and strict types over all rooms
 	@.venv/bin/ruff format --check .
 	@deploy/typecheck.sh
 
+# Two workers: half of the suite waits for processes, and more would starve the engines' deadlines.
 test: check ## All tests that fit 15 minutes, after `make check`
-	@$(PY) -m pytest -m "not soak" $(ARGS)
+	@$(PY) -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup-dev ## The long tests
 	@$(PY) -m pytest -m soak --timeout 7200 $(ARGS)

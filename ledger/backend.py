@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import psycopg
 import sqlalchemy as sa
 
-from trueweight.ledger.schema import BUSY_MS, sqlite_path
+from trueweight.ledger.schema import BUSY_MS, sqlite_path, use_wal
 from trueweight.protos.errors import StorageError, Unavailable
 
 Row = tuple[Any, ...]
@@ -86,7 +86,8 @@ class SqliteBackend:
                 timeout=BUSY_MS / 1000,
                 cached_statements=256,
             )
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "cache_size=-65536"):
+            use_wal(self._connection)
+            for pragma in ("synchronous=FULL", "cache_size=-65536"):
                 self._connection.execute(f"PRAGMA {pragma}")
 
     def acquire(self) -> bool:

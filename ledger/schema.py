@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -15,6 +16,7 @@ from trueweight.protos.errors import InvalidRequest, StorageError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MS = 5_000
+_BUSY_STEP_S = 0.02
 MIGRATION_LOCK = 0x7472756578
 # After the lock is ours a new snapshot must show what was committed meanwhile.
 _MIGRATION: dict[str, dict[str, str]] = {
@@ -96,8 +98,23 @@ def is_current(engine: sa.Engine) -> bool:
         return MigrationContext.configure(connection).get_current_revision() == head
 
 
+def use_wal(connection: sqlite3.Connection) -> None:
+    """Puts the database into WAL mode. SQLite's own busy timeout does not cover the switch, so that
+    of two processes that start at once on an empty database one would be told it is locked."""
+    deadline = time.monotonic() + BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            locked = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            if not locked or time.monotonic() > deadline:
+                raise
+            time.sleep(_BUSY_STEP_S)
+
+
 def _sqlite_reader(connection: sqlite3.Connection, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    use_wal(connection)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
