@@ -155,7 +155,7 @@ async def test_vllm_bench_serve_loses_nothing_and_is_billed_once_each(kit, pytho
         *(python, "-c", code, "--backend", "openai", "--base-url", kit.url.removesuffix("/v1")),
         *("--endpoint", "/v1/completions", "--model", MODEL, "--tokenizer", tokenizer),
         *("--dataset-name", "random", "--random-input-len", "24", "--random-output-len", "12"),
-        *("--num-prompts", f"{LOAD_REQUESTS}", "--max-concurrency", "16", "--ignore-eos"),
+        *("--num-prompts", f"{LOAD_REQUESTS}", "--max-concurrency", "64", "--ignore-eos"),
         *("--ready-check-timeout-sec", "0", "--num-warmups", "0", "--disable-tqdm"),
         *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "load.json"),
         env={
