@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
-from trueweight.ledger.leaves import transfer_leaf
+from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.values import (
     CAPTURED,
     EXPIRED,
@@ -27,7 +27,7 @@ from trueweight.ledger.values import (
     Pending,
     Snapshot,
     Spending,
-    Transfer,
+    TransferRow,
 )
 from trueweight.protos.errors import Conflict, InsufficientFunds, InvalidRequest
 from trueweight.protos.money import MAX_NANO
@@ -35,13 +35,56 @@ from trueweight.protos.money import MAX_NANO
 _PHASE_OF_STATE = {CAPTURED: POST, VOIDED: 4, EXPIRED: 5}
 
 
+class _Working:
+    """An account's counters while a group is judged; ``before`` is the stored row, if any."""
+
+    __slots__ = (
+        "before", "credits_pending", "credits_posted", "debits_pending", "debits_posted", "id",
+        "kind", "no",
+    )  # fmt: skip
+
+    def __init__(self, account: Account, before: Account | None) -> None:
+        self.before = before
+        (
+            self.no, self.id, self.kind, self.debits_pending, self.debits_posted,
+            self.credits_pending, self.credits_posted,
+        ) = account  # fmt: skip
+
+    @property
+    def available(self) -> int:
+        return self.credits_posted - self.debits_posted - self.debits_pending
+
+    def frozen(self) -> Account:
+        return Account(
+            self.no,
+            self.id,
+            self.kind,
+            self.debits_pending,
+            self.debits_posted,
+            self.credits_pending,
+            self.credits_posted,
+        )
+
+
+class Mark(NamedTuple):
+    """How far a book was at some moment."""
+
+    undo: int
+    transfers: int
+    leaves: int
+    debts: int
+    created: int
+
+
 class Book:
-    """Accounts, pending transfers and the rest, with an undo log back to a mark."""
+    """Accounts, pending transfers and the rest, with an undo log back to a mark.
+
+    Counters are changed in place; they are undone by taking the transfers back.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.now = snapshot.now_unix_ms
-        self.accounts: dict[str, Account] = {}
         self.pendings: dict[bytes, Pending] = {}
         self.applied: dict[bytes, Applied] = {}
         self.legs: dict[bytes, Leg] = {}
@@ -50,38 +93,45 @@ class Book:
         self.spending: dict[str, Spending] = {}
         self.nodes: dict[str, NodeRow] = {}
         self.published: dict[bytes, int] = {}
-        self.transfers: list[Transfer] = []
+        self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []
-        self._next_account = snapshot.next_account
+        self._working: dict[str, _Working] = {}
+        self._by_no: dict[int, _Working] = {}
+        self._created: list[_Working] = []
         self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self._operation = b""
-        self._ordinal = 0
+        self._movements: list[bytes] = []
 
     # -- undo ---------------------------------------------------------------------------------
 
-    def mark(self) -> tuple[int, int, int, int, int]:
+    def mark(self) -> Mark:
         """A point to come back to."""
-        return (
+        return Mark(
             len(self._undo),
             len(self.transfers),
             len(self.leaves),
             len(self.debts),
-            self._next_account,
+            len(self._created),
         )
 
-    def rewind(self, mark: tuple[int, int, int, int, int]) -> None:
+    def rewind(self, mark: Mark) -> None:
         """Undoes everything since the mark."""
-        undo, transfers, leaves, debts, self._next_account = mark
-        while len(self._undo) > undo:
+        # First the money: what a second phase gave back is known from its pending transfer.
+        while len(self.transfers) > mark.transfers:
+            self._take_back(self.transfers.pop())
+        while len(self._undo) > mark.undo:
             table, key, old = self._undo.pop()
             if old is None:
                 del table[key]
             else:
                 table[key] = old
-        del self.transfers[transfers:]
-        del self.leaves[leaves:]
-        del self.debts[debts:]
+        while len(self._created) > mark.created:
+            gone = self._created.pop()
+            del self._working[gone.id], self._by_no[gone.no]
+        del self.leaves[mark.leaves :]
+        del self.debts[mark.debts :]
+        self._movements = []
 
     def put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
         """Replaces a value, remembering the old one."""
@@ -90,26 +140,22 @@ class Book:
 
     def start(self, operation_id: bytes) -> None:
         """Transfers made from here on belong to this operation."""
-        self._operation, self._ordinal = operation_id, 0
+        self._operation = operation_id
+        self._movements = []
+
+    def finish(self) -> None:
+        """Puts the operation's transfers into the log."""
+        count = len(self._movements)
+        if count:
+            first = self.snapshot.next_sequence + len(self.transfers) - count
+            for body in encode_batches(self._operation, first, self.now, self._movements):
+                self.leaves.append(Leaf(TRANSFER, body, b""))
 
     @property
     def operation_id(self) -> bytes:
         return self._operation
 
     # -- reading ------------------------------------------------------------------------------
-
-    def account(self, account_id: str) -> Account:
-        """The account; a new one with zero counters if it does not exist yet."""
-        found = self.accounts.get(account_id) or self.snapshot.accounts.get(account_id)
-        if found is None:
-            found = Account(self._next_account, account_id, kind_of(account_id))
-            self._next_account += 1
-            self.put(self.accounts, account_id, found)
-        return found
-
-    def known_account(self, account_id: str) -> Account | None:
-        """The account if it exists."""
-        return self.accounts.get(account_id) or self.snapshot.accounts.get(account_id)
 
     def pending(self, pending_id: bytes) -> Pending | None:
         return self.pendings.get(pending_id) or self.snapshot.pendings.get(pending_id)
@@ -137,29 +183,42 @@ class Book:
 
     def available(self, account_id: str) -> int:
         """Available balance; 0 for an account that does not exist."""
-        found = self.known_account(account_id)
+        found = self._working.get(account_id) or self.snapshot.accounts.get(account_id)
         return found.available if found else 0
+
+    def changed_accounts(self) -> list[tuple[Account | None, Account]]:
+        """(stored row or None if new, row as it is now) of every account that was moved."""
+        changed = []
+        for working in self._working.values():
+            now = working.frozen()
+            if working.before != now:
+                changed.append((working.before, now))
+        return changed
+
+    @property
+    def created_accounts(self) -> int:
+        """How many accounts are new."""
+        return len(self._created)
 
     def move(self, debit_id: str, credit_id: str, amount: int, reason: str) -> None:
         """A single transfer. Nothing happens for 0. Raises InsufficientFunds."""
         if amount == 0:
             return
-        debit, credit = self.account(debit_id), self.account(credit_id)
-        _check_debit(debit, amount)
-        self._store(
-            _with(debit, debits_posted=amount),
-            _with(credit, credits_posted=amount),
-        )
+        debit, credit = self._sides(debit_id, credit_id, amount)
+        debits, credits = debit.debits_posted + amount, credit.credits_posted + amount
+        if debits > MAX_NANO or credits > MAX_NANO:
+            raise _too_much()
+        debit.debits_posted, credit.credits_posted = debits, credits
         self._record((debit, credit), amount, SINGLE, b"", reason)
 
     def reserve(self, pending: Pending, reason: str) -> None:
         """The first phase. Raises InsufficientFunds."""
-        debit, credit = self.account(pending.debit), self.account(pending.credit)
-        _check_debit(debit, pending.amount)
-        self._store(
-            _with(debit, debits_pending=pending.amount),
-            _with(credit, credits_pending=pending.amount),
-        )
+        debit, credit = self._sides(pending.debit, pending.credit, pending.amount)
+        debits = debit.debits_pending + pending.amount
+        credits = credit.credits_pending + pending.amount
+        if debits > MAX_NANO or credits > MAX_NANO:
+            raise _too_much()
+        debit.debits_pending, credit.credits_pending = debits, credits
         self.put(self.pendings, pending.id, pending)
         self._record((debit, credit), pending.amount, PENDING, b"", reason)
 
@@ -169,14 +228,17 @@ class Book:
             raise Conflict(f"it is already {state_name(pending.state)}")
         if not 0 <= posted <= pending.amount:
             raise InvalidRequest("more than what was held cannot be posted")
-        debit, credit = self.account(pending.debit), self.account(pending.credit)
-        self._store(
-            _with(debit, debits_pending=-pending.amount, debits_posted=posted),
-            _with(credit, credits_pending=-pending.amount, credits_posted=posted),
-        )
+        debit, credit = self._sides(pending.debit, pending.credit, 0)
+        debits, credits = debit.debits_posted + posted, credit.credits_posted + posted
+        if debits > MAX_NANO or credits > MAX_NANO:
+            raise _too_much()
+        debit.debits_posted, credit.credits_posted = debits, credits
+        debit.debits_pending -= pending.amount
+        credit.credits_pending -= pending.amount
         self.put(self.pendings, pending.id, pending._replace(state=state, posted=posted))
         self._record((debit, credit), posted, _PHASE_OF_STATE[state], pending.id, reason)
-        self.spend(pending.api_key_id, posted - pending.amount)
+        if pending.api_key_id:
+            self.spend(pending.api_key_id, posted - pending.amount)
 
     def spend(self, api_key_id: str, amount: int) -> None:
         """Counts against an API key's limit; a negative amount gives back."""
@@ -206,35 +268,72 @@ class Book:
         found = self.published.get(digest)
         return found if found is not None else self.snapshot.published.get(digest)
 
-    def _store(self, debit: Account, credit: Account) -> None:
-        if debit.no == credit.no:
+    # -- inside -------------------------------------------------------------------------------
+
+    def _sides(self, debit_id: str, credit_id: str, amount: int) -> tuple[_Working, _Working]:
+        """Both accounts, the amount being available."""
+        debit = self._working.get(debit_id) or self._open(debit_id)
+        if debit.kind != EXTERNAL and debit.available < amount:
+            raise InsufficientFunds(
+                f"{debit.id} has {debit.available} nanocredits available, {amount} are needed",
+                hint="Deposit more, or ask for less.",
+            )
+        credit = self._working.get(credit_id) or self._open(credit_id)
+        if debit is credit:
             raise InvalidRequest("an account cannot pay itself")
-        self.put(self.accounts, debit.id, debit)
-        self.put(self.accounts, credit.id, credit)
+        return debit, credit
+
+    def _open(self, account_id: str) -> _Working:
+        stored = self.snapshot.accounts.get(account_id)
+        if stored is not None:
+            working = _Working(stored, stored)
+        else:
+            number = self.snapshot.next_account + len(self._created)
+            working = _Working(Account(number, account_id, kind_of(account_id)), None)
+            self._created.append(working)
+        self._working[account_id] = self._by_no[working.no] = working
+        return working
 
     def _record(
         self,
-        sides: tuple[Account, Account],
+        sides: tuple[_Working, _Working],
         amount: int,
         phase: int,
         pending_id: bytes,
         reason: str,
     ) -> None:
-        transfer = Transfer(
-            self.snapshot.next_sequence + len(self.transfers),
-            self._operation,
-            self._ordinal,
-            sides[0],
-            sides[1],
-            amount,
-            phase,
-            pending_id,
-            REASON_NO[reason],
-            self.now,
+        debit, credit = sides
+        self.transfers.append(
+            (
+                self.snapshot.next_sequence + len(self.transfers),
+                self._operation,
+                len(self._movements),
+                debit.no,
+                credit.no,
+                amount,
+                phase,
+                pending_id or None,
+                REASON_NO[reason],
+                self.now,
+            )
         )
-        self._ordinal += 1
-        self.transfers.append(transfer)
-        self.leaves.append(transfer_leaf(transfer))
+        self._movements.append(
+            encode_movement(debit.id, credit.id, amount, phase, pending_id, reason)
+        )
+
+    def _take_back(self, transfer: TransferRow) -> None:
+        _, _, _, debit_no, credit_no, amount, phase, pending_id, _, _ = transfer
+        debit, credit = self._by_no[debit_no], self._by_no[credit_no]
+        if phase == PENDING:
+            debit.debits_pending -= amount
+            credit.credits_pending -= amount
+            return
+        debit.debits_posted -= amount
+        credit.credits_posted -= amount
+        first = self.pending(pending_id) if pending_id else None
+        if first is not None:
+            debit.debits_pending += first.amount
+            credit.credits_pending += first.amount
 
 
 def state_name(state: int) -> str:
@@ -242,30 +341,5 @@ def state_name(state: int) -> str:
     return {OPEN: "open", CAPTURED: "captured", VOIDED: "voided", EXPIRED: "expired"}[state]
 
 
-def _check_debit(debit: Account, amount: int) -> None:
-    if debit.kind != EXTERNAL and debit.available < amount:
-        raise InsufficientFunds(
-            f"{debit.id} has {debit.available} nanocredits available, {amount} are needed",
-            hint="Deposit more, or ask for less.",
-        )
-
-
-def _with(
-    account: Account,
-    *,
-    debits_pending: int = 0,
-    debits_posted: int = 0,
-    credits_pending: int = 0,
-    credits_posted: int = 0,
-) -> Account:
-    """The account with these amounts added to its counters."""
-    no, id_, kind, dp, dx, cp, cx = account
-    dp, dx, cp, cx = (
-        dp + debits_pending,
-        dx + debits_posted,
-        cp + credits_pending,
-        cx + credits_posted,
-    )
-    if dp > MAX_NANO or dx > MAX_NANO or cp > MAX_NANO or cx > MAX_NANO:
-        raise InvalidRequest("the amount exceeds what an account can count")
-    return Account(no, id_, kind, dp, dx, cp, cx)
+def _too_much() -> InvalidRequest:
+    return InvalidRequest("the amount exceeds what an account can count")

@@ -264,9 +264,8 @@ def _by_call(
 
 
 def _after(numbers: Numbers, book: Book) -> Numbers:
-    new = sum(a.id not in book.snapshot.accounts for a in book.accounts.values())
     return Numbers(
         numbers.next_sequence + len(book.transfers),
         numbers.next_index + len(book.leaves),
-        numbers.next_account + new,
+        numbers.next_account + book.created_accounts,
     )

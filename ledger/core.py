@@ -91,6 +91,7 @@ def _run_one(book: Book, operation: Prepared, in_chain: bool, terms: Terms) -> O
         raise InvalidRequest(f"{operation.kind} cannot be linked")
     book.start(operation.id)
     amount, index = _HANDLERS[operation.kind](book, operation, terms)
+    book.finish()
     book.put(book.applied, operation.id, Applied(operation.id, operation.body_hash, amount, index))
     return Outcome("applied", amount, index)
 

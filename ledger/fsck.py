@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.accounts import EXTERNAL
-from trueweight.ledger.leaves import TRANSFER, encode_transfer
+from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import (
     EXPIRE,
@@ -98,7 +98,7 @@ def check(
 def _transfers(
     connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
 ) -> Iterator[bytes]:
-    """Folds the transfers one by one and yields the leaf that each must have."""
+    """Folds the transfers one by one and yields the leaves that each operation must have."""
     rows = connection.execution_options(stream_results=True, yield_per=_STEP).execute(
         sa.text(
             "SELECT sequence, operation_id, ordinal, debit, credit, amount, phase, pending_id, "
@@ -106,23 +106,31 @@ def _transfers(
         )
     )
     expected = 1
+    head: Any = None
+    movements: list[bytes] = []
     for row in rows:
         if row[0] != expected:
             findings.add(f"transfers {expected} to {row[0] - 1} are missing")
         expected = row[0] + 1
         _apply(findings, fold, names, row)
-        yield encode_transfer(
-            transfer_id(bytes(row[1]), row[2]),
-            row[0],
-            names.get(row[3], "?"),
-            names.get(row[4], "?"),
-            row[5],
-            row[6],
-            bytes(row[7] or b""),
-            REASONS[row[8] - 1],
-            bytes(row[1]),
-            row[9],
+        if head is not None and row[1] != head[1]:
+            yield from encode_batches(bytes(head[1]), head[0], head[9], movements)
+            head, movements = None, []
+        head = head or row
+        movements.append(
+            encode_movement(
+                names.get(row[3], "?"),
+                names.get(row[4], "?"),
+                row[5],
+                row[6],
+                bytes(row[7] or b""),
+                REASONS[row[8] - 1],
+            )
         )
+        if row[2] != len(movements) - 1:
+            findings.add(f"transfer {row[0]} is not in its place in its operation")
+    if head is not None:
+        yield from encode_batches(bytes(head[1]), head[0], head[9], movements)
     findings.counts["transfers"] = expected - 1
 
 
@@ -183,7 +191,7 @@ def _check_log(
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
     for left in transfers:
-        findings.add(f"a transfer has no leaf ({len(left)} bytes)")
+        findings.add(f"transfers have no leaf ({len(left)} bytes)")
     for row in evidence:
         findings.add(f"evidence names leaf {row[0]}, which does not exist")
     for level, number in stored:
@@ -214,7 +222,7 @@ def _check_leaf(
     kind, body = leaf
     if kind == TRANSFER:
         if next(transfers, b"") != body:
-            findings.add(f"leaf {place} differs from the transfer it records")
+            findings.add(f"leaf {place} differs from the transfers it records")
         return
     row = next(evidence, None)
     try:

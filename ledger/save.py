@@ -23,7 +23,7 @@ _TRANSFER_COLUMNS = (
 def save(backend: Backend, book: Book) -> None:
     """Every change of the book. Raises ConstraintViolated if the database refuses one."""
     _save_accounts(backend, book)
-    _save_transfers(backend, book)
+    backend.insert("transfer", _TRANSFER_COLUMNS, book.transfers)
     _save_pendings(backend, book)
     backend.insert(
         "operation", ("id", "body_hash", "amount", "log_index"), list(book.applied.values())
@@ -34,7 +34,7 @@ def save(backend: Backend, book: Book) -> None:
 
 def remember(cache: Cache, book: Book) -> None:
     """Brings the cache up to what was just committed."""
-    cache.accounts.update(book.accounts)
+    cache.accounts.update((now.id, now) for _, now in book.changed_accounts())
     for pending in book.pendings.values():
         if pending.state == OPEN:
             cache.open_holds[pending.id] = pending
@@ -47,45 +47,16 @@ def remember(cache: Cache, book: Book) -> None:
 
 def _save_accounts(backend: Backend, book: Book) -> None:
     new, changed = [], []
-    for account in book.accounts.values():
-        old = book.snapshot.accounts.get(account.id)
+    for old, now in book.changed_accounts():
         if old is None:
-            new.append((account.no, account.id, account.kind, CURRENCY, *account[3:]))
-        elif old[3:] != account[3:]:
+            new.append((now.no, now.id, now.kind, CURRENCY, *now[3:]))
+        else:
             # Deltas, not values: the database's own row is what the CHECK judges.
             changed.append(
-                (
-                    account.debits_pending - old.debits_pending,
-                    account.debits_posted - old.debits_posted,
-                    account.credits_pending - old.credits_pending,
-                    account.credits_posted - old.credits_posted,
-                    account.no,
-                )
+                (now[3] - old[3], now[4] - old[4], now[5] - old[5], now[6] - old[6], now[0])
             )
     backend.insert("account", ACCOUNT_COLUMNS, new)
     backend.update("account", [f"+{name}" for name in ACCOUNT_COLUMNS[4:]], ("no",), changed)
-
-
-def _save_transfers(backend: Backend, book: Book) -> None:
-    backend.insert(
-        "transfer",
-        _TRANSFER_COLUMNS,
-        [
-            (
-                t.sequence,
-                t.operation_id,
-                t.ordinal,
-                t.debit.no,
-                t.credit.no,
-                t.amount,
-                t.phase,
-                t.pending_id or None,
-                t.reason,
-                t.created_at_unix_ms,
-            )
-            for t in book.transfers
-        ],
-    )
 
 
 def _save_pendings(backend: Backend, book: Book) -> None:

@@ -24,6 +24,11 @@ REASONS = (
 REASON_NO = {name: number for number, name in enumerate(REASONS, start=1)}
 
 
+# A row of the transfer table: sequence, operation id, ordinal, numbers of the debited and the
+# credited account, amount, phase, pending id or None, number of the reason, time.
+TransferRow = tuple[int, bytes, int, int, int, int, int, bytes | None, int, int]
+
+
 class Transfer(NamedTuple):
     """One immutable movement: the ``ordinal``-th of its operation, the ``sequence``-th of all."""
 

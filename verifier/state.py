@@ -34,7 +34,7 @@ from trueweight.protos.v1.audit_pb2 import (
     MarginCommitment,
     Verdict,
 )
-from trueweight.protos.v1.ledger_pb2 import TransferRecord
+from trueweight.protos.v1.ledger_pb2 import TransferBatch, TransferRecord
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
@@ -251,13 +251,14 @@ class LogView:
                 self.receipts.put(leg.receipt_digest, changed)
 
     def _on_transfer(self, entry: LogEntry) -> None:
-        transfer = TransferRecord()
+        batch = TransferBatch()
         try:
-            transfer.ParseFromString(entry.body)
+            batch.ParseFromString(entry.body)
         except DecodeError:
-            raise TrueweightError("not a transfer record") from None
-        if transfer.phase == TransferRecord.PENDING and transfer.reason == "hold":
-            self._hold_clients.put(transfer.operation_id, transfer.debit_account)
+            raise TrueweightError("not a batch of transfers") from None
+        for movement in batch.movements:
+            if movement.phase == TransferRecord.PENDING and movement.reason == "hold":
+                self._hold_clients.put(batch.operation_id, movement.debit_account)
 
     def _on_audit_request(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, AuditRequest)

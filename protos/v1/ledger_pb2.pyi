@@ -365,6 +365,38 @@ class TransferRecord(_message.Message):
     created_at_unix_ms: int
     def __init__(self, id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., debit_account: _Optional[str] = ..., credit_account: _Optional[str] = ..., amount_nano: _Optional[int] = ..., currency: _Optional[str] = ..., phase: _Optional[_Union[TransferRecord.Phase, str]] = ..., pending_id: _Optional[bytes] = ..., reason: _Optional[str] = ..., operation_id: _Optional[bytes] = ..., created_at_unix_ms: _Optional[int] = ...) -> None: ...
 
+class TransferBatch(_message.Message):
+    __slots__ = ("operation_id", "first_sequence", "first_ordinal", "currency", "created_at_unix_ms", "movements")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ORDINAL_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    MOVEMENTS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: bytes
+    first_sequence: int
+    first_ordinal: int
+    currency: str
+    created_at_unix_ms: int
+    movements: _containers.RepeatedCompositeFieldContainer[Movement]
+    def __init__(self, operation_id: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., first_ordinal: _Optional[int] = ..., currency: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., movements: _Optional[_Iterable[_Union[Movement, _Mapping]]] = ...) -> None: ...
+
+class Movement(_message.Message):
+    __slots__ = ("debit_account", "credit_account", "amount_nano", "phase", "pending_id", "reason")
+    DEBIT_ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_NANO_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    debit_account: str
+    credit_account: str
+    amount_nano: int
+    phase: TransferRecord.Phase
+    pending_id: bytes
+    reason: str
+    def __init__(self, debit_account: _Optional[str] = ..., credit_account: _Optional[str] = ..., amount_nano: _Optional[int] = ..., phase: _Optional[_Union[TransferRecord.Phase, str]] = ..., pending_id: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class GetHoldRequest(_message.Message):
     __slots__ = ("hold_id",)
     HOLD_ID_FIELD_NUMBER: _ClassVar[int]

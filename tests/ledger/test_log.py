@@ -11,12 +11,11 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trueweight.ledger.accounts import Account
-from trueweight.ledger.leaves import transfer_leaf, transfer_record
+from trueweight.ledger.leaves import MAX_MOVEMENTS, encode_batches, encode_movement
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.tiles import Edge, TileReader
-from trueweight.ledger.values import REASONS, Transfer
+from trueweight.ledger.values import REASONS
 from trueweight.protos import merkle
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import digest_of
@@ -198,24 +197,46 @@ def test_extending_in_any_steps_gives_the_same_tree(steps):
 NAMES = st.from_regex(r"(client|node-locked|fee):[a-z0-9._:-]{1,100}", fullmatch=True)
 
 
+MOVEMENTS = st.builds(
+    pb.Movement,
+    debit_account=NAMES,
+    credit_account=NAMES,
+    amount_nano=st.integers(0, 2**63 - 1),
+    phase=st.integers(1, 5),
+    pending_id=st.binary(min_size=16, max_size=20) | st.just(b""),
+    reason=st.sampled_from(REASONS),
+)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    st.builds(
-        Transfer,
-        sequence=st.integers(1, 2**63 - 1),
-        operation_id=st.binary(min_size=16, max_size=16),
-        ordinal=st.integers(0, 70_000),
-        debit=st.builds(Account, st.just(1), NAMES, st.just(1)),
-        credit=st.builds(Account, st.just(2), NAMES, st.just(1)),
-        amount=st.integers(0, 2**63 - 1),
-        phase=st.integers(1, 5),
-        pending_id=st.binary(min_size=16, max_size=20) | st.just(b""),
-        reason=st.integers(1, len(REASONS)),
-        created_at_unix_ms=st.integers(1, 2**62),
-    )
+    st.binary(min_size=16, max_size=16),
+    st.integers(1, 2**62),
+    st.integers(1, 2**62),
+    st.lists(MOVEMENTS, min_size=1, max_size=5),
+    st.sampled_from((1, 100)),
 )
-def test_hand_written_leaves_are_what_protobuf_writes(transfer):
-    assert transfer_leaf(transfer).body == transfer_record(transfer).SerializeToString()
+def test_hand_written_leaves_are_what_protobuf_writes(operation, sequence, time, some, repeat):
+    movements = some * repeat
+    encoded = [
+        encode_movement(
+            m.debit_account, m.credit_account, m.amount_nano, m.phase, m.pending_id, m.reason
+        )
+        for m in movements
+    ]
+    leaves = encode_batches(operation, sequence, time, encoded)
+    assert len(leaves) == -(-len(movements) // MAX_MOVEMENTS)
+    for place, leaf in enumerate(leaves):
+        start = place * MAX_MOVEMENTS
+        batch = pb.TransferBatch(
+            operation_id=operation,
+            first_sequence=sequence + start,
+            first_ordinal=start,
+            currency="CREDIT",
+            created_at_unix_ms=time,
+            movements=movements[start : start + MAX_MOVEMENTS],
+        )
+        assert leaf == batch.SerializeToString()
 
 
 # -- tampering --------------------------------------------------------------------------------

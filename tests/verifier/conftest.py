@@ -321,13 +321,10 @@ class World:
                 )
             ],
         )
-        transfer = ledger_pb2.TransferRecord(
-            id=hold_id,
-            operation_id=hold_id,
-            debit_account=client,
-            phase=ledger_pb2.TransferRecord.PENDING,
-            reason="hold",
+        held = ledger_pb2.Movement(
+            debit_account=client, phase=ledger_pb2.TransferRecord.PENDING, reason="hold"
         )
+        transfer = ledger_pb2.TransferBatch(operation_id=hold_id, movements=[held])
         self.ledger.append("transfer", transfer.SerializeToString())
         self.ledger.log_envelope(seal(bill, self.router))
         self.ledger.log_envelope(envelope)
