@@ -223,7 +223,7 @@ def serve() -> None:
     {"died", "kills", "acknowledged", "ended", "steps"} for each victim."""
     for line in sys.stdin:
         order = json.loads(line)
-        started = []
+        started: list[tuple[int, int]] = []
         for kills in order["victims"]:
             started.append(_fork(order["url"], [Kill(*k) for k in kills], standby=bool(started)))
         answers = [_life_of(*each) for each in started]
