@@ -15,6 +15,7 @@ import click
 from trueweight.ledger import reports
 from trueweight.ledger import witness as witnessing
 from trueweight.ledger.connect import connected
+from trueweight.ledger.public_log import make_app
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
@@ -42,6 +43,7 @@ from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 from trueweight.runtime.market import load_market
 from trueweight.runtime.rpc import Authenticator
 from trueweight.runtime.tls import ensure_certificate
+from trueweight.runtime.web import HttpServer
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
@@ -84,6 +86,11 @@ def rail_options(function: F) -> F:
 @database_option
 @option("--listen", default="127.0.0.1:0", help="host:port of the gRPC service; 0 is any port.")
 @option(
+    "--http-listen",
+    default="",
+    help="host:port at which anybody may read the log over HTTP; none by default.",
+)
+@option(
     "--verify-workers",
     default=max(0, min(4, (os.cpu_count() or 1) - 1)),
     type=click.IntRange(0, 64),
@@ -96,6 +103,7 @@ def serve(
     keys: Path,
     database: str,
     listen: str,
+    http_listen: str,
     verify_workers: int,
     log_level: str,
     log_json: bool,
@@ -108,7 +116,13 @@ def serve(
     books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
     ensure_certificate(keys, clock.now_unix_ms())
     gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
-    run_async(serve_until_signal(lambda stop: _serve(stop, books, gate, listen, keys)))
+    public = HttpServer(make_app(books), check_address(http_listen)) if http_listen else None
+
+    async def run(stop: asyncio.Event) -> None:
+        server = LedgerServer(books, gate, check_address(listen), keys)
+        await _serve(stop, books, server, public)
+
+    run_async(serve_until_signal(run))
 
 
 def tune_collector() -> None:
@@ -118,21 +132,25 @@ def tune_collector() -> None:
 
 
 async def _serve(
-    stop: asyncio.Event, books: Ledger, gate: Authenticator, listen: str, keys: Path
+    stop: asyncio.Event, books: Ledger, server: LedgerServer, public: HttpServer | None
 ) -> None:
-    server = LedgerServer(books, gate, check_address(listen), keys)
     try:
         # A standby serves reads while it waits for the writer's lock.
         await books.start(wait_ms=2_000)
         await server.start()
+        if public is not None:
+            await public.start()
         print_ready(
             role="ledger",
             endpoint=server.endpoint,
+            http=public.endpoint if public is not None else "",
             identity=books.identity,
             writer=books.is_writer,
         )
         await stop.wait()
     finally:
+        if public is not None:
+            await public.stop()
         await server.stop()
         await books.close()
 

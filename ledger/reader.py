@@ -15,6 +15,7 @@ from trueweight.ledger import bundle
 from trueweight.ledger.accounts import CURRENCY, Account
 from trueweight.ledger.books import leaf_hashes
 from trueweight.ledger.leaves import transfer_record
+from trueweight.ledger.tiles import WIDTH as TILE_WIDTH
 from trueweight.ledger.tiles import TileReader
 from trueweight.ledger.values import HOLD, Transfer
 from trueweight.protos import merkle
@@ -27,6 +28,8 @@ MAX_ACCOUNTS = 1024
 MAX_PAGE = 1000
 MAX_PAGE_BYTES = 4 * 1024 * 1024
 _BUNDLES_PER_QUERY = 64
+# A tile has 2^8 hashes.
+TILE_BITS = 8
 _ACCOUNT = (
     "SELECT no, id, kind, debits_pending, debits_posted, credits_pending, credits_posted "
     "FROM account"
@@ -189,6 +192,18 @@ class Reader:
             lambda: merkle.consistency_path(old_size, new_size, self._tiles.fetch)
         )
         return log_pb2.ConsistencyProof(old_size=old_size, new_size=new_size, path=path)
+
+    def tile(self, level: int, number: int, width: int) -> bytes:
+        """The first ``width`` hashes of a Merkle tile. Raises NotFound if the log lacks them."""
+        size = self.size() >> (TILE_BITS * level)
+        if not 1 <= width <= TILE_WIDTH or number * TILE_WIDTH + width > size:
+            raise NotFound("the log has no such tile")
+        first = number * TILE_WIDTH
+        return self._with_tiles(
+            lambda: b"".join(
+                self._tiles.fetch(TILE_BITS * level, first + place) for place in range(width)
+            )
+        )
 
     def key_events(self) -> list[bytes]:
         """All published key events, in log order."""

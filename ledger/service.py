@@ -196,6 +196,9 @@ class Ledger:
     async def consistency(self, old_size: int, new_size: int) -> log_pb2.ConsistencyProof:
         return await self._read(lambda: self._reader.consistency(old_size, new_size))
 
+    async def tile(self, level: int, number: int, width: int) -> bytes:
+        return await self._read(lambda: self._reader.tile(level, number, width))
+
     def check_may_read(self, account: str, caller: str) -> None:
         """Raises PermissionDenied unless the caller owns the account or has a role that reads."""
         kind = kind_of(account)

@@ -1,23 +1,26 @@
-"""Kills a ledger with -9 at a chosen step, again and again, and checks what is left.
+"""Kills with -9 at chosen steps of a ledger's database work, and checks what is left.
 
-``Crasher`` is a process that imports everything once and forks a victim for each round. The
-victim runs a real ledger on a real database under a deterministic load, sends all operations
-again (as clients do after a lost answer), and dies with SIGKILL before or after a given step of
-its database work. What it acknowledged before it died must never be lost, and nothing may happen
-twice: ``fsck`` and the balances at the end tell.
+``Crasher`` is a process that imports everything once and forks victims for each round. A victim
+runs a real ledger on a real database under a deterministic load, and sends every operation until
+it is answered, as clients do after a lost answer. Before or after a given step of its database
+work it kills itself, its PostgreSQL session (the server then recovers from its log), or the whole
+PostgreSQL. Of two victims on one database the second is the standby. What any of them acknowledged
+must never be lost, and nothing may happen twice: ``fsck`` and the balances at the end tell.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trueweight.ledger import service as service_module
 from trueweight.ledger.backend import Backend, open_backend
@@ -25,13 +28,17 @@ from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.protos.envelope import digest_of
-from trueweight.protos.errors import TrueweightError
+from trueweight.protos.errors import TrueweightError, Unavailable
+from trueweight.protos.ids import ID_BYTES
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.ledger_world import START_UNIX_MS, Leg, World
 
 REQUESTS = 40
 CREDIT = 10**9
+_TRIES, _RETRY_S = 3_000, 0.02
+# So that the first victim is the writer.
+_STANDBY_AFTER_S = 0.15
 _STEPS = ("begin", "query", "by_keys", "insert", "update", "upsert", "commit")
 
 
@@ -42,11 +49,19 @@ class _Clock(SystemClock):
         return START_UNIX_MS
 
 
-class _Fatal:
-    """A backend that kills the process before or after its n-th step."""
+class Kill(NamedTuple):
+    """Before or after which step from now, counted in boundaries, and what dies then: "self", the
+    "session" at PostgreSQL, or the whole "server". Step 0 never comes."""
 
-    def __init__(self, inner: Backend, at: list[int]) -> None:
-        self._inner, self._at = inner, at
+    step: int
+    what: str = "self"
+
+
+class _Fatal:
+    """A backend that carries out the next kill before or after the step that is its turn."""
+
+    def __init__(self, inner: Backend, kills: _Kills) -> None:
+        self._inner, self._kills = inner, kills
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._inner, name)
@@ -54,17 +69,61 @@ class _Fatal:
             return method
 
         def stepped(*arguments: Any) -> Any:
-            self._step()
+            self._kills.step(self._inner)
             result = method(*arguments)
-            self._step()
+            self._kills.step(self._inner)
             return result
 
         return stepped
 
-    def _step(self) -> None:
-        self._at[0] -= 1
-        if self._at[0] == 0:
+
+class _Kills:
+    """The kills of one victim, in order. One that strikes the database leaves the victim alive, and
+    the next is counted from there."""
+
+    def __init__(self, kills: Sequence[Kill], tell: Callable[[str], None]) -> None:
+        self._left, self._tell = list(kills), tell
+        self._countdown = self._left[0].step if self._left else 0
+        self.steps = 0
+
+    def step(self, backend: Backend) -> None:
+        """One boundary between two steps."""
+        self.steps += 1
+        self._countdown -= 1
+        if self._countdown != 0:
+            return
+        kill = self._left.pop(0)
+        self._countdown = self._left[0].step if self._left else 0
+        self._tell("kill")
+        if kill.what == "self":
             os.kill(os.getpid(), signal.SIGKILL)
+        _kill_postgresql(backend, whole=kill.what == "server")
+
+
+def _kill_postgresql(backend: Backend, *, whole: bool) -> None:
+    connection = vars(backend)["_connection"]
+    session = connection.info.backend_pid
+    victim = _parent_of(session) if whole else session
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    # The statement that follows must meet a dead session, not one that is about to die.
+    for _ in range(1_000):
+        if not _is_alive(session):
+            return
+        time.sleep(0.002)
+
+
+def _parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -103,13 +162,16 @@ def make_load() -> Load:
     return Load(world, waves)
 
 
-async def run_load(load: Load, url: str, acknowledge: Callable[[bytes], None]) -> None:
-    """Sends everything, each wave concurrently, and tells what was acknowledged."""
+async def run_load(
+    load: Load, url: str, acknowledge: Callable[[bytes], None], *, standby: bool = False
+) -> None:
+    """Sends everything, each wave concurrently and each operation until it is answered, and tells
+    what was acknowledged."""
     ledger = Ledger(load.world.market, load.world.signers["ledger"], url, _Clock())
-    await ledger.start()
+    await _start(ledger, standby)
 
     async def send(caller: str, operation: pb.Operation) -> None:
-        (result,) = await ledger.as_caller(caller).apply([operation])
+        result = await _until_answered(ledger, caller, operation)
         if result.status == pb.Result.REFUSED:
             raise TrueweightError(f"{result.code}: {result.message}")
         acknowledge(operation.id)
@@ -119,12 +181,37 @@ async def run_load(load: Load, url: str, acknowledge: Callable[[bytes], None]) -
     await ledger.close()
 
 
-def _victim(url: str, kill_at: int, out: int) -> None:
-    countdown = [kill_at]
+async def _start(ledger: Ledger, standby: bool) -> None:
+    """A process that finds its database recovering is started again by its supervisor."""
+    for _ in range(_TRIES):
+        try:
+            await ledger.start(0 if standby else 10_000)
+            return
+        except TrueweightError as error:
+            if not error.retryable:
+                raise
+            await asyncio.sleep(_RETRY_S)
+    raise Unavailable("the database never came back")
+
+
+async def _until_answered(ledger: Ledger, caller: str, operation: pb.Operation) -> pb.Result:
+    for _ in range(_TRIES):
+        try:
+            return (await ledger.as_caller(caller).apply([operation]))[0]
+        except TrueweightError as error:
+            if not error.retryable:
+                raise
+        await asyncio.sleep(_RETRY_S)
+    raise Unavailable("nobody answered for a minute")
+
+
+def _victim(url: str, kills: Sequence[Kill], out: int, *, standby: bool) -> None:
+    counted = _Kills(kills, lambda text: _write(out, f"{text}\n"))
     # The service opens its backend by this name; the victim's is wrapped.
-    vars(service_module)["open_backend"] = lambda url_: _Fatal(open_backend(url_), countdown)
-    asyncio.run(run_load(make_load(), url, lambda id_: _write(out, f"{id_.hex()}\n")))
-    _write(out, "end\n")
+    vars(service_module)["open_backend"] = lambda url_: _Fatal(open_backend(url_), counted)
+    acknowledge = lambda id_: _write(out, f"{id_.hex()}\n")  # noqa: E731
+    asyncio.run(run_load(make_load(), url, acknowledge, standby=standby))
+    _write(out, f"end\n{counted.steps} steps\n")
 
 
 def _write(out: int, text: str) -> None:
@@ -132,32 +219,45 @@ def _write(out: int, text: str) -> None:
 
 
 def serve() -> None:
-    """Reads {"url", "kill_at"} lines; answers {"killed", "acknowledged", "ended"} lines."""
+    """Reads {"url", "victims": [[[step, what], ...], ...]} lines; answers a list with one
+    {"died", "kills", "acknowledged", "ended", "steps"} for each victim."""
     for line in sys.stdin:
         order = json.loads(line)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            try:
-                _victim(order["url"], order["kill_at"], writing)
-            finally:
-                os._exit(1 if sys.exc_info()[0] else 0)
-        os.close(writing)
-        with os.fdopen(reading) as answers:
-            lines = answers.read().split()
-        _, status = os.waitpid(child, 0)
-        print(  # noqa: T201
-            json.dumps(
-                {
-                    "killed": os.WIFSIGNALED(status),
-                    "status": status,
-                    "acknowledged": [text for text in lines if text != "end"],
-                    "ended": "end" in lines,
-                }
-            ),
-            flush=True,
-        )
+        started: list[tuple[int, int]] = []
+        for kills in order["victims"]:
+            started.append(_fork(order["url"], [Kill(*k) for k in kills], standby=bool(started)))
+        answers = [_life_of(*each) for each in started]
+        print(json.dumps(answers), flush=True)  # noqa: T201
+
+
+def _fork(url: str, kills: Sequence[Kill], *, standby: bool) -> tuple[int, int]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            if standby:
+                time.sleep(_STANDBY_AFTER_S)
+            _victim(url, kills, writing, standby=standby)
+        finally:
+            os._exit(1 if sys.exc_info()[0] else 0)
+    os.close(writing)
+    return child, reading
+
+
+def _life_of(child: int, reading: int) -> dict[str, Any]:
+    with os.fdopen(reading) as answers:
+        lines = answers.read().splitlines()
+    _, status = os.waitpid(child, 0)
+    steps = [int(line.split()[0]) for line in lines if line.endswith(" steps")]
+    return {
+        "died": os.WIFSIGNALED(status),
+        "status": status,
+        "kills": lines.count("kill"),
+        "acknowledged": [line for line in lines if len(line) == 2 * ID_BYTES],
+        "ended": "end" in lines,
+        "steps": steps[0] if steps else 0,
+    }
 
 
 class Crasher:
@@ -171,17 +271,18 @@ class Crasher:
             text=True,
         )
 
-    def round(self, url: str, kill_at: int) -> dict[str, Any]:
-        """One victim's life. ``kill_at`` 0: it may live."""
+    def round(self, url: str, *victims: Sequence[Kill]) -> list[dict[str, Any]]:
+        """The lives of some victims on one database, all but the first as standbys."""
         if self._process.stdin is None or self._process.stdout is None:
             raise TrueweightError("the crasher has no pipes")
-        self._process.stdin.write(json.dumps({"url": url, "kill_at": kill_at}) + "\n")
+        order = {"url": url, "victims": victims}
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise TrueweightError("the crasher is gone")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
 
     def close(self) -> None:
         if self._process.stdin is not None:

