@@ -52,8 +52,12 @@ def create_market(directory: Path, plan: MarketPlan, clock: Clock) -> Market:
     if (directory / MARKET_FILE).exists():
         raise InvalidRequest(f"{directory} already holds a market", hint="Name another directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    market = create_keys(directory / KEYS / MARKET_KEYS, None, clock)
-    signers = {role: create_keys(directory / KEYS / role, market.identity, clock) for role in ROLES}
+    owner = directory / KEYS / MARKET_KEYS
+    market = create_keys(owner, None, clock)
+    # Whoever makes all these keys owns all these roles, and it is said so.
+    signers = {
+        role: create_keys(directory / KEYS / role, market.identity, clock, owner) for role in ROLES
+    }
     return _issue(directory, plan, market, signers, sequence=1, clock=clock)
 
 

@@ -59,7 +59,8 @@ class SignaturePool:
         checks = [check for op in operations for check in _checks_of(op, ring)]
         if len(checks) < WORTH_SENDING:
             return ring
-        return CheckedRing(ring.keys, ring.sequences, frozenset(await self._run(checks, ring)))
+        checked = frozenset(await self._run(checks, ring))
+        return CheckedRing(ring.keys, ring.sequences, ring.operators, checked)
 
     async def _run(self, checks: list[Check], ring: KeyRing) -> list[Check]:
         if self._executor is None:

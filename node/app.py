@@ -259,7 +259,7 @@ class NodeApp:
 def _own_keys(config: NodeConfig, clock: Clock) -> Signer:
     """The node's signer; new keys if there are none. Raises InvalidRequest for another market's."""
     market_id = config.market.market_id
-    signer = load_or_create(config.keys, market_id, clock)
+    signer = load_or_create(config.keys, market_id, clock, config.operator_keys)
     if parse_payload(parse_envelope(signer.key_event), KeyEvent).market_id != market_id:
         raise InvalidRequest(
             f"the keys in {config.keys} belong to another market",

@@ -125,5 +125,4 @@ def _offer_terms(parts: Parts, model: ModelTerms, capacity: int) -> OfferTerms:
         fingerprint=parts.engine.fingerprint,
         capacity=capacity,
         lease_ms=parts.config.lease_ms,
-        operator_id=parts.config.operator_id,
     )

@@ -40,7 +40,7 @@ def node() -> None:
 @cli.option("--attach", is_flag=True, help="Dial the router (behind NAT) instead of being dialled.")
 @cli.option("--score-for", multiple=True, help="Verifier identity that may ask for scores.")
 @cli.option("--score-only", is_flag=True, help="Reference node of a verifier: no router, no work.")
-@cli.option("--operator-id", default="", help="Who owns this node.")
+@cli.path_option("--operator-keys", default=None, help="Keys of this node's owner, to declare him.")
 @cli.option("--lease-ms", default=15_000, type=click.IntRange(1_000, 600_000), help="Offer lease.")
 @cli.option("--drain-s", default=30.0, type=click.FloatRange(0, 3600), help="Time to finish calls.")
 @cli.path_option("--ready-file", default=None, help="Also write the ready line to this file.")
@@ -163,7 +163,7 @@ def _config(options: dict[str, Any], market: Market) -> NodeConfig:
         attach=options["attach"],
         score_for=frozenset(options["score_for"]),
         score_only=options["score_only"],
-        operator_id=options["operator_id"],
+        operator_keys=options["operator_keys"],
         lease_ms=options["lease_ms"],
         drain_ms=options["drain_s"] * 1000,
         journal_path=options["keys"] / "receipts.sqlite",

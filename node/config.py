@@ -16,7 +16,8 @@ from trueweight.runtime.market import Market
 class NodeConfig:
     """``router`` is the member to work for (None with ``score_only``). ``listen`` and
     ``advertise`` are host:port; port 0 picks a free one. ``ledger_endpoint`` replaces the address
-    in the market file, never the pinned certificate. ``capacity`` 0 is the engine's own."""
+    in the market file, never the pinned certificate. ``capacity`` 0 is the engine's own.
+    ``operator_keys`` is the key directory of the node's owner, who is declared with it."""
 
     model_dir: Path
     market: Market
@@ -32,7 +33,7 @@ class NodeConfig:
     attach: bool = False
     score_for: frozenset[str] = frozenset()
     score_only: bool = False
-    operator_id: str = ""
+    operator_keys: Path | None = None
     lease_ms: int = DEFAULT_LEASE_MS
     drain_ms: float = 30_000
     journal_path: Path | None = None

@@ -35,7 +35,6 @@ class OfferTerms:
     fingerprint: EngineFingerprint
     capacity: int
     lease_ms: int = DEFAULT_LEASE_MS
-    operator_id: str = ""
     key_events: Sequence[bytes] = ()
 
 
@@ -52,7 +51,6 @@ def sign_offer(terms: OfferTerms, signer: Signer, now_unix_ms: int) -> bytes:
         capacity=terms.capacity,
         lease_ms=terms.lease_ms,
         issued_at_unix_ms=now_unix_ms,
-        operator_id=terms.operator_id,
     )
     return seal(offer, signer)
 

@@ -6,14 +6,15 @@ Verification is a numbered procedure (see ``open_envelope``) with one failure ty
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.errors import BadSignature, Conflict
-from trueweight.protos.identity import KeyRing, Signer, check_signature, key_id
+from trueweight.protos.identity import KeyRing, Signer, check_signature, key_id, public_bytes
 from trueweight.protos.v1 import audit_pb2, envelope_pb2, market_pb2, model_pb2
 
 MAX_ENVELOPE_BYTES = 16 * 1024 * 1024
@@ -86,22 +87,26 @@ def message_digest(type_uri: str, payload: bytes) -> bytes:
 
 def seal(message: Message, signer: Signer) -> bytes:
     """Serialises once, signs with the operational key and returns the envelope's bytes."""
-    return _seal_with(message, signer.key_id, signer.key.sign)
+    return _seal_with(message, signer.key)
 
 
-def seal_key_event(event: envelope_pb2.KeyEvent, root: Signer) -> bytes:
-    """A KeyEvent signed by the *root* key (``root.key`` is the root key here)."""
-    return _seal_with(event, root.key_id, root.key.sign)
+def seal_key_event(event: envelope_pb2.KeyEvent, *keys: Ed25519PrivateKey) -> bytes:
+    """A KeyEvent signed by all of these: the root key, for CERTIFY the operational key, and the
+    root key of the operator that it names."""
+    return _seal_with(event, *keys)
 
 
-def _seal_with(message: Message, signing_key_id: str, sign: Callable[[bytes], bytes]) -> bytes:
+def _seal_with(message: Message, *keys: Ed25519PrivateKey) -> bytes:
     uri = payload_type(type(message))
     payload = message.SerializeToString(deterministic=True)
-    signature = sign(pre_authentication_encoding(uri, payload))
+    encoding = pre_authentication_encoding(uri, payload)
     return envelope_pb2.Envelope(
         payload_type=uri,
         payload=payload,
-        signatures=[envelope_pb2.Signature(key_id=signing_key_id, signature=signature)],
+        signatures=[
+            envelope_pb2.Signature(key_id=key_id(public_bytes(key)), signature=key.sign(encoding))
+            for key in keys
+        ],
     ).SerializeToString()
 
 
@@ -170,35 +175,52 @@ def _signed_by(
 
 
 def apply_key_event(ring: KeyRing, data: bytes, market_id: str) -> KeyRing:
-    """The ring after a KeyEvent. The root key in the event must hash to the identity it names
-    and must have signed the event; replays are ignored, older sequence numbers refused."""
+    """The ring after a KeyEvent; replays are ignored, older sequence numbers refused.
+
+    1. The root key in the event hashes to the identity it names, for this market. 2. The root key
+    signed it; 3. so did the operational key that it certifies: whoever only knows a public key
+    cannot claim it; 4. and the operator that it names. 5. It is newer than what is known. 6. The
+    key is nobody else's. Raises BadSignature (1 to 4) or Conflict.
+    """
     envelope = parse_envelope(data)
     if envelope.payload_type != payload_type(envelope_pb2.KeyEvent):
         raise BadSignature("expected a key-event, got something else")
     # The root key is inside the payload, so this one type is parsed to find the key; nothing of
     # it is used unless the signature holds.
     event = parse_payload(envelope, envelope_pb2.KeyEvent)
-    if key_id(event.root_public_key) != event.identity or event.market_id != market_id:
+    if key_id(event.root_public_key) != event.identity or event.market_id != market_id:  # 1
         raise BadSignature("the key event names another identity or market")
-    encoding = pre_authentication_encoding(envelope.payload_type, envelope.payload)
-    by_root = [s.signature for s in envelope.signatures if s.key_id == event.identity]
-    if not by_root:
-        raise BadSignature("the key event is not signed by its root key")
-    check_signature(event.root_public_key, by_root[0], encoding)
+    certifies = event.action == envelope_pb2.KeyEvent.CERTIFY
+    if not certifies and event.action != envelope_pb2.KeyEvent.REVOKE:
+        raise BadSignature("the key event has no action")
+    operational, operator = event.operational_public_key, event.operator_public_key
+    _check_signed_by(envelope, event.root_public_key, "root key")  # 2
+    if certifies:
+        _check_signed_by(envelope, operational, "operational key, which proves its possession")  # 3
+    if operator:
+        _check_signed_by(envelope, operator, "operator that it names")  # 4
     known = ring.sequences.get(event.identity)
-    if known is not None and event.sequence <= known:
-        if ring.identity_of(key_id(event.operational_public_key)) == event.identity:
+    holder = ring.identity_of(key_id(operational))
+    if known is not None and event.sequence <= known:  # 5
+        if holder == event.identity:
             return ring
         raise Conflict("the key event is older than what is known")
-    holder = ring.identity_of(key_id(event.operational_public_key))
-    if holder not in (None, event.identity):
-        # Anyone can name anyone's public key: whoever certified it first keeps it.
+    if holder not in (None, event.identity):  # 6
         raise Conflict("the key event is about another identity's key")
-    if event.action == envelope_pb2.KeyEvent.CERTIFY:
-        return ring.with_key(event.identity, event.operational_public_key, event.sequence)
-    if event.action == envelope_pb2.KeyEvent.REVOKE:
-        return ring.without_key(event.identity, event.operational_public_key, event.sequence)
-    raise BadSignature("the key event has no action")
+    if operator:
+        ring = ring.with_operator(event.identity, key_id(operator))
+    if certifies:
+        return ring.with_key(event.identity, operational, event.sequence)
+    return ring.without_key(event.identity, operational, event.sequence)
+
+
+def _check_signed_by(envelope: envelope_pb2.Envelope, public_key: bytes, who: str) -> None:
+    wanted = key_id(public_key)
+    for signature in envelope.signatures:
+        if signature.key_id == wanted:
+            encoding = pre_authentication_encoding(envelope.payload_type, envelope.payload)
+            return check_signature(public_key, signature.signature, encoding)
+    raise BadSignature(f"the key event is not signed by the {who}")
 
 
 def ring_of(events: Iterable[bytes], market_id: str, base: KeyRing | None = None) -> KeyRing:

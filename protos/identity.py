@@ -9,16 +9,17 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from trueweight.protos.errors import BadSignature
+from trueweight.protos.errors import BadSignature, Conflict
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+MAX_OPERATORS = 8
 
 
 def key_id(public_key: bytes) -> str:
@@ -55,6 +56,17 @@ class KeyRing:
 
     keys: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     sequences: Mapping[str, int] = field(default_factory=dict)
+    # Every operator that an identity ever declared, by identity.
+    operators: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def owners_of(self, identity: str) -> frozenset[str]:
+        """The identity itself and every operator it ever declared."""
+        return self.operators.get(identity, frozenset()) | {identity}
+
+    def have_common_owner(self, one: str, other: str) -> bool:
+        """True if both are declared to belong to the same owner, or one owns the other. What
+        nobody declared cannot be known."""
+        return not self.owners_of(one).isdisjoint(self.owners_of(other))
 
     def identity_of(self, operational_key_id: str) -> str | None:
         """The identity that an operational key speaks for, or None if nobody's."""
@@ -71,15 +83,23 @@ class KeyRing:
 
     def with_key(self, identity: str, public_key: bytes, sequence: int) -> KeyRing:
         """A ring that also knows this operational key."""
-        return KeyRing(
-            {**self.keys, key_id(public_key): (identity, public_key)},
-            {**self.sequences, identity: sequence},
+        return replace(
+            self,
+            keys={**self.keys, key_id(public_key): (identity, public_key)},
+            sequences={**self.sequences, identity: sequence},
         )
 
     def without_key(self, identity: str, public_key: bytes, sequence: int) -> KeyRing:
         """A ring that no longer accepts this operational key."""
         keys = {k: v for k, v in self.keys.items() if k != key_id(public_key)}
-        return KeyRing(keys, {**self.sequences, identity: sequence})
+        return replace(self, keys=keys, sequences={**self.sequences, identity: sequence})
+
+    def with_operator(self, identity: str, operator: str) -> KeyRing:
+        """A ring that also knows this owner. Raises Conflict beyond eight of one identity."""
+        known = self.operators.get(identity, frozenset()) | {operator}
+        if len(known) > MAX_OPERATORS:
+            raise Conflict(f"an identity declares at most {MAX_OPERATORS} operators")
+        return replace(self, operators={**self.operators, identity: known})
 
 
 def check_signature(public_key: bytes, signature: bytes, message: bytes) -> None:

@@ -40,8 +40,11 @@ def write_private(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def create_keys(directory: Path, market_id: str | None, clock: Clock) -> Signer:
+def create_keys(
+    directory: Path, market_id: str | None, clock: Clock, operator: Path | None = None
+) -> Signer:
     """Makes a new identity. ``market_id`` None means that this *is* the market's own identity.
+    ``operator`` is the key directory of whoever owns it; its root key signs as well.
 
     Raises InvalidRequest if the directory already holds keys.
     """
@@ -59,7 +62,7 @@ def create_keys(directory: Path, market_id: str | None, clock: Clock) -> Signer:
         sequence=1,
         issued_at_unix_ms=clock.now_unix_ms(),
     )
-    sealed = seal_key_event(event, Signer(identity, root, b""))
+    sealed = _seal(event, root, operational, load_root(operator) if operator else None)
     write_private(directory / EVENT, sealed)
     write_private(directory / OPERATIONAL, _pem(operational))
     write_private(directory / ROOT, _pem(root))
@@ -89,11 +92,52 @@ def load_signer(directory: Path) -> Signer:
     return signer
 
 
-def load_or_create(directory: Path, market_id: str, clock: Clock) -> Signer:
-    """The signer of a directory, made first if there is none."""
-    if has_keys(directory):
-        return load_signer(directory)
-    return create_keys(directory, market_id, clock)
+def load_or_create(
+    directory: Path, market_id: str, clock: Clock, operator: Path | None = None
+) -> Signer:
+    """The signer of a directory, made first if there is none; its operator is declared if it was
+    not. Raises InvalidRequest if that needs a root key that is not at hand."""
+    if not has_keys(directory):
+        return create_keys(directory, market_id, clock, operator)
+    signer = load_signer(directory)
+    return _declare(directory, signer, load_root(operator), clock) if operator else signer
+
+
+def load_root(directory: Path) -> Ed25519PrivateKey:
+    """The root key of a key directory."""
+    try:
+        return _load(directory / ROOT)
+    except FileNotFoundError:
+        raise InvalidRequest(
+            f"{directory} holds no {ROOT}", hint="Bring the root key here for this one command."
+        ) from None
+
+
+def _declare(directory: Path, signer: Signer, operator: Ed25519PrivateKey, clock: Clock) -> Signer:
+    """Certifies the same operational key again, with its operator, unless that was done."""
+    event = parse_payload(parse_envelope(signer.key_event), KeyEvent)
+    if event.operator_public_key == public_bytes(operator):
+        return signer
+    event.sequence += 1
+    event.issued_at_unix_ms = clock.now_unix_ms()
+    sealed = _seal(event, load_root(directory), signer.key, operator)
+    temporary = directory / (EVENT + ".tmp")
+    temporary.unlink(missing_ok=True)
+    write_private(temporary, sealed)
+    temporary.replace(directory / EVENT)
+    return Signer(signer.identity, signer.key, sealed)
+
+
+def _seal(
+    event: KeyEvent,
+    root: Ed25519PrivateKey,
+    operational: Ed25519PrivateKey,
+    operator: Ed25519PrivateKey | None,
+) -> bytes:
+    if operator is None:
+        return seal_key_event(event, root, operational)
+    event.operator_public_key = public_bytes(operator)
+    return seal_key_event(event, root, operational, operator)
 
 
 def _pem(key: Ed25519PrivateKey) -> bytes:

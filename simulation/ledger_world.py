@@ -47,7 +47,7 @@ def make_signer(seed: str, market_id: str | None = None) -> Signer:
         sequence=1,
         issued_at_unix_ms=START_UNIX_MS,
     )
-    return Signer(identity, key, seal_key_event(event, Signer(identity, root, b"")))
+    return Signer(identity, key, seal_key_event(event, root, key))
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,7 @@ class LocalMarket:
         arguments = (
             *("--model", str(self.model_directory), *self._who(participant.keys)),
             *("--ask-input", plan.ask_input, "--ask-output", plan.ask_output),
-            *("--drain-s", "5", "--operator-id", plan.name),
+            *("--drain-s", "5"),
             *self._engine_arguments(),
             *plan.options,
         )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#trueweight/protos/v1/envelope.proto\x12\rtrueweight.v1\"_\n\x08\x45nvelope\x12\x14\n\x0cpayload_type\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12,\n\nsignatures\x18\x03 \x03(\x0b\x32\x18.trueweight.v1.Signature\".\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x80\x02\n\x08KeyEvent\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0c\x12\x1e\n\x16operational_public_key\x18\x04 \x01(\x0c\x12.\n\x06\x61\x63tion\x18\x05 \x01(\x0e\x32\x1e.trueweight.v1.KeyEvent.Action\x12\x10\n\x08sequence\x18\x06 \x01(\x04\x12\x19\n\x11issued_at_unix_ms\x18\x07 \x01(\x03\"9\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43\x45RTIFY\x10\x01\x12\n\n\x06REVOKE\x10\x02\"\x9c\x01\n\x0b\x41\x63\x63\x65ssToken\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\x19\n\x11issued_at_unix_ms\x18\x04 \x01(\x03\x12\x1a\n\x12\x65xpires_at_unix_ms\x18\x05 \x01(\x03\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x11\n\tkey_event\x18\x07 \x01(\x0c\"f\n\x0cSessionProof\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x11\n\tkey_event\x18\x05 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#trueweight/protos/v1/envelope.proto\x12\rtrueweight.v1\"_\n\x08\x45nvelope\x12\x14\n\x0cpayload_type\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12,\n\nsignatures\x18\x03 \x03(\x0b\x32\x18.trueweight.v1.Signature\".\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x9d\x02\n\x08KeyEvent\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0c\x12\x1e\n\x16operational_public_key\x18\x04 \x01(\x0c\x12.\n\x06\x61\x63tion\x18\x05 \x01(\x0e\x32\x1e.trueweight.v1.KeyEvent.Action\x12\x10\n\x08sequence\x18\x06 \x01(\x04\x12\x19\n\x11issued_at_unix_ms\x18\x07 \x01(\x03\x12\x1b\n\x13operator_public_key\x18\x08 \x01(\x0c\"9\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43\x45RTIFY\x10\x01\x12\n\n\x06REVOKE\x10\x02\"\x9c\x01\n\x0b\x41\x63\x63\x65ssToken\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\x19\n\x11issued_at_unix_ms\x18\x04 \x01(\x03\x12\x1a\n\x12\x65xpires_at_unix_ms\x18\x05 \x01(\x03\x12\r\n\x05nonce\x18\x06 \x01(\x0c\x12\x11\n\tkey_event\x18\x07 \x01(\x0c\"f\n\x0cSessionProof\x12\x11\n\tmarket_id\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x10\n\x08\x61udience\x18\x03 \x01(\t\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x11\n\tkey_event\x18\x05 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNATURE']._serialized_start=151
   _globals['_SIGNATURE']._serialized_end=197
   _globals['_KEYEVENT']._serialized_start=200
-  _globals['_KEYEVENT']._serialized_end=456
-  _globals['_KEYEVENT_ACTION']._serialized_start=399
-  _globals['_KEYEVENT_ACTION']._serialized_end=456
-  _globals['_ACCESSTOKEN']._serialized_start=459
-  _globals['_ACCESSTOKEN']._serialized_end=615
-  _globals['_SESSIONPROOF']._serialized_start=617
-  _globals['_SESSIONPROOF']._serialized_end=719
+  _globals['_KEYEVENT']._serialized_end=485
+  _globals['_KEYEVENT_ACTION']._serialized_start=428
+  _globals['_KEYEVENT_ACTION']._serialized_end=485
+  _globals['_ACCESSTOKEN']._serialized_start=488
+  _globals['_ACCESSTOKEN']._serialized_end=644
+  _globals['_SESSIONPROOF']._serialized_start=646
+  _globals['_SESSIONPROOF']._serialized_end=748
 # @@protoc_insertion_point(module_scope)

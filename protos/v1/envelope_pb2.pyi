@@ -26,7 +26,7 @@ class Signature(_message.Message):
     def __init__(self, key_id: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class KeyEvent(_message.Message):
-    __slots__ = ("market_id", "identity", "root_public_key", "operational_public_key", "action", "sequence", "issued_at_unix_ms")
+    __slots__ = ("market_id", "identity", "root_public_key", "operational_public_key", "action", "sequence", "issued_at_unix_ms", "operator_public_key")
     class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ACTION_UNSPECIFIED: _ClassVar[KeyEvent.Action]
@@ -42,6 +42,7 @@ class KeyEvent(_message.Message):
     ACTION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ISSUED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     identity: str
     root_public_key: bytes
@@ -49,7 +50,8 @@ class KeyEvent(_message.Message):
     action: KeyEvent.Action
     sequence: int
     issued_at_unix_ms: int
-    def __init__(self, market_id: _Optional[str] = ..., identity: _Optional[str] = ..., root_public_key: _Optional[bytes] = ..., operational_public_key: _Optional[bytes] = ..., action: _Optional[_Union[KeyEvent.Action, str]] = ..., sequence: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ...) -> None: ...
+    operator_public_key: bytes
+    def __init__(self, market_id: _Optional[str] = ..., identity: _Optional[str] = ..., root_public_key: _Optional[bytes] = ..., operational_public_key: _Optional[bytes] = ..., action: _Optional[_Union[KeyEvent.Action, str]] = ..., sequence: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ..., operator_public_key: _Optional[bytes] = ...) -> None: ...
 
 class AccessToken(_message.Message):
     __slots__ = ("market_id", "subject", "audience", "issued_at_unix_ms", "expires_at_unix_ms", "nonce", "key_event")

@@ -103,7 +103,7 @@ class EngineFingerprint(_message.Message):
     def __init__(self, engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., attention_backend: _Optional[str] = ..., accelerator: _Optional[str] = ..., sampler_id: _Optional[str] = ..., sampler_precision: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("market_id", "node_id", "key_events", "endpoint", "tls_certificate_pem", "models", "fingerprint", "capacity", "lease_ms", "issued_at_unix_ms", "operator_id")
+    __slots__ = ("market_id", "node_id", "key_events", "endpoint", "tls_certificate_pem", "models", "fingerprint", "capacity", "lease_ms", "issued_at_unix_ms")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     KEY_EVENTS_FIELD_NUMBER: _ClassVar[int]
@@ -114,7 +114,6 @@ class Offer(_message.Message):
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     ISSUED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
-    OPERATOR_ID_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     node_id: str
     key_events: _containers.RepeatedScalarFieldContainer[bytes]
@@ -125,8 +124,7 @@ class Offer(_message.Message):
     capacity: int
     lease_ms: int
     issued_at_unix_ms: int
-    operator_id: str
-    def __init__(self, market_id: _Optional[str] = ..., node_id: _Optional[str] = ..., key_events: _Optional[_Iterable[bytes]] = ..., endpoint: _Optional[str] = ..., tls_certificate_pem: _Optional[str] = ..., models: _Optional[_Iterable[_Union[OfferedModel, _Mapping]]] = ..., fingerprint: _Optional[_Union[EngineFingerprint, _Mapping]] = ..., capacity: _Optional[int] = ..., lease_ms: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ..., operator_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, market_id: _Optional[str] = ..., node_id: _Optional[str] = ..., key_events: _Optional[_Iterable[bytes]] = ..., endpoint: _Optional[str] = ..., tls_certificate_pem: _Optional[str] = ..., models: _Optional[_Iterable[_Union[OfferedModel, _Mapping]]] = ..., fingerprint: _Optional[_Union[EngineFingerprint, _Mapping]] = ..., capacity: _Optional[int] = ..., lease_ms: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ...) -> None: ...
 
 class OfferedModel(_message.Message):
     __slots__ = ("manifest_digest", "ask_input_nano_per_mtok", "ask_output_nano_per_mtok", "max_context_tokens")

@@ -29,7 +29,7 @@ from trueweight.runtime.tls import ensure_certificate
 
 
 async def test_the_offer_says_what_is_served_and_verifies(world):
-    async with world.node(capacity=7, operator_id="acme") as app:
+    async with world.node(capacity=7) as app:
         async with asyncio.timeout(5):
             while not world.registered:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -37,7 +37,7 @@ async def test_the_offer_says_what_is_served_and_verifies(world):
         assert offer.node_id == app.node_id
         assert offer.endpoint == app.endpoint
         assert offer.tls_certificate_pem == ensure_certificate(world.root / "node", 0)
-        assert (offer.capacity, offer.operator_id, offer.lease_ms) == (7, "acme", 15_000)
+        assert (offer.capacity, offer.lease_ms) == (7, 15_000)
         (model,) = offer.models
         assert model.ask_input_nano_per_mtok == 100_000_000
         assert model.ask_output_nano_per_mtok == 300_000_000

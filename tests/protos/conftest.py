@@ -38,7 +38,7 @@ def identity(tag: int, market: str = MARKET) -> Signer:
         action=KeyEvent.CERTIFY,
         sequence=1,
     )
-    return Signer(event.identity, key, seal_key_event(event, Signer(event.identity, root, b"")))
+    return Signer(event.identity, key, seal_key_event(event, root, key))
 
 
 FINGERPRINT = EngineFingerprint(

@@ -177,12 +177,12 @@ def test_bounds_of_an_envelope(node, ring):
 
 def test_a_key_event_must_be_signed_by_the_root_it_names(node, stranger):
     event = KeyEvent.FromString(Envelope.FromString(node.key_event).payload)
-    forged = seal_key_event(event, stranger)
+    forged = seal_key_event(event, stranger.key, node.key)
     with pytest.raises(BadSignature):
         apply_key_event(KeyRing(), forged, MARKET)
     event.identity = stranger.identity
     with pytest.raises(BadSignature):
-        apply_key_event(KeyRing(), seal_key_event(event, stranger), MARKET)
+        apply_key_event(KeyRing(), seal_key_event(event, stranger.key, node.key), MARKET)
     with pytest.raises(BadSignature):
         apply_key_event(KeyRing(), node.key_event, "another market")
 
@@ -190,10 +190,7 @@ def test_a_key_event_must_be_signed_by_the_root_it_names(node, stranger):
 def test_key_rotation_and_revocation(node):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from trueweight.protos.identity import Signer
-
     root = Ed25519PrivateKey.from_private_bytes(bytes([3]) * 32)
-    signer = Signer(node.identity, root, b"")
 
     def event(key, action, sequence):
         return seal_key_event(
@@ -205,7 +202,8 @@ def test_key_rotation_and_revocation(node):
                 action=action,
                 sequence=sequence,
             ),
-            signer,
+            root,
+            key,
         )
 
     fresh = Ed25519PrivateKey.generate()

@@ -45,7 +45,7 @@ def make_signer(market_id: str | None) -> Signer:
         action=KeyEvent.CERTIFY,
         sequence=1,
     )
-    return Signer(identity, key, seal_key_event(event, Signer(identity, root, b"")))
+    return Signer(identity, key, seal_key_event(event, root, key))
 
 
 def calibration_entry(name: str = "plain", mu0_nano: int = MU0_NANO) -> audit_pb2.CalibrationEntry:
