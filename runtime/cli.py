@@ -41,8 +41,9 @@ class _Option(click.Option):
     def get_help_extra(self, ctx: click.Context) -> Any:
         return super().get_help_extra(ctx) | {"envvars": (self.twin(ctx),)}
 
-    def get_error_hint(self, ctx: click.Context) -> str:
-        return f"'{max(self.opts, key=len)}' (env var: '{self.twin(ctx)}')"
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        hint = f"'{max(self.opts, key=len)}'"
+        return f"{hint} (env var: '{self.twin(ctx)}')" if ctx else hint
 
 
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
