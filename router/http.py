@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -89,8 +90,8 @@ async def _writing(request: web.Request) -> AsyncIterator[None]:
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error leaves as an OpenAI error body."""
-    front = request.app[_FRONT]
+    """Every error leaves as an OpenAI error body, and with an id to ask about."""
+    front, fallback_id = request.app[_FRONT], os.urandom(16).hex()
     try:
         response = await handler(request)
     except TrueweightError as error:
@@ -104,8 +105,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("request %s failed", fallback_id)
         response = error_response(TrueweightError("Internal error.", hint="Try again."))
+    if not response.prepared:
+        response.headers.setdefault("x-request-id", fallback_id)
     if request.path.startswith("/v1/"):
         front.metrics.requests.labels(str(response.status)).inc()
     return response

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+from typing import cast
 
 from aiohttp import web
 
@@ -94,8 +95,11 @@ class Connection(web.RequestHandler):
         self._seats = seats
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport) or not self._seats.take(self, transport):
-            _refuse(transport)
+        # Not all event loops' transports derive from asyncio.Transport.
+        stream = cast(asyncio.Transport, transport)
+        if not self._seats.take(self, stream):
+            stream.write(_FULL)
+            stream.close()
             return
         super().connection_made(transport)
 
@@ -125,12 +129,6 @@ class Connection(web.RequestHandler):
         response = error_response(error)
         response.force_close()
         return response
-
-
-def _refuse(transport: asyncio.BaseTransport) -> None:
-    if isinstance(transport, asyncio.Transport):
-        transport.write(_FULL)
-    transport.close()
 
 
 class HttpServer:

@@ -9,6 +9,7 @@ import logging
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web
 
 from trueweight.node.synthetic import Speed
@@ -48,37 +49,37 @@ async def until(condition):
 
 @pytest.fixture
 async def server():
-    """``await server(seats=…)``: port, seats, gate. /now answers, /wait waits for the gate, /long
-    answers with more than any buffer takes."""
+    """``await server(seats=…)``: port, seats, gate."""
     servers = []
-
-    async def start(seats=100):
-        gate = asyncio.Event()
-
-        async def now(_request):
-            return web.Response(text="ok")
-
-        async def wait(_request):
-            await gate.wait()
-            return web.Response(text="ok")
-
-        async def long(_request):
-            return web.Response(body=b"x" * (64 * 1024 * 1024))
-
-        made = Seats(seats)
-        app = web.Application(middlewares=[http._seated])
-        app[http._SEATS] = made
-        app.router.add_get("/now", now)
-        app.router.add_get("/wait", wait)
-        app.router.add_get("/long", long)
-        server = HttpServer(app, made)
-        servers.append(server)
-        await server.start("127.0.0.1", 0)
-        return server.port, made, gate
-
-    yield start
+    yield lambda seats=100: serve(servers, seats)
     for made in servers:
         await made.close()
+
+
+async def serve(servers, seats):
+    """/now answers, /wait waits for the gate, /long answers with more than any buffer takes."""
+    gate = asyncio.Event()
+
+    async def now(_request):
+        return web.Response(text="ok")
+
+    async def wait(_request):
+        await gate.wait()
+        return web.Response(text="ok")
+
+    async def long(_request):
+        return web.Response(body=b"x" * (64 * 1024 * 1024))
+
+    made = Seats(seats)
+    app = web.Application(middlewares=[http._seated])
+    app[http._SEATS] = made
+    app.router.add_get("/now", now)
+    app.router.add_get("/wait", wait)
+    app.router.add_get("/long", long)
+    server = HttpServer(app, made)
+    servers.append(server)
+    await server.start("127.0.0.1", 0)
+    return server.port, made, gate
 
 
 async def get(port, path="/now"):
@@ -121,6 +122,24 @@ async def test_attack_idle_connections_do_not_lock_out_clients(server):
     assert b"200 OK" in await asyncio.wait_for(working.readline(), 5)
     for _, writer in (*idle, (working, request)):
         writer.close()
+
+
+def test_the_same_on_the_event_loop_that_production_uses():
+    async def flood():
+        servers = []
+        port, seats, gate = await serve(servers, 2)
+        idle = [await dial(port, IDLE_HEAD) for _ in range(5)]
+        assert await get(port) == 200 and seats.taken <= 2
+        busy = [await dial(port, b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(2)]
+        await until(lambda: seats.taken == 2 and not seats._waiting)
+        assert await get(port) == 503
+        gate.set()
+        for _, writer in (*idle, *busy):
+            writer.close()
+        await until(lambda: seats.taken == 0)
+        await servers[0].close()
+
+    uvloop.run(flood())
 
 
 async def test_when_all_are_busy_a_new_connection_is_told_so(server):
