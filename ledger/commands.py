@@ -190,7 +190,12 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
 
 @ledger.command()
 @database_option
-@path_option("--market", default=None, help="Market file: also checks checkpoint signatures.")
+@path_option(
+    "--market",
+    default=None,
+    envvar="TRUEWEIGHT_MARKET",
+    help="Market file: also checks checkpoint signatures.",
+)
 @json_option
 def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
     """Recompute all balances, holds and the log; exit status 1 if anything is wrong."""

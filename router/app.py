@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
-from aiohttp import web
 
-from trueweight.protos.errors import TrueweightError, Unavailable
+from trueweight.protos.errors import TrueweightError
 from trueweight.protos.identity import Signer
 from trueweight.protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 from trueweight.router.api_keys import KeyGate
@@ -24,6 +23,7 @@ from trueweight.router.connections import Connections
 from trueweight.router.fleet import Fleet
 from trueweight.router.front import Front
 from trueweight.router.http import make_app
+from trueweight.router.http_server import HttpServer, make_seats
 from trueweight.router.journal import Journal
 from trueweight.router.keyring import Keys
 from trueweight.router.lifecycle import Services, Timing
@@ -146,7 +146,7 @@ class Router:
         )
         self.http_endpoint = ""
         self.grpc_endpoint = ""
-        self._runner: web.AppRunner | None = None
+        self._http: HttpServer | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -169,8 +169,8 @@ class Router:
     async def close(self, drain_ms: float = 2_000.0) -> None:
         """Ends requests in good order, settles what can be settled, then closes everything."""
         await self.front.drain(drain_ms)
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._http is not None:
+            await self._http.close()
         await self._connections.close()
         if self._server is not None:
             await self._server.stop(0.5)
@@ -188,22 +188,11 @@ class Router:
         await self._server.start()
 
     async def _serve_http(self) -> None:
-        # A client who leaves cancels its handler; the request itself runs in a task of its own.
-        self._runner = web.AppRunner(
-            make_app(self.front), handler_cancellation=True, access_log=None, tcp_keepalive=True
-        )
-        await self._runner.setup()
         host, _, port = self._config.http_address.rpartition(":")
-        site = web.TCPSite(self._runner, host or "127.0.0.1", int(port), backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise Unavailable(
-                f"cannot listen on {self._config.http_address}: {error.strerror}",
-                hint="Is the port taken? Use port 0.",
-            ) from None
-        bound = self._runner.addresses[0]
-        self.http_endpoint = f"{host or '127.0.0.1'}:{bound[1]}"
+        host, seats = host or "127.0.0.1", make_seats()
+        self._http = HttpServer(make_app(self.front, seats), seats)
+        await self._http.start(host, int(port))
+        self.http_endpoint = f"{host}:{self._http.port}"
 
     async def _replay(self) -> None:
         """At start, and from time to time for captures that met an error nobody expected."""

@@ -58,15 +58,15 @@ class Fields:
             raise self.invalid(name, "must be true or false")
         return value
 
-    def text(self, name: str, max_chars: int) -> str | None:
-        """A non-empty string of at most ``max_chars``."""
+    def text(self, name: str, max_chars: int, *, may_be_empty: bool = False) -> str | None:
+        """A string of at most ``max_chars``, not empty unless it may be."""
         value = self.take(name)
         if value is None:
             return None
         if not isinstance(value, str):
             raise self.invalid(name, "must be a string")
-        if not 0 < len(value) <= max_chars:
-            raise self.invalid(name, f"must have 1 to {max_chars} characters")
+        if len(value) > max_chars or (not value and not may_be_empty):
+            raise self.invalid(name, f"must have {1 - may_be_empty} to {max_chars} characters")
         return value
 
     def object(self, name: str) -> Fields | None:
@@ -87,11 +87,6 @@ class Fields:
             if not any(type(value) is type(v) and value == v for v in values):
                 raise self.unsupported(name)
             del self._left[name]
-
-    def ignore(self, *names: str) -> None:
-        """Drops parameters that by their meaning cannot influence the answer."""
-        for name in names:
-            self._left.pop(name, None)
 
     def finish(self) -> None:
         """Refuses by name whatever was not taken."""

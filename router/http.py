@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from trueweight.protos.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    PayloadTooLarge,
-    TrueweightError,
-    Unavailable,
-)
+from trueweight.protos.errors import InvalidRequest, PayloadTooLarge, TrueweightError
 from trueweight.protos.ids import ID_BYTES
 from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
 from trueweight.router.front import Front, parse_json
+from trueweight.router.http_body import MAX_BODY_BYTES, Bodies, read_body
+from trueweight.router.http_errors import error_of_http, error_response
+from trueweight.router.http_server import Seats, drop
 from trueweight.router.lifecycle import RequestRun
 from trueweight.router.openai_requests import ParsedRequest, parse_chat, parse_completion
 from trueweight.router.openai_responses import (
@@ -37,22 +35,20 @@ from trueweight.router.planning import MAX_CLIENT_NONCE_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
-BODY_TIMEOUT_S = 60.0
 WRITE_TIMEOUT_S = 60.0
-RETRY_AFTER_S = 2
 _FRONT: web.AppKey[Front] = web.AppKey("front", Front)
+_BODIES: web.AppKey[Bodies] = web.AppKey("bodies", Bodies)
+_SEATS: web.AppKey[Seats] = web.AppKey("seats", Seats)
 _NONCE_HEADER = "x-trueweight-nonce"
 _JSON = "application/json"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(front: Front) -> web.Application:
-    """The application. Serve it with ``handler_cancellation`` on, so that a client who leaves is
-    noticed at once."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
-    app[_FRONT] = front
+def make_app(front: Front, seats: Seats) -> web.Application:
+    """The application, for ``HttpServer``."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_seated, _errors])
+    app[_FRONT], app[_BODIES], app[_SEATS] = front, Bodies(), seats
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/completions", _completion)
     app.router.add_get("/v1/models", _models)
@@ -65,24 +61,54 @@ def make_app(front: Front) -> web.Application:
 
 
 @web.middleware
+async def _seated(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Writes whole answers itself, so that a client who does not read them is given up, and keeps
+    the connection's seat while the request runs."""
+    seats = request.app[_SEATS]
+    seats.busy(request.protocol)
+    try:
+        response = await handler(request)
+        if not response.prepared:
+            async with _writing(request):
+                await response.prepare(request)
+                await response.write_eof()
+        return response
+    finally:
+        seats.waits(request.protocol)
+
+
+@contextlib.asynccontextmanager
+async def _writing(request: web.Request) -> AsyncIterator[None]:
+    """A bound on how long a client may take to read what is written here."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        drop(request)
+        raise ConnectionResetError("the client does not read") from None
+
+
+@web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error leaves as an OpenAI error body."""
-    front = request.app[_FRONT]
+    """Every error leaves as an OpenAI error body, and with an id to ask about."""
+    front, fallback_id = request.app[_FRONT], os.urandom(16).hex()
     try:
         response = await handler(request)
     except TrueweightError as error:
-        response = _error(error)
+        response = error_response(error)
     except web.HTTPRequestEntityTooLarge:
-        response = _error(
+        response = error_response(
             PayloadTooLarge(f"The body has more than {MAX_BODY_BYTES} bytes.", hint="Shorten it.")
         )
     except web.HTTPException as error:
-        response = _error(_of_http(error), status=error.status)
+        response = error_response(error_of_http(error), status=error.status)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        response = _error(TrueweightError("Internal error.", hint="Try again."))
+        log.exception("request %s failed", fallback_id)
+        response = error_response(TrueweightError("Internal error.", hint="Try again."))
+    if not response.prepared:
+        response.headers.setdefault("x-request-id", fallback_id)
     if request.path.startswith("/v1/"):
         front.metrics.requests.labels(str(response.status)).inc()
     return response
@@ -101,22 +127,15 @@ async def _answer(
 ) -> web.StreamResponse:
     front, started = request.app[_FRONT], asyncio.get_running_loop().time()
     key = await front.who(request.headers.get("Authorization"))
-    parsed = parse(parse_json(await _body(request)))
-    run = await front.start(parsed, key, _client_nonce(request))
+    with request.app[_BODIES].room(request, key.account):
+        parsed = parse(parse_json(await read_body(request)))
+        run = await front.start(parsed, key, _client_nonce(request))
     writer = _Writer(request, front, run, parsed, started)
     try:
         return await writer.write()
     finally:
         # Whatever ended this handler: nobody reads any more.
         run.abandon()
-
-
-async def _body(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout from None
 
 
 class _Writer:
@@ -164,7 +183,7 @@ class _Writer:
         )
 
     def _failure(self, end: Failed) -> web.Response:
-        response = _error(end.error)
+        response = error_response(end.error)
         response.headers.update(self._headers(end.settled is not None))
         return response
 
@@ -173,14 +192,17 @@ class _Writer:
         response.content_type = "text/event-stream"
         response.charset = "utf-8"
         response.headers["Cache-Control"] = "no-cache"
-        await response.prepare(self._request)
+        async with _writing(self._request):
+            await response.prepare(self._request)
         item, is_first = first, True
         while True:
             data = self._data(item, is_first)
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
+            is_last = not isinstance(item, TextDelta)
+            async with _writing(self._request):
                 await response.write(data)
+                if is_last:
+                    await response.write_eof()
             if not isinstance(item, TextDelta):
-                await response.write_eof()
                 return response
             self._run.answer.written(item.tokens)
             item, is_first = await self._run.answers.get(), False
@@ -298,26 +320,3 @@ def _client_nonce(request: web.Request) -> bytes:
 
 def _json(body: Any) -> web.Response:
     return web.Response(body=orjson.dumps(body), content_type=_JSON)
-
-
-def _error(error: TrueweightError, status: int | None = None) -> web.Response:
-    response = web.Response(
-        body=orjson.dumps(error_body(error)),
-        content_type=_JSON,
-        status=status or error.http_status,
-    )
-    if response.status in (429, 503):
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
-    return response
-
-
-def _of_http(error: web.HTTPException) -> TrueweightError:
-    if error.status == 404:
-        return NotFound("There is no such path.", hint="The API is under /v1/.")
-    if error.status == 405:
-        return InvalidRequest("This path does not know the method.")
-    if error.status == 408:
-        return DeadlineExceeded("The body did not arrive in time.", hint="Send it without pauses.")
-    if error.status >= 500:
-        return Unavailable("The server cannot answer now.")
-    return InvalidRequest(f"The request cannot be understood: {error.reason}")

@@ -61,6 +61,7 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
@@ -76,7 +77,8 @@ _NEUTRAL_COMPLETION: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
 }
 # Labels for the caller's own books; by their definition they do not touch the answer.
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_MAX_LABEL_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,9 @@ def _common(
         include_usage=include_usage,
         preferences=_preferences(fields),
     )
-    fields.ignore(*_LABELS)
+    for label in _LABELS:
+        fields.text(label, _MAX_LABEL_CHARS, may_be_empty=True)
+    fields.object("metadata")
     fields.finish()
     return request
 
@@ -218,9 +222,12 @@ def _part(part: Any, where: str) -> str:
         raise UnsupportedParameter(
             f"'{where}': only text is supported.", hint="Send text parts.", param=where
         )
-    text = part.get("text")
+    fields = Fields(part, prefix=f"{where}.")
+    fields.take("type")
+    text = fields.take("text")
     if not isinstance(text, str):
-        raise InvalidRequest(f"'{where}.text' must be a string.", param=where)
+        raise fields.invalid("text", "must be a string")
+    fields.finish()
     return text
 
 

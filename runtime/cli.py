@@ -24,8 +24,31 @@ T = TypeVar("T")
 ENV_PREFIX = "TRUEWEIGHT"
 
 
+class _Option(click.Option):
+    """An option whose environment twin is named after its flag: TRUEWEIGHT_NODE_UP_LEASE_MS for
+    --lease-ms. Click itself would name it after the function's parameter."""
+
+    def twin(self, ctx: click.Context) -> str:
+        """Name of the environment variable that stands in for the flag."""
+        if isinstance(self.envvar, str):
+            return self.envvar
+        flag = max(self.opts, key=len).lstrip("-")
+        return f"{ctx.auto_envvar_prefix or ENV_PREFIX}_{flag.replace('-', '_').upper()}"
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        return os.environ.get(self.twin(ctx)) or None
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        return super().get_help_extra(ctx) | {"envvars": (self.twin(ctx),)}
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        hint = f"'{max(self.opts, key=len)}'"
+        return f"{hint} (env var: '{self.twin(ctx)}')" if ctx else hint
+
+
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
     """A click option whose help shows its default and its environment twin."""
+    settings.setdefault("cls", _Option)
     settings.setdefault("show_default", True)
     settings.setdefault("show_envvar", True)
     return click.option(*names, **settings)

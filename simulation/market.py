@@ -241,9 +241,10 @@ class LocalMarket:
                         return
                 await asyncio.sleep(0.1)
         log = self.supervisor.log_directory / "router.log"
+        state = f"{health.get('nodes', 0)} are connected, models: {health.get('models', [])}"
         raise DeadlineExceeded(
             f"the router cannot give work to {nodes} nodes after {within_s:.0f} s: "
-            f"{health.get('nodes', 0)} are connected, models: {health.get('models', [])}",
+            f"{state if health else f'{url} does not answer'}",
             hint=f"The end of its log {log}:\n{tail(log)}",
         )
 

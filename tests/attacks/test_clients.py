@@ -117,9 +117,9 @@ async def test_attack_hostile_bodies_are_client_errors_and_cost_nothing(bazaar, 
 
 
 async def test_attack_a_body_that_never_ends_is_dropped(bazaar, monkeypatch):
-    from trueweight.router import http
+    from trueweight.router import http_body
 
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(http_body, "BODY_TIMEOUT_S", 0.5)
     async with bazaar() as market:
         key = await market.client_key("acme")
         host, _, port = market.router.http_endpoint.partition(":")

@@ -85,8 +85,14 @@ def test_a_room_that_cannot_be_imported_says_why_and_spares_the_others(monkeypat
 
 def test_options_have_environment_twins(monkeypatch, market, trueweight):
     monkeypatch.setenv("TRUEWEIGHT_MARKET", str(market.file))
-    monkeypatch.setenv("TRUEWEIGHT_MARKET_SHOW_AS_JSON", "1")
+    monkeypatch.setenv("TRUEWEIGHT_MARKET_SHOW_JSON", "1")
     assert trueweight("market", "show").json()["name"] == "test"
+
+
+def test_a_missing_option_is_named_with_its_twin(trueweight):
+    outcome = trueweight("market", "show")
+    assert outcome.code == 2
+    assert "'--market' (env var: 'TRUEWEIGHT_MARKET')" in outcome.err
 
 
 def test_commands_of_one_room_do_not_import_the_others():

@@ -10,7 +10,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from trueweight.router import http
+from trueweight.router import http_body
 from trueweight.simulation.inprocess import MODEL_ID
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -170,7 +170,7 @@ async def test_a_long_client_nonce_is_refused(market, name):
 
 
 async def test_a_body_that_does_not_come_in_time_is_given_up(market, name, monkeypatch):
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_body, "BODY_TIMEOUT_S", 0.2)
     key = await market.client_key(name, 1)
     host, port = market.router.http_endpoint.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

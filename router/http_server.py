@@ -1,0 +1,184 @@
+"""The sockets under the HTTP front: bounded in number, in time, and in what strangers may cost.
+
+aiohttp closes a connection that sends no complete head within ``IDLE_S``, at its start or between
+two requests. This adds a bound on their number: when it is reached, the connection that has waited
+longest for a head gives way, so that idle strangers never lock out a client that has a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from typing import cast
+
+from aiohttp import web
+
+from trueweight.protos.errors import InvalidRequest, TrueweightError, Unavailable
+from trueweight.router.http_errors import error_response
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 4096
+# Longer than reverse proxies keep their idle connections.
+IDLE_S = 75.0
+# Reading on after an early refusal lets a client that is still sending see the answer.
+LINGER_S = 2.0
+# At the end requests were drained before: whoever still sends or reads now is not waited for long.
+SHUTDOWN_S = 3.0
+# Files that the process needs besides connections.
+SPARE_FILES = 256
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\n"
+    b"Connection: close\r\n\r\n"
+)
+
+
+class Seats:
+    """How many connections there may be, and which of them only wait."""
+
+    def __init__(self, most: int = MAX_CONNECTIONS) -> None:
+        self._most = most
+        self._open: dict[Connection, asyncio.Transport] = {}
+        # In order of when they began to wait for a request's head.
+        self._waiting: dict[Connection, None] = {}
+
+    @property
+    def taken(self) -> int:
+        """Connections that are open."""
+        return len(self._open)
+
+    def take(self, connection: Connection, transport: asyncio.Transport) -> bool:
+        """A seat for a new connection; False if all are busy with requests."""
+        while len(self._open) >= self._most:
+            if not self._waiting:
+                return False
+            idle = next(iter(self._waiting))
+            # Abort: a peer that does not read would keep a closing one open.
+            self._open[idle].abort()
+            self.leave(idle)
+        self._open[connection] = transport
+        self._waiting[connection] = None
+        return True
+
+    def busy(self, connection: object) -> None:
+        """A request of this connection is being answered."""
+        if isinstance(connection, Connection):
+            self._waiting.pop(connection, None)
+
+    def waits(self, connection: object) -> None:
+        """It was answered; the next one may come."""
+        if isinstance(connection, Connection) and connection in self._open:
+            self._waiting[connection] = None
+
+    def leave(self, connection: Connection) -> None:
+        """The connection is over."""
+        self._open.pop(connection, None)
+        self._waiting.pop(connection, None)
+
+
+class Connection(web.RequestHandler):
+    """One client connection. Says nothing to logs of what strangers send."""
+
+    __slots__ = ("_seats",)
+
+    def __init__(self, server: web.Server, seats: Seats) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=IDLE_S,
+            lingering_time=LINGER_S,
+            access_log=None,  # type: ignore[arg-type]  # as web.AppRunner documents it
+            # Compressed bodies are refused; a small one could unpack to anything.
+            auto_decompress=False,
+        )
+        self._seats = seats
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Not all event loops' transports derive from asyncio.Transport.
+        stream = cast(asyncio.Transport, transport)
+        if not self._seats.take(self, stream):
+            stream.write(_FULL)
+            stream.close()
+            return
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._seats.leave(self)
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What aiohttp answers to a head that is no HTTP, or too long. Its own version logs the
+        offending line, which may hold an API key."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way already")
+        log.debug("refused a malformed request: %s", type(exc).__name__)
+        error: TrueweightError = InvalidRequest(
+            "The request's head is not HTTP/1.1, or a line of it is too long.",
+            hint="Lines of at most 8190 bytes, at most 128 headers.",
+        )
+        if status >= 500:
+            log.error("answering failed: %s", type(exc).__name__)
+            error = TrueweightError("Internal error.", hint="Try again.")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+class HttpServer:
+    """Serves an application at one address; ``port`` is the real one once it is started."""
+
+    def __init__(self, app: web.Application, seats: Seats) -> None:
+        # A client who leaves cancels its handler; the request itself runs in a task of its own.
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
+        self._seats = seats
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens. Raises Unavailable if the address is taken."""
+        await self._runner.setup()
+        server = self._runner.server
+        if server is None:
+            raise Unavailable("the HTTP server was closed before it began")
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: Connection(server, self._seats), host.strip("[]"), port, backlog=1024
+            )
+        except OSError as error:
+            raise Unavailable(
+                f"cannot listen on {host}:{port}: {error.strerror}",
+                hint="Is the port taken? Use port 0.",
+            ) from None
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """No new connections; ends the open ones in good order."""
+        if self._server is not None:
+            self._server.close()
+        await self._runner.cleanup()
+
+
+def make_seats() -> Seats:
+    """As many seats as this process may have files, raising the soft limit as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return Seats(MAX_CONNECTIONS)
+    return Seats(max(1, min(MAX_CONNECTIONS, soft - SPARE_FILES)))
+
+
+def drop(request: web.Request) -> None:
+    """Ends a connection whose peer does not read: closing would wait for it to read."""
+    if request.transport is not None:
+        request.transport.abort()
