@@ -15,7 +15,7 @@ import click
 from trueweight.ledger import reports
 from trueweight.ledger import witness as witnessing
 from trueweight.ledger.connect import connected
-from trueweight.ledger.public_log import make_app
+from trueweight.ledger.public_log import MAX_CONNECTIONS, error_response, make_app
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
@@ -38,12 +38,12 @@ from trueweight.runtime.cli import (
     serve_until_signal,
 )
 from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.http_server import HttpServer, make_seats
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 from trueweight.runtime.market import load_market
 from trueweight.runtime.rpc import Authenticator
 from trueweight.runtime.tls import ensure_certificate
-from trueweight.runtime.web import HttpServer
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
@@ -116,11 +116,12 @@ def serve(
     books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
     ensure_certificate(keys, clock.now_unix_ms())
     gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
-    public = HttpServer(make_app(books), check_address(http_listen)) if http_listen else None
+    seats = make_seats(MAX_CONNECTIONS)
+    public = HttpServer(make_app(books, seats), seats, error_response) if http_listen else None
 
     async def run(stop: asyncio.Event) -> None:
         server = LedgerServer(books, gate, check_address(listen), keys)
-        await _serve(stop, books, server, public)
+        await _serve(stop, books, server, public, check_address(http_listen) if public else "")
 
     run_async(serve_until_signal(run))
 
@@ -132,25 +133,30 @@ def tune_collector() -> None:
 
 
 async def _serve(
-    stop: asyncio.Event, books: Ledger, server: LedgerServer, public: HttpServer | None
+    stop: asyncio.Event,
+    books: Ledger,
+    server: LedgerServer,
+    public: HttpServer | None,
+    address: str,
 ) -> None:
+    host, _, port = address.rpartition(":")
     try:
         # A standby serves reads while it waits for the writer's lock.
         await books.start(wait_ms=2_000)
         await server.start()
         if public is not None:
-            await public.start()
+            await public.start(host, int(port))
         print_ready(
             role="ledger",
             endpoint=server.endpoint,
-            http=public.endpoint if public is not None else "",
+            http=f"{host}:{public.port}" if public is not None else "",
             identity=books.identity,
             writer=books.is_writer,
         )
         await stop.wait()
     finally:
         if public is not None:
-            await public.stop()
+            await public.close()
         await server.stop()
         await books.close()
 

@@ -7,6 +7,7 @@ its entry bundles allow. Everything is signed or hashes to what is signed, so TL
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import re
@@ -17,15 +18,24 @@ import orjson
 from aiohttp import web
 
 from trueweight.ledger.service import Ledger
-from trueweight.protos.errors import InvalidRequest, NotFound, OverCapacity, TrueweightError
+from trueweight.protos.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    OverCapacity,
+    TrueweightError,
+)
 from trueweight.protos.merkle import HASH_BYTES
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
+from trueweight.runtime.http_server import Seats, seated
 
 log = logging.getLogger(__name__)
 
 MAX_LEAVES = 256
 MAX_IN_FLIGHT = 64
+MAX_CONNECTIONS = 512
+ANSWER_S = 10.0
 MAX_NUMBER = 2**63 - 1
 _LEDGER: web.AppKey[Ledger] = web.AppKey("ledger", Ledger)
 _JSON = "application/json"
@@ -34,9 +44,9 @@ _TILE = re.compile(r"((?:x\d{3}/){0,6}\d{3})(?:\.p/(\d{1,3}))?")
 _FOREVER = "public, max-age=31536000, immutable"
 
 
-def make_app(ledger: Ledger) -> web.Application:
-    """The application; ``runtime.web.HttpServer`` bounds its connections and its time."""
-    app = web.Application(client_max_size=1024, middlewares=[_bounded(), _errors])
+def make_app(ledger: Ledger, seats: Seats) -> web.Application:
+    """The application, for ``HttpServer``."""
+    app = web.Application(client_max_size=1024, middlewares=[seated(seats), _bounded(), _errors])
     app[_LEDGER] = ledger
     app.router.add_get("/checkpoint", _checkpoint)
     app.router.add_get("/tile/{level:[0-9]{1,2}}/{number:.+}", _tile)
@@ -54,11 +64,14 @@ def _bounded() -> Any:
     async def bounded(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
         """Refuses at once what would only wait in front of the reader threads."""
         if in_flight[0] >= MAX_IN_FLIGHT:
-            return _error(OverCapacity("too many questions at once", hint="Ask again."))
+            return error_response(OverCapacity("too many questions at once", hint="Ask again."))
         in_flight[0] += 1
         try:
-            response: web.StreamResponse = await handler(request)
+            async with asyncio.timeout(ANSWER_S):
+                response: web.StreamResponse = await handler(request)
             return response
+        except TimeoutError:
+            return error_response(DeadlineExceeded("the answer took too long", hint="Ask again."))
         finally:
             in_flight[0] -= 1
 
@@ -70,14 +83,14 @@ async def _errors(request: web.Request, handler: Callable[..., Any]) -> web.Stre
     try:
         response: web.StreamResponse = await handler(request)
     except TrueweightError as error:
-        return _error(error)
+        return error_response(error)
     except web.HTTPException as error:
-        return _error(InvalidRequest(error.reason), status=error.status)
+        return error_response(InvalidRequest(error.reason), status=error.status)
     except ConnectionError:
         raise
     except Exception:
         log.exception("%s failed", request.path)
-        return _error(TrueweightError("Internal error.", hint="Ask again."))
+        return error_response(TrueweightError("Internal error.", hint="Ask again."))
     return response
 
 
@@ -182,7 +195,8 @@ def _json(value: Any) -> web.Response:
     return web.Response(body=orjson.dumps(value), content_type=_JSON)
 
 
-def _error(error: TrueweightError, status: int | None = None) -> web.Response:
+def error_response(error: TrueweightError, status: int | None = None) -> web.Response:
+    """An error as JSON."""
     body = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
     headers = {"Retry-After": "1"} if error.retryable else {}
     status = status or (404 if isinstance(error, NotFound) else error.http_status)

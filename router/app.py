@@ -23,7 +23,7 @@ from trueweight.router.connections import Connections
 from trueweight.router.fleet import Fleet
 from trueweight.router.front import Front
 from trueweight.router.http import make_app
-from trueweight.router.http_server import HttpServer, make_seats
+from trueweight.router.http_errors import error_response
 from trueweight.router.journal import Journal
 from trueweight.router.keyring import Keys
 from trueweight.router.lifecycle import Services, Timing
@@ -39,6 +39,7 @@ from trueweight.router.store import Store
 from trueweight.router.transcripts import TranscriptBox, load_master_key
 from trueweight.runtime import rpc
 from trueweight.runtime.clock import Clock, SystemClock
+from trueweight.runtime.http_server import HttpServer, make_seats
 from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import Market
 from trueweight.runtime.tls import ensure_certificate
@@ -190,7 +191,7 @@ class Router:
     async def _serve_http(self) -> None:
         host, _, port = self._config.http_address.rpartition(":")
         host, seats = host or "127.0.0.1", make_seats()
-        self._http = HttpServer(make_app(self.front, seats), seats)
+        self._http = HttpServer(make_app(self.front, seats), seats, error_response)
         await self._http.start(host, int(port))
         self.http_endpoint = f"{host}:{self._http.port}"
 

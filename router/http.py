@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -18,7 +17,6 @@ from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
 from trueweight.router.front import Front, parse_json
 from trueweight.router.http_body import MAX_BODY_BYTES, Bodies, read_body
 from trueweight.router.http_errors import error_of_http, error_response
-from trueweight.router.http_server import Seats, drop
 from trueweight.router.lifecycle import RequestRun
 from trueweight.router.openai_requests import ParsedRequest, parse_chat, parse_completion
 from trueweight.router.openai_responses import (
@@ -32,23 +30,20 @@ from trueweight.router.openai_responses import (
     model_object,
 )
 from trueweight.router.planning import MAX_CLIENT_NONCE_BYTES
+from trueweight.runtime.http_server import Handler, Seats, seated, writing
 
 log = logging.getLogger(__name__)
 
-WRITE_TIMEOUT_S = 60.0
 _FRONT: web.AppKey[Front] = web.AppKey("front", Front)
 _BODIES: web.AppKey[Bodies] = web.AppKey("bodies", Bodies)
-_SEATS: web.AppKey[Seats] = web.AppKey("seats", Seats)
 _NONCE_HEADER = "x-trueweight-nonce"
 _JSON = "application/json"
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(front: Front, seats: Seats) -> web.Application:
     """The application, for ``HttpServer``."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_seated, _errors])
-    app[_FRONT], app[_BODIES], app[_SEATS] = front, Bodies(), seats
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[seated(seats), _errors])
+    app[_FRONT], app[_BODIES] = front, Bodies()
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/completions", _completion)
     app.router.add_get("/v1/models", _models)
@@ -58,34 +53,6 @@ def make_app(front: Front, seats: Seats) -> web.Application:
     app.router.add_get("/healthz", _health)
     app.router.add_get("/metrics", _metrics)
     return app
-
-
-@web.middleware
-async def _seated(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Writes whole answers itself, so that a client who does not read them is given up, and keeps
-    the connection's seat while the request runs."""
-    seats = request.app[_SEATS]
-    seats.busy(request.protocol)
-    try:
-        response = await handler(request)
-        if not response.prepared:
-            async with _writing(request):
-                await response.prepare(request)
-                await response.write_eof()
-        return response
-    finally:
-        seats.waits(request.protocol)
-
-
-@contextlib.asynccontextmanager
-async def _writing(request: web.Request) -> AsyncIterator[None]:
-    """A bound on how long a client may take to read what is written here."""
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            yield
-    except TimeoutError:
-        drop(request)
-        raise ConnectionResetError("the client does not read") from None
 
 
 @web.middleware
@@ -192,13 +159,13 @@ class _Writer:
         response.content_type = "text/event-stream"
         response.charset = "utf-8"
         response.headers["Cache-Control"] = "no-cache"
-        async with _writing(self._request):
+        async with writing(self._request):
             await response.prepare(self._request)
         item, is_first = first, True
         while True:
             data = self._data(item, is_first)
             is_last = not isinstance(item, TextDelta)
-            async with _writing(self._request):
+            async with writing(self._request):
                 await response.write(data)
                 if is_last:
                     await response.write_eof()

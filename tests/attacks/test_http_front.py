@@ -13,9 +13,11 @@ import uvloop
 from aiohttp import web
 
 from trueweight.node.synthetic import Speed
-from trueweight.router import http, http_body, http_server
-from trueweight.router.http_server import HttpServer, Seats
+from trueweight.router import http_body
+from trueweight.router.http_errors import error_response
 from trueweight.router.openai_responses import Shape
+from trueweight.runtime import http_server
+from trueweight.runtime.http_server import HttpServer, Seats, seated
 from trueweight.simulation.inprocess import MODEL_ID, NodeSpec
 
 BODY = {"model": MODEL_ID, "prompt": "def f", "max_tokens": 4, "seed": 3, "ignore_eos": True}
@@ -71,12 +73,11 @@ async def serve(servers, seats):
         return web.Response(body=b"x" * (64 * 1024 * 1024))
 
     made = Seats(seats)
-    app = web.Application(middlewares=[http._seated])
-    app[http._SEATS] = made
+    app = web.Application(middlewares=[seated(made)])
     app.router.add_get("/now", now)
     app.router.add_get("/wait", wait)
     app.router.add_get("/long", long)
-    server = HttpServer(app, made)
+    server = HttpServer(app, made, error_response)
     servers.append(server)
     await server.start("127.0.0.1", 0)
     return server.port, made, gate
@@ -157,7 +158,7 @@ async def test_when_all_are_busy_a_new_connection_is_told_so(server):
 
 
 async def test_attack_a_client_that_does_not_read_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(http, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_server, "WRITE_TIMEOUT_S", 0.2)
     port, seats, _ = await server()
     _, writer = await dial(port, b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
     await until(lambda: seats.taken == 1)

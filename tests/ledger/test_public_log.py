@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 
 import aiohttp
 import pytest
 
 from trueweight.ledger import public_log
-from trueweight.ledger.public_log import make_app
+from trueweight.ledger.public_log import error_response, make_app
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.identity import public_bytes
 from trueweight.protos.merkle import leaf_hash, root, verify_consistency, verify_inclusion
-from trueweight.runtime.web import HttpServer, Limits
+from trueweight.runtime import http_server
+from trueweight.runtime.http_server import HttpServer, Seats
 from trueweight.simulation.ledger_world import Leg
 
 CREDIT = 10**9
@@ -39,25 +41,21 @@ class Stranger:
 
 @pytest.fixture
 async def stranger(bench):
-    async with serving(bench, Limits()) as made:
+    async with serving(bench) as made:
         yield made
 
 
-class serving:
-    """The ledger's log behind an HTTP server with some limits."""
-
-    def __init__(self, bench, limits):
-        self._server = HttpServer(make_app(bench.ledger), "127.0.0.1:0", limits)
-        self._session = None
-
-    async def __aenter__(self):
-        await self._server.start()
-        self._session = aiohttp.ClientSession()
-        return Stranger(self._session, self._server.endpoint)
-
-    async def __aexit__(self, *_):
-        await self._session.close()
-        await self._server.stop()
+@contextlib.asynccontextmanager
+async def serving(bench, connections=64):
+    """The ledger's log behind an HTTP server."""
+    seats = Seats(connections)
+    server = HttpServer(make_app(bench.ledger, seats), seats, error_response)
+    await server.start("127.0.0.1", 0)
+    try:
+        async with aiohttp.ClientSession() as session:
+            yield Stranger(session, f"127.0.0.1:{server.port}")
+    finally:
+        await server.close()
 
 
 async def grow(bench, holds=60):
@@ -164,8 +162,9 @@ async def test_attack_hostile_questions_are_refused_by_name(bench, stranger):
         assert body["error"]["code"]
 
 
-async def test_attack_a_silent_or_slow_peer_does_not_hold_a_connection(bench):
-    async with serving(bench, Limits(idle_s=0.2)) as stranger:
+async def test_attack_a_silent_or_slow_peer_does_not_hold_a_connection(bench, monkeypatch):
+    monkeypatch.setattr(http_server, "IDLE_S", 0.2)
+    async with serving(bench) as stranger:
         host, _, port = stranger.endpoint.partition(":")
         for said in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "):
             reader, writer = await asyncio.open_connection(host, int(port))
@@ -182,33 +181,35 @@ async def _rest_of(reader):
         return b""
 
 
-async def test_attack_more_connections_than_allowed_are_closed(bench):
-    async with serving(bench, Limits(connections=4)) as stranger:
+async def test_attack_idle_connections_lock_nobody_out(bench):
+    async with serving(bench, connections=4) as stranger:
         host, _, port = stranger.endpoint.partition(":")
-        peers = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
-        await asyncio.sleep(0.05)
-        reader, _ = await asyncio.open_connection(host, int(port))
-        assert await asyncio.wait_for(_rest_of(reader), 10) == b""
+        peers = [await asyncio.open_connection(host, int(port)) for _ in range(8)]
+        assert (await stranger.must("/healthz"))["ok"]
+        assert await asyncio.wait_for(_rest_of(peers[0][0]), 10) == b""
         for _, writer in peers:
             writer.close()
-        for _ in range(100):
-            try:
-                assert (await stranger.must("/healthz"))["ok"]
-                return
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.02)
-        raise AssertionError("the server does not recover")
+
+
+async def test_attack_what_is_no_http_is_refused(bench):
+    async with serving(bench) as stranger:
+        host, _, port = stranger.endpoint.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"\x16\x03\x01 not http\r\n\r\n")
+        assert b" 400 " in await asyncio.wait_for(_rest_of(reader), 10)
+        writer.close()
 
 
 async def test_attack_questions_beyond_the_bound_are_refused_at_once(bench, monkeypatch):
     monkeypatch.setattr(public_log, "MAX_IN_FLIGHT", 0)
-    async with serving(bench, Limits()) as stranger:
+    async with serving(bench) as stranger:
         status, body = await stranger.get("/healthz")
         assert (status, body["error"]["code"]) == (429, "OVER_CAPACITY")
 
 
 async def test_a_question_that_takes_too_long_is_answered_with_504(bench, monkeypatch):
-    async with serving(bench, Limits(request_s=0.05)) as stranger:
+    monkeypatch.setattr(public_log, "ANSWER_S", 0.05)
+    async with serving(bench) as stranger:
         monkeypatch.setattr(bench.ledger, "checkpoint", lambda: asyncio.sleep(60))
         status, _ = await stranger.get("/checkpoint")
         assert status == 504

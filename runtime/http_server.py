@@ -1,25 +1,28 @@
-"""The sockets under the HTTP front: bounded in number, in time, and in what strangers may cost.
+"""HTTP for strangers: sockets bounded in number, in time, and in what they may cost.
 
 aiohttp closes a connection that sends no complete head within ``IDLE_S``, at its start or between
 two requests. This adds a bound on their number: when it is reached, the connection that has waited
 longest for a head gives way, so that idle strangers never lock out a client that has a request.
+``seated`` adds a bound on how long a peer may take to read its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
-from typing import cast
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
 
 from aiohttp import web
 
 from trueweight.protos.errors import InvalidRequest, TrueweightError, Unavailable
-from trueweight.router.http_errors import error_response
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4096
+WRITE_TIMEOUT_S = 60.0
 # Longer than reverse proxies keep their idle connections.
 IDLE_S = 75.0
 # Reading on after an early refusal lets a client that is still sending see the answer.
@@ -32,6 +35,10 @@ _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\n"
     b"Connection: close\r\n\r\n"
 )
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Makes the body of an error as the served API writes it.
+ErrorResponse = Callable[[TrueweightError], web.Response]
 
 
 class Seats:
@@ -80,9 +87,9 @@ class Seats:
 class Connection(web.RequestHandler):
     """One client connection. Says nothing to logs of what strangers send."""
 
-    __slots__ = ("_seats",)
+    __slots__ = ("_error_response", "_seats")
 
-    def __init__(self, server: web.Server, seats: Seats) -> None:
+    def __init__(self, server: web.Server, seats: Seats, error_response: ErrorResponse) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
@@ -92,7 +99,7 @@ class Connection(web.RequestHandler):
             # Compressed bodies are refused; a small one could unpack to anything.
             auto_decompress=False,
         )
-        self._seats = seats
+        self._seats, self._error_response = seats, error_response
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not all event loops' transports derive from asyncio.Transport.
@@ -126,18 +133,19 @@ class Connection(web.RequestHandler):
         if status >= 500:
             log.error("answering failed: %s", type(exc).__name__)
             error = TrueweightError("Internal error.", hint="Try again.")
-        response = error_response(error)
+        response = self._error_response(error)
         response.force_close()
         return response
 
 
 class HttpServer:
-    """Serves an application at one address; ``port`` is the real one once it is started."""
+    """Serves an application at one address; ``port`` is the real one once it is started.
+    ``error_response`` answers what is not even HTTP."""
 
-    def __init__(self, app: web.Application, seats: Seats) -> None:
+    def __init__(self, app: web.Application, seats: Seats, error_response: ErrorResponse) -> None:
         # A client who leaves cancels its handler; the request itself runs in a task of its own.
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
-        self._seats = seats
+        self._seats, self._error_response = seats, error_response
         self._server: asyncio.Server | None = None
         self.port = 0
 
@@ -150,7 +158,10 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: Connection(server, self._seats), host.strip("[]"), port, backlog=1024
+                lambda: Connection(server, self._seats, self._error_response),
+                host.strip("[]"),
+                port,
+                backlog=1024,
             )
         except OSError as error:
             raise Unavailable(
@@ -166,19 +177,46 @@ class HttpServer:
         await self._runner.cleanup()
 
 
-def make_seats() -> Seats:
+def seated(seats: Seats) -> Any:
+    """The outermost middleware: writes whole answers itself, so that a client who does not read
+    them is given up, and keeps the connection's seat while the request runs."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seats.busy(request.protocol)
+        try:
+            response = await handler(request)
+            if not response.prepared:
+                async with writing(request):
+                    await response.prepare(request)
+                    await response.write_eof()
+            return response
+        finally:
+            seats.waits(request.protocol)
+
+    return middleware
+
+
+@contextlib.asynccontextmanager
+async def writing(request: web.Request) -> AsyncIterator[None]:
+    """A bound on how long a client may take to read what is written here."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        # Closing would wait for it to read.
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client does not read") from None
+
+
+def make_seats(most: int = MAX_CONNECTIONS) -> Seats:
     """As many seats as this process may have files, raising the soft limit as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + SPARE_FILES
+    wanted = most + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
-        return Seats(MAX_CONNECTIONS)
-    return Seats(max(1, min(MAX_CONNECTIONS, soft - SPARE_FILES)))
-
-
-def drop(request: web.Request) -> None:
-    """Ends a connection whose peer does not read: closing would wait for it to read."""
-    if request.transport is not None:
-        request.transport.abort()
+        return Seats(most)
+    return Seats(max(1, min(most, soft - SPARE_FILES)))
