@@ -24,7 +24,7 @@ demo: setup ## Run a small market on this machine: paid requests, one cheat, ver
 	@$(TW) simulate demo $(ARGS)
 
 up: setup ## Start the market without the cheat and keep it running (MODEL=DIR for another model)
-	@$(TW) simulate up $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	@$(TW) simulate up $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 down: ## End the market that `make up` started
 	@$(TW) simulate down $(ARGS)

@@ -45,7 +45,11 @@ class ModelFiles:
 def read_model_files(directory: Path, tokenizer_path: str) -> ModelFiles:
     """Reads tokenizer and template from a model directory. Raises EngineError, WeightsRefused."""
     if not tokenizer_path:
-        raise EngineError("the model has no tokenizer", hint="The router needs tokenizer.json.")
+        raise EngineError(
+            "the model has no tokenizer.json",
+            hint="Save one beside the weights: "
+            "AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR).",
+        )
     config: dict[str, Any] = {}
     if (directory / TOKENIZER_CONFIG).is_file():
         config = read_json(directory / TOKENIZER_CONFIG)

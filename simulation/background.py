@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from trueweight.simulation.supervisor import Running, Supervisor, group_is_alive
 
 NODES = (NodePlan("honest-dear", "0.30", "0.90"), NodePlan("honest-cheap", "0.24", "0.72"))
 CLIENTS = (ClientPlan("you", "100"),)
-STATE_FILE, KEEPER_LOG = "state.json", "market.log"
+STATE_FILE, KEEPER_LOG, ENV_FILE = "state.json", "market.log", "env"
 STARTING, SERVING, FAILED = "starting", "serving", "failed"
 RESTART_AFTER_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 # A role that served for so long is forgiven its earlier deaths.
@@ -41,9 +42,27 @@ MAX_SAID = 50
 
 
 @dataclass(frozen=True)
+class UpPlan:
+    """What to run. ``model_id`` empty: the directory's name; ``licence`` empty: none is claimed."""
+
+    model: str
+    engine: str = "vllm"
+    model_id: str = ""
+    licence: str = ""
+    engine_options: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> UpPlan:
+        """What ``json.dumps(asdict(plan))`` wrote."""
+        document = json.loads(text)
+        return cls(**{**document, "engine_options": tuple(document["engine_options"])})
+
+
+@dataclass(frozen=True)
 class State:
-    """What the keeper says of itself. ``groups``: process group by role. ``born``: start time of
-    the keeper in clock ticks since boot, so that a re-used pid is not mistaken for it."""
+    """What the keeper says of itself. ``plan`` is its UpPlan as JSON. ``groups``: process group by
+    role. ``born``: start time of the keeper in clock ticks since boot, so that a re-used pid is
+    not mistaken for it."""
 
     pid: int
     born: int
@@ -51,6 +70,8 @@ class State:
     base_url: str = ""
     api_key: str = ""
     model: str = ""
+    has_chat: bool = True
+    plan: str = ""
     error: str = ""
     said: tuple[str, ...] = ()
     groups: dict[str, int] = field(default_factory=dict)
@@ -58,12 +79,24 @@ class State:
 
 def write_state(directory: Path, state: State) -> None:
     """Replaces the state file; only its owner can read it, for the key in it."""
-    temporary = directory / (STATE_FILE + ".tmp")
+    _write_private(directory / STATE_FILE, json.dumps(asdict(state), indent=2))
+
+
+def write_environment(directory: Path, state: State) -> Path:
+    """A file for a shell to read with ".": BASE_URL, API_KEY and MODEL. Its path."""
+    values = {"BASE_URL": state.base_url, "API_KEY": state.api_key, "MODEL": state.model}
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in values.items()]
+    _write_private(directory / ENV_FILE, "".join(lines))
+    return directory / ENV_FILE
+
+
+def _write_private(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(state), file, indent=2)
-    temporary.replace(directory / STATE_FILE)
+        file.write(text)
+    temporary.replace(path)
 
 
 def read_state(directory: Path) -> State | None:
@@ -89,13 +122,13 @@ def born_at(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def start_keeper(directory: Path, model: Path, engine: str) -> subprocess.Popen[bytes]:
+def start_keeper(directory: Path, plan: UpPlan) -> subprocess.Popen[bytes]:
     """Starts the keeper in a session of its own; it writes its state into ``directory``."""
     (directory / "logs").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "trueweight.simulation.background"]
     with (directory / "logs" / KEEPER_LOG).open("ab") as log:
         return subprocess.Popen(
-            [*command, str(directory), str(model.resolve()), engine],
+            [*command, str(directory), json.dumps(asdict(plan))],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -120,7 +153,8 @@ def end_keeper(directory: Path) -> list[str]:
     _within(GONE_WITHIN_S, lambda: not left())
     remaining = left()
     if not remaining:
-        (directory / STATE_FILE).unlink(missing_ok=True)
+        for name in (STATE_FILE, ENV_FILE):
+            (directory / name).unlink(missing_ok=True)
     return remaining
 
 
@@ -144,14 +178,26 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
 class Keeper:
     """Runs one market until SIGTERM."""
 
-    def __init__(self, directory: Path, model: Path, engine: str) -> None:
+    def __init__(self, directory: Path, plan: UpPlan) -> None:
         self._directory = directory
         self._supervisor = Supervisor(directory, self._died)
         settings = MarketSettings(
-            directory=directory, nodes=NODES, clients=CLIENTS, engine=engine, model=model
+            directory=directory,
+            nodes=NODES,
+            clients=CLIENTS,
+            engine=plan.engine,
+            model=Path(plan.model),
+            model_id=plan.model_id,
+            licence=plan.licence,
+            engine_options=plan.engine_options,
         )
         self._market = LocalMarket(settings, self._supervisor, self._tell)
-        self._state = State(os.getpid(), born_at(os.getpid()) or 0, model=settings.sold_as)
+        self._state = State(
+            os.getpid(),
+            born_at(os.getpid()) or 0,
+            model=settings.sold_as,
+            plan=json.dumps(asdict(plan)),
+        )
         self._deaths: dict[str, list[float]] = {}
         self._restarts: set[asyncio.Task[None]] = set()
 
@@ -184,7 +230,13 @@ class Keeper:
     def _serve(self) -> None:
         key = self._market.api_keys[CLIENTS[0].name]
         self._save(
-            replace(self._state, status=SERVING, base_url=self._market.base_url, api_key=key)
+            replace(
+                self._state,
+                status=SERVING,
+                base_url=self._market.base_url,
+                api_key=key,
+                has_chat=self._market.has_chat,
+            )
         )
 
     def _tell(self, text: str) -> None:
@@ -225,9 +277,9 @@ def failure_text(directory: Path, state: State) -> str:
 
 
 def main() -> None:
-    """``python -m trueweight.simulation.background DIRECTORY MODEL ENGINE``."""
-    directory, model, engine = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    sys.exit(0 if asyncio.run(Keeper(directory, model, engine).run()) else 1)
+    """``python -m trueweight.simulation.background DIRECTORY PLAN``, the plan as JSON."""
+    directory, plan = Path(sys.argv[1]), UpPlan.from_json(sys.argv[2])
+    sys.exit(0 if asyncio.run(Keeper(directory, plan).run()) else 1)
 
 
 if __name__ == "__main__":

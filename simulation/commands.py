@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -113,24 +114,49 @@ async def _end(run: Demo, display: Display) -> None:
 @simulate.command()
 @option("--engine", default="vllm", type=click.Choice(ENGINES), help="What the nodes compute with.")
 @path_option("--model", default=DEMO_MODEL, help="Model directory in Hugging Face layout.")
+@option("--model-id", default="", help="Name that clients ask for; default: the directory's.")
+@option("--licence", default="", help="SPDX expression shown to clients; default: none claimed.")
+@option("--max-context", default=0, type=click.IntRange(0), help="Tokens; 0: what fits.")
+@option("--kv-cache-mib", default=256, type=click.IntRange(1), help="vllm: cache of each engine.")
 @path_option(
     "--directory", default=STATE / "up", help="Where the market's files go; emptied first."
 )
 @json_option
-def up(*, engine: str, model: Path, directory: Path, as_json: bool) -> None:
+def up(
+    *,
+    engine: str,
+    model: Path,
+    model_id: str,
+    licence: str,
+    max_context: int,
+    kv_cache_mib: int,
+    directory: Path,
+    as_json: bool,
+) -> None:
     """Start the market without the cheat and keep it running until 'trueweight simulate down'."""
+    options = ("--max-context", str(max_context), "--kv-cache-mib", str(kv_cache_mib))
+    plan = background.UpPlan(str(model.resolve()), engine, model_id, licence, options)
     with only_one(directory):
         state = background.read_state(directory)
         if state is not None and background.keeper_is_alive(state):
+            _check_same(state, plan)
             Console(stderr=True).print("The market is up already.", highlight=False)
         else:
             background.end_keeper(directory)  # what a killed keeper may have left
-            state = _start(fresh_directory(directory), model, engine)
+            state = _start(fresh_directory(directory), plan)
     _print_market(directory.resolve(), state, as_json)
 
 
-def _start(directory: Path, model: Path, engine: str) -> background.State:
-    keeper = background.start_keeper(directory, model, engine)
+def _check_same(state: background.State, plan: background.UpPlan) -> None:
+    if background.UpPlan.from_json(state.plan) != plan:
+        raise Conflict(
+            f"the market is up already, with {state.model!r} and other options",
+            hint="End it first: make down.",
+        )
+
+
+def _start(directory: Path, plan: background.UpPlan) -> background.State:
+    keeper = background.start_keeper(directory, plan)
     try:
         with Display() as display:
             state = _follow_start(directory, keeper, display)
@@ -163,6 +189,7 @@ def _follow_start(
 
 def _print_market(directory: Path, state: background.State, as_json: bool) -> None:
     logs = directory / "logs"
+    environment = background.write_environment(directory, state)
     facts = {
         "status": state.status,
         "base_url": state.base_url,
@@ -170,22 +197,32 @@ def _print_market(directory: Path, state: background.State, as_json: bool) -> No
         "model": state.model,
         "logs": str(logs),
         "directory": str(directory),
+        "environment": str(environment),
     }
     if as_json:
         print_json(facts)
         return
-    body = json.dumps(
-        {"model": state.model, "messages": [{"role": "user", "content": EXAMPLE}], "seed": 1}
-    )
     for line in (
         f"BASE_URL={state.base_url}",
         f"API_KEY={state.api_key}",
-        f"curl -s {state.base_url}/chat/completions -H 'Authorization: Bearer {state.api_key}' "
-        f"-H 'Content-Type: application/json' -d '{body}'",
+        f"Both for your shell:  . {shlex.quote(str(environment))}",
+        _curl_line(state),
         f"Logs: {logs}",
         "End it with: make down",
     ):
         click.echo(line)
+
+
+def _curl_line(state: background.State) -> str:
+    """A request that can be pasted into a shell."""
+    path, ask = "completions", {"prompt": EXAMPLE, "max_tokens": 64}
+    if state.has_chat:
+        path, ask = "chat/completions", {"messages": [{"role": "user", "content": EXAMPLE}]}
+    body = json.dumps({"model": state.model, **ask, "seed": 1})
+    return (
+        f"curl -s {state.base_url}/{path} -H 'Authorization: Bearer {state.api_key}' "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
 
 
 @simulate.command()

@@ -34,6 +34,7 @@ from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.router import api_keys
 from trueweight.router.app import STORE_FILE
+from trueweight.router.catalog import load_tokenizer
 from trueweight.router.store import Store
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import create_keys, load_signer
@@ -88,7 +89,7 @@ class MarketSettings:
     engine: str = "vllm"
     model: Path = DEMO_MODEL
     model_id: str = ""
-    licence: str = "PSF-2.0"
+    licence: str = ""
     bond: str = "1"
     log_level: str = "info"
     verifier_options: tuple[str, ...] = ()
@@ -101,6 +102,12 @@ class MarketSettings:
     def sold_as(self) -> str:
         """The name that clients put into "model"."""
         return self.model_id or self.model.resolve().name
+
+    @property
+    def sold_under(self) -> str:
+        """The licence that clients are shown; nothing is claimed for a model that is not ours."""
+        is_ours = self.model.resolve() == DEMO_MODEL
+        return self.licence or ("PSF-2.0" if is_ours else "NOASSERTION")
 
     @property
     def calibration(self) -> Path | None:
@@ -157,6 +164,8 @@ class LocalMarket:
         self.participants: dict[str, Participant] = {}
         self.api_keys: dict[str, str] = {}
         self.market: Market | None = None
+        # Whether the model has a chat template; known once the market was made.
+        self.has_chat = False
         self._specs: dict[str, ProcessSpec] = {}
 
     @property
@@ -251,6 +260,8 @@ class LocalMarket:
     async def _start(self) -> None:
         self._tell("making keys and signing the model")
         self._create()
+        if self.settings.calibration is None:
+            self._tell("no calibration lies beside the model: audits refund, but convict nobody")
         self._tell("starting the ledger")
         await self._run(self._ledger_spec())
         await self._open_the_books()
@@ -280,9 +291,12 @@ class LocalMarket:
             keys=self.keys_of("publisher"),
             name=settings.sold_as,
             revision="1",
-            licence=settings.licence,
+            licence=settings.sold_under,
             clock=self._clock,
         )
+        # What the router would find out only once everything runs.
+        tokenizer = load_tokenizer(self.model_directory, self._signed.message)
+        self.has_chat = tokenizer.template is not None
         for node in settings.nodes:
             keys = self.directory / "nodes" / node.name
             signer = create_keys(keys, self.market.market_id, self._clock)

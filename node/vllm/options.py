@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+# vLLM's own word for the longest context that model and cache allow.
+FIT_CONTEXT = -1
 
 SAMPLER_PLUGIN = "trueweight.node.vllm.sampler_plugin:CanonicalSampler"
 SCORER_EXTENSION = "trueweight.node.vllm.scorer.ScorerExtension"
@@ -17,7 +19,8 @@ SCORER_EXTENSION = "trueweight.node.vllm.scorer.ScorerExtension"
 class VllmOptions:
     """How to run the engine.
 
-    ``max_context_tokens`` 0 takes the model's own. ``kv_cache_bytes`` and ``threads`` are per
+    ``max_context_tokens`` 0 takes the model's own, or what the cache holds if that is less.
+    ``kv_cache_bytes`` and ``threads`` are per
     worker; 0 leaves them to vLLM (right for GPUs: all memory that is left). ``threads`` sets
     OMP_NUM_THREADS without pinning, so that engines share a machine. ``enforce_eager`` trades a
     shorter start for slower steps on GPUs; on CPUs the difference is small.
@@ -56,7 +59,7 @@ def engine_arguments(model_dir: Path, options: VllmOptions, *, canonical: bool) 
         "enforce_eager": options.enforce_eager,
         "max_num_seqs": options.max_running,
         "max_num_batched_tokens": options.max_batched_tokens,
-        "max_model_len": options.max_context_tokens or None,
+        "max_model_len": options.max_context_tokens or FIT_CONTEXT,
         "kv_cache_memory_bytes": options.kv_cache_bytes or None,
         "enable_prefix_caching": options.prefix_caching,
         "enable_chunked_prefill": True,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
 from trueweight.simulation.background import read_state
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def wait_for(condition, within_s, what):
@@ -56,7 +61,12 @@ def test_up_serves_repairs_itself_and_down_leaves_nothing(command, directory, li
     assert "up already" in again.stderr
     for text in (facts["base_url"], facts["api_key"], "curl -s", str(directory / "logs")):
         assert text in again.stdout
-    assert (directory / "state.json").stat().st_mode & 0o077 == 0
+    for name in ("state.json", "env"):
+        assert (directory / name).stat().st_mode & 0o077 == 0
+    other = up(command, directory, "--max-context", "100")
+    assert other.returncode == 1
+    assert "make down" in other.stderr
+    follow_the_readme(directory)
 
     for role in ("ledger", "router", "node-honest-cheap", "reference"):
         os.kill(read_state(directory).groups[role], signal.SIGKILL)
@@ -67,6 +77,23 @@ def test_up_serves_repairs_itself_and_down_leaves_nothing(command, directory, li
     assert live_processes(str(directory)) == []
     assert read_state(directory) is None
     assert "No market is up" in command("simulate", "down", "--directory", str(directory)).stdout
+
+
+def follow_the_readme(directory):
+    """What a newcomer pastes, literally, between `make up` and `make down`."""
+    head = (REPOSITORY / "README.md").read_text().split("## What it proves")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", head, re.DOTALL)
+    pasted = "\n".join(blocks[1:]).replace("make down", "")
+    for name in ("answer.json", "receipt.json", ".trueweight/up"):
+        assert name in pasted
+    pasted = pasted.replace(".trueweight/up", str(directory))
+    pasted = re.sub(r"(answer|receipt)\.json", rf"{directory}/\1.json", pasted)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", pasted],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "This does not prove:" in done.stdout
 
 
 def _answers(facts):
