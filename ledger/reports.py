@@ -3,6 +3,7 @@ database, so that it works without a running ledger."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from trueweight.ledger.accounts import kind_of
 from trueweight.ledger.fsck import Findings, check
 from trueweight.ledger.reader import MAX_PAGE, Reader
 from trueweight.ledger.schema import is_current, make_engine, normal_url, sqlite_path
-from trueweight.protos.errors import InvalidRequest, NotFound
+from trueweight.protos.errors import InvalidRequest, NotFound, StorageError, Unavailable
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -37,11 +38,29 @@ def open_reader(database: str) -> Reader:
     if url.get_backend_name() == "sqlite" and not sqlite_path(url).exists():
         raise NotFound(f"there are no books at {sqlite_path(url)}")
     engine = make_engine(url)
-    if not is_current(engine):
+    with database_errors():
+        current = is_current(engine)
+    if not current:
         raise InvalidRequest(
             "the database has another schema version", hint="Start 'trueweight ledger serve' on it."
         )
     return Reader(engine)
+
+
+@contextlib.contextmanager
+def database_errors() -> Iterator[None]:
+    """The errors of a database, in the words of the one tree."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        raise Unavailable(
+            f"the database cannot be used: {str(error.orig or error).partition(chr(10))[0][:300]}",
+            hint="Is it running, and the disk not full?",
+        ) from error
+    except sa.exc.SQLAlchemyError as error:
+        raise StorageError(
+            f"the database failed: {str(error).partition(chr(10))[0][:300]}"
+        ) from error
 
 
 def balances(database: str, accounts: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,7 +104,7 @@ def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Fin
     reader.close()
     engine = make_engine(normal_url(database))
     keys: list[bytes] | None = None
-    with engine.connect() as connection:
+    with database_errors(), engine.connect() as connection:
         market_id = str(
             connection.execute(sa.text("SELECT value FROM meta WHERE key = 'market'")).scalar()
         )
@@ -96,8 +115,12 @@ def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Fin
         market_id = market.market_id
     try:
         if not show_progress:
-            return check(engine, market_id, keys)
-        with rich.progress.Progress(console=Console(stderr=True), transient=True) as bar:
+            with database_errors():
+                return check(engine, market_id, keys)
+        with (
+            database_errors(),
+            rich.progress.Progress(console=Console(stderr=True), transient=True) as bar,
+        ):
             task = bar.add_task("checking the books", total=None)
             return check(
                 engine,

@@ -144,7 +144,9 @@ class NodeApp:
         self._spawn("watch engine", partial(self._watch_engine, node.workload))
         self._spawn("watch registry", partial(self._watch_registry, ledger, registry, weights))
         if not config.score_only:
-            self._spawn("claims", partial(claim_forever, journal, ledger, self._clock))
+            self._spawn(
+                "claims", partial(claim_forever, journal, ledger, self.node_id, self._clock)
+            )
             self._work_for_router(node)
 
     async def _serve(self, weights: ServedWeights, journal: ReceiptJournal) -> NodeContext:

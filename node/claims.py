@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 from trueweight.node.journal import JournalEntry, ReceiptJournal
 from trueweight.protos.envelope import digest_of
@@ -19,6 +20,9 @@ CLAIM_BEFORE_EXPIRY_MS = 60_000
 PERIOD_MS = 10_000
 # Kept longer than any assignment is fresh, so that the journal also refuses replays.
 KEEP_MS = 3_600_000
+# Of the node's own account, read in one round.
+PAGE, MAX_PAGES = 1_000, 20
+EARNING = "earning"
 
 
 def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
@@ -29,6 +33,34 @@ def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
             hold_id=entry.hold_id, assignment=entry.assignment, receipt=entry.receipt
         ),
     )
+
+
+async def confirm_reports(
+    journal: ReceiptJournal, ledger: LedgerPort, node_id: str, now_unix_ms: int
+) -> int:
+    """Ends receipts that a router reports as captured and that the node's own account shows as
+    earned; how many.
+
+    A router's word alone ends nothing: it could report a capture, give the hold back to its client
+    and keep the node from claiming. One read of the account answers for up to 1,000 receipts.
+    """
+    if not journal.has_reports():
+        return 0
+    account = f"node-locked:{node_id}"
+    for _ in range(MAX_PAGES):
+        cursor = journal.earnings_cursor()
+        page = await ledger.transfers(account, cursor, PAGE)
+        if not page.transfers:
+            break
+        earned = Counter(
+            transfer.operation_id
+            for transfer in page.transfers
+            if transfer.credit_account == account and transfer.reason == EARNING
+        )
+        journal.note_earnings(earned, page.next_sequence, now_unix_ms)
+        if len(page.transfers) < PAGE:
+            break
+    return journal.settle_reports()
 
 
 async def claim_due(journal: ReceiptJournal, ledger: LedgerPort, now_unix_ms: int) -> int:
@@ -68,12 +100,15 @@ async def _claim(
     return settled, kept
 
 
-async def claim_forever(journal: ReceiptJournal, ledger: LedgerPort, clock: Clock) -> None:
+async def claim_forever(
+    journal: ReceiptJournal, ledger: LedgerPort, node_id: str, clock: Clock
+) -> None:
     """Claims now and then until cancelled; failures are logged and tried again."""
     while True:
         await clock.sleep_ms(PERIOD_MS)
         now = clock.now_unix_ms()
         try:
+            await confirm_reports(journal, ledger, node_id, now)
             kept = await claim_due(journal, ledger, now)
             journal.forget_expired(now - KEEP_MS)
         except StorageError as error:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trueweight.protos.errors import StorageError
 
 log = logging.getLogger(__name__)
 
 MAX_CLAIMS = 256
+MAX_MATCHED = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS receipts (
   assignment_digest BLOB PRIMARY KEY,
@@ -26,6 +29,19 @@ CREATE TABLE IF NOT EXISTS receipts (
   claimed INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS receipts_by_expiry ON receipts (hold_expires_at_unix_ms);
+-- What routers say that the ledger has captured, until the ledger says so too.
+CREATE TABLE IF NOT EXISTS reports (
+  assignment_digest BLOB PRIMARY KEY,
+  bill_id BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS reports_by_bill ON reports (bill_id);
+-- Earnings that the node's own account shows and that no receipt was matched with yet.
+CREATE TABLE IF NOT EXISTS earnings (
+  bill_id BLOB PRIMARY KEY,
+  legs INTEGER NOT NULL,
+  seen_at_unix_ms INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cursor (sequence INTEGER NOT NULL);
 """
 
 
@@ -87,22 +103,87 @@ class ReceiptJournal:
         )
         return [JournalEntry(*row) for row in rows]
 
+    def note_reports(self, reports: Sequence[tuple[bytes, bytes]]) -> None:
+        """Routers say that these (assignment digest, bill id) are captured. Only what this journal
+        holds unclaimed is kept, so that a router cannot fill it."""
+        self._many(
+            "INSERT OR IGNORE INTO reports SELECT assignment_digest, ? FROM receipts "
+            "WHERE assignment_digest = ? AND claimed = 0",
+            [(bill, assignment) for assignment, bill in reports],
+        )
+
+    def has_reports(self) -> bool:
+        """True if a report waits for the ledger's word."""
+        return bool(self._run("SELECT 1 FROM reports LIMIT 1", ()))
+
+    def earnings_cursor(self) -> int:
+        """Sequence of the last transfer of the node's account that was looked at."""
+        rows = self._run("SELECT sequence FROM cursor", ())
+        return int(rows[0][0]) if rows else 0
+
+    def note_earnings(self, bills: Mapping[bytes, int], sequence: int, now_unix_ms: int) -> None:
+        """The node's account shows as many earnings of these bills, up to that transfer."""
+        self._run("BEGIN", ())
+        self._many(
+            "INSERT INTO earnings VALUES (?, ?, ?) "
+            "ON CONFLICT (bill_id) DO UPDATE SET legs = legs + excluded.legs",
+            [(bill, legs, now_unix_ms) for bill, legs in bills.items()],
+        )
+        self._run("DELETE FROM cursor", ())
+        self._run("INSERT INTO cursor VALUES (?)", (sequence,))
+        self._run("COMMIT", ())
+
+    def settle_reports(self) -> int:
+        """Ends what both a router and the ledger call captured; how many receipts. Each earning
+        answers for one receipt, whatever a router says about others."""
+        matched = self._run(
+            "SELECT r.assignment_digest, r.bill_id FROM reports r "
+            "JOIN earnings e ON e.bill_id = r.bill_id WHERE e.legs > 0 LIMIT ?",
+            (MAX_MATCHED,),
+        )
+        left: dict[bytes, int] = {}
+        settled = 0
+        for assignment, bill in ((row[0], row[1]) for row in matched):
+            if bill not in left:
+                rows = self._run("SELECT legs FROM earnings WHERE bill_id = ?", (bill,))
+                left[bill] = int(rows[0][0])
+            if left[bill] > 0:
+                left[bill] -= 1
+                settled += 1
+                self.mark_claimed(assignment)
+        self._many(
+            "UPDATE earnings SET legs = ? WHERE bill_id = ?",
+            [(n, bill) for bill, n in left.items()],
+        )
+        return settled
+
     def mark_claimed(self, assignment_digest: bytes) -> None:
         """The ledger has answered; there is nothing more to ask for."""
         self._run(
             "UPDATE receipts SET claimed = 1 WHERE assignment_digest = ?", (assignment_digest,)
         )
+        self._run("DELETE FROM reports WHERE assignment_digest = ?", (assignment_digest,))
 
     def forget_expired(self, before_unix_ms: int) -> None:
         """Drops entries whose hold ended before a time."""
         self._run("DELETE FROM receipts WHERE hold_expires_at_unix_ms < ?", (before_unix_ms,))
+        self._run("DELETE FROM earnings WHERE seen_at_unix_ms < ?", (before_unix_ms,))
+        self._run(
+            "DELETE FROM reports WHERE assignment_digest NOT IN "
+            "(SELECT assignment_digest FROM receipts)",
+            (),
+        )
 
     def close(self) -> None:
         self._db.close()
 
-    def _run(
-        self, sql: str, values: tuple[object, ...]
-    ) -> list[tuple[bytes, bytes, int, bytes, bytes]]:
+    def _many(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
+        try:
+            self._db.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise StorageError(f"the receipt journal failed: {error}") from error
+
+    def _run(self, sql: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         try:
             return self._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:

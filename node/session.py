@@ -29,6 +29,7 @@ from trueweight.protos.errors import (
     InvalidRequest,
     OverCapacity,
     PermissionDenied,
+    StorageError,
     Unavailable,
 )
 from trueweight.protos.identity import KeyRing
@@ -37,6 +38,7 @@ from trueweight.runtime.handshake import NONCE_BYTES, check_proof, make_proof, n
 
 log = logging.getLogger(__name__)
 
+MAX_FRAME_REPORTS = 1_024
 # How long at most a frame that ends a call is held back for others.
 _URGENT_MS = 5.0
 
@@ -150,7 +152,7 @@ class NodeSession:
         frame = await self._stream.read()
         if frame is None:
             raise Unavailable("the router left during the handshake")
-        if frame.dispatches or frame.stops or frame.cancels or frame.windows:
+        if frame.dispatches or frame.stops or frame.cancels or frame.windows or frame.captured:
             raise BadSignature("the router sent work before its proof")
         return frame
 
@@ -184,7 +186,20 @@ class NodeSession:
             for cancel in frame.cancels:
                 if runner := self._calls.get(cancel.call):
                     runner.feed(Cancelled())
+            if frame.captured:
+                self._note_captured(frame)
             await self._outbox.room()
+
+    def _note_captured(self, frame: RouterFrame) -> None:
+        if len(frame.captured) > MAX_FRAME_REPORTS:
+            raise InvalidRequest("the router reports too many captures at once")
+        try:
+            self._node.journal.note_reports(
+                [(report.assignment_digest, report.bill_id) for report in frame.captured]
+            )
+        except StorageError as error:
+            # Then these are claimed, and refused: that costs a call, not money.
+            log.error("%s", error)
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         if dispatch.call in self._calls:

@@ -23,6 +23,7 @@ from trueweight.protos.errors import (
 from trueweight.protos.identity import KeyRing, Signer
 from trueweight.protos.v1.node_pb2 import (
     Cancel,
+    Captured,
     Dispatch,
     Load,
     NodeFrame,
@@ -41,6 +42,10 @@ HANDSHAKE_MS = 10_000.0
 MAX_CALLS = 4096
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_OUTBOX = 4 * MAX_CALLS
+# Reports of captures ride in frames that go out anyway, or in one of their own after this time.
+REPORT_AFTER_S = 1.0
+MAX_REPORTS = 65_536
+MAX_FRAME_REPORTS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,9 @@ class NodeSession:
         self._calls: dict[int, Call] = {}
         self._next_call = 1
         self._outbox: deque[RouterFrame] = deque()
+        # A full one forgets the oldest: their node claims what was not reported.
+        self._reports: deque[Captured] = deque(maxlen=MAX_REPORTS)
+        self._report_timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._closing = False
         self._out = Outgoing(self._stop, self._cancel, self._grant, self._forget)
@@ -126,9 +134,20 @@ class NodeSession:
         self._send(RouterFrame(dispatches=[dispatch]))
         return call
 
+    def report(self, captured: Captured) -> None:
+        """Tells the node, soon, what the ledger has captured."""
+        if not self.is_open or self._closing:
+            return
+        self._reports.append(captured)
+        if self._report_timer is None:
+            loop = asyncio.get_running_loop()
+            self._report_timer = loop.call_later(REPORT_AFTER_S, self._send_reports)
+
     def close(self, reason: str) -> None:
         """Ends the session: all calls are lost."""
         self.is_open, self._closing = False, True
+        if self._report_timer is not None:
+            self._report_timer.cancel()
         for call in list(self._calls.values()):
             call.deliver(Lost(reason))
         self._calls.clear()
@@ -213,6 +232,11 @@ class NodeSession:
     def _forget(self, call: int) -> None:
         self._calls.pop(call, None)
 
+    def _send_reports(self) -> None:
+        self._report_timer = None
+        if self._reports:
+            self._send(RouterFrame())  # _take fills it
+
     def _send(self, frame: RouterFrame) -> None:
         if self._closing:
             return
@@ -233,6 +257,10 @@ class NodeSession:
             following = self._outbox.popleft()
             size += following.ByteSize()
             frame.MergeFrom(following)
+        while self._reports and len(frame.captured) < MAX_FRAME_REPORTS:
+            frame.captured.append(self._reports.popleft())
+        if self._reports and not self._outbox:
+            self._send(RouterFrame())
         return frame
 
 

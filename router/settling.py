@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from trueweight.protos.errors import TrueweightError
@@ -25,8 +25,15 @@ class Settler:
     """Captures are journalled before they come here and stay journalled until they are settled,
     so that a crash loses none. Voids are not: a hold nobody voids expires by itself."""
 
-    def __init__(self, ledger: LedgerPort, journal: Journal, clock: Clock) -> None:
+    def __init__(
+        self,
+        ledger: LedgerPort,
+        journal: Journal,
+        clock: Clock,
+        on_captured: Callable[[Operation], None] = lambda _: None,
+    ) -> None:
         self._ledger, self._journal, self._clock = ledger, journal, clock
+        self._on_captured = on_captured
         self._tasks: set[asyncio.Task[None]] = set()
         self._capturing: set[bytes] = set()
         self.captured = 0
@@ -87,6 +94,7 @@ class Settler:
         else:
             self.captured += 1
             await self._journal.settle(operation.id, CAPTURED)
+            self._on_captured(operation)
 
     async def _void(self, hold_id: bytes, until_unix_ms: int) -> None:
         operation = Operation(id=derived_id("void", hold_id), void_hold=VoidHold(hold_id=hold_id))

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trueweight.protos.v1 import market_pb2 as trueweight_dot_protos_dot_v1_dot_market__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrueweight/protos/v1/node.proto\x12\rtrueweight.v1\x1a!trueweight/protos/v1/market.proto\"\x1d\n\x0cSessionNonce\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\xe9\x01\n\x0bRouterFrame\x12*\n\x05nonce\x18\x01 \x01(\x0b\x32\x1b.trueweight.v1.SessionNonce\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12+\n\ndispatches\x18\x03 \x03(\x0b\x32\x17.trueweight.v1.Dispatch\x12\"\n\x05stops\x18\x04 \x03(\x0b\x32\x13.trueweight.v1.Stop\x12&\n\x07\x63\x61ncels\x18\x05 \x03(\x0b\x32\x15.trueweight.v1.Cancel\x12&\n\x07windows\x18\x06 \x03(\x0b\x32\x15.trueweight.v1.Window\"\x87\x02\n\tNodeFrame\x12*\n\x05nonce\x18\x01 \x01(\x0b\x32\x1b.trueweight.v1.SessionNonce\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12\r\n\x05offer\x18\x03 \x01(\x0c\x12%\n\x06tokens\x18\x04 \x03(\x0b\x32\x15.trueweight.v1.Tokens\x12)\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x17.trueweight.v1.Finished\x12)\n\x08rejected\x18\x06 \x03(\x0b\x32\x17.trueweight.v1.Rejected\x12!\n\x04load\x18\x07 \x01(\x0b\x32\x13.trueweight.v1.Load\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"\x9d\x01\n\x08\x44ispatch\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\x0c\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x18\n\x10prefix_token_ids\x18\x05 \x03(\r\x12\x16\n\x0egrammar_source\x18\x06 \x01(\x0c\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\" \n\x04Stop\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\r\"\x16\n\x06\x43\x61ncel\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"&\n\x06Window\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\")\n\x06Tokens\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\")\n\x08\x46inished\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\"7\n\x08Rejected\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"p\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nkv_use_ppm\x18\x03 \x01(\r\x12\x1e\n\x16generated_tokens_total\x18\x04 \x01(\x04\x12\x12\n\nat_unix_ms\x18\x05 \x01(\x03\"e\n\x0cScoreRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.trueweight.v1.ScoreItem\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x04\"\xb0\x01\n\tScoreItem\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x18\n\x10prefix_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.trueweight.v1.SamplingParams\x12\x0c\n\x04seed\x18\x05 \x01(\x10\x12\x16\n\x0egrammar_source\x18\x06 \x01(\x0c\"s\n\rScoreResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.trueweight.v1.ScoreResult\x12\x35\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32 .trueweight.v1.EngineFingerprint\"N\n\x0bScoreResult\x12\x0f\n\x07margins\x18\x01 \x03(\x02\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"f\n\x10\x43hallengeRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x15\n\rchunk_indices\x18\x03 \x03(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\"=\n\x11\x43hallengeResponse\x12\x14\n\x0c\x63hunk_proofs\x18\x01 \x03(\x0c\x12\x12\n\nelapsed_us\x18\x02 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"\x8d\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05offer\x18\x01 \x01(\x0c\x12\x11\n\tmanifests\x18\x02 \x03(\x0c\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.trueweight.v1.Load\x12\x1b\n\x13self_test_positions\x18\x04 \x01(\r\x12\x17\n\x0fself_test_equal\x18\x05 \x01(\r2\xac\x02\n\x04Node\x12\x43\n\x07Session\x12\x1a.trueweight.v1.RouterFrame\x1a\x18.trueweight.v1.NodeFrame(\x01\x30\x01\x12\x42\n\x05Score\x12\x1b.trueweight.v1.ScoreRequest\x1a\x1c.trueweight.v1.ScoreResponse\x12N\n\tChallenge\x12\x1f.trueweight.v1.ChallengeRequest\x1a .trueweight.v1.ChallengeResponse\x12K\n\x08\x44\x65scribe\x12\x1e.trueweight.v1.DescribeRequest\x1a\x1f.trueweight.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrueweight/protos/v1/node.proto\x12\rtrueweight.v1\x1a!trueweight/protos/v1/market.proto\"\x1d\n\x0cSessionNonce\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\x94\x02\n\x0bRouterFrame\x12*\n\x05nonce\x18\x01 \x01(\x0b\x32\x1b.trueweight.v1.SessionNonce\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12+\n\ndispatches\x18\x03 \x03(\x0b\x32\x17.trueweight.v1.Dispatch\x12\"\n\x05stops\x18\x04 \x03(\x0b\x32\x13.trueweight.v1.Stop\x12&\n\x07\x63\x61ncels\x18\x05 \x03(\x0b\x32\x15.trueweight.v1.Cancel\x12&\n\x07windows\x18\x06 \x03(\x0b\x32\x15.trueweight.v1.Window\x12)\n\x08\x63\x61ptured\x18\x07 \x03(\x0b\x32\x17.trueweight.v1.Captured\"6\n\x08\x43\x61ptured\x12\x19\n\x11\x61ssignment_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07\x62ill_id\x18\x02 \x01(\x0c\"\x87\x02\n\tNodeFrame\x12*\n\x05nonce\x18\x01 \x01(\x0b\x32\x1b.trueweight.v1.SessionNonce\x12\r\n\x05proof\x18\x02 \x01(\x0c\x12\r\n\x05offer\x18\x03 \x01(\x0c\x12%\n\x06tokens\x18\x04 \x03(\x0b\x32\x15.trueweight.v1.Tokens\x12)\n\x08\x66inished\x18\x05 \x03(\x0b\x32\x17.trueweight.v1.Finished\x12)\n\x08rejected\x18\x06 \x03(\x0b\x32\x17.trueweight.v1.Rejected\x12!\n\x04load\x18\x07 \x01(\x0b\x32\x13.trueweight.v1.Load\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"\x9d\x01\n\x08\x44ispatch\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\x0c\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x18\n\x10prefix_token_ids\x18\x05 \x03(\r\x12\x16\n\x0egrammar_source\x18\x06 \x01(\x0c\x12\x15\n\rwindow_tokens\x18\x07 \x01(\r\" \n\x04Stop\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\r\"\x16\n\x06\x43\x61ncel\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\"&\n\x06Window\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\")\n\x06Tokens\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\")\n\x08\x46inished\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\"7\n\x08Rejected\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"p\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nkv_use_ppm\x18\x03 \x01(\r\x12\x1e\n\x16generated_tokens_total\x18\x04 \x01(\x04\x12\x12\n\nat_unix_ms\x18\x05 \x01(\x03\"e\n\x0cScoreRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.trueweight.v1.ScoreItem\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\x04\"\xb0\x01\n\tScoreItem\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x18\n\x10prefix_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.trueweight.v1.SamplingParams\x12\x0c\n\x04seed\x18\x05 \x01(\x10\x12\x16\n\x0egrammar_source\x18\x06 \x01(\x0c\"s\n\rScoreResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.trueweight.v1.ScoreResult\x12\x35\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32 .trueweight.v1.EngineFingerprint\"N\n\x0bScoreResult\x12\x0f\n\x07margins\x18\x01 \x03(\x02\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"f\n\x10\x43hallengeRequest\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x15\n\rchunk_indices\x18\x03 \x03(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x04\"=\n\x11\x43hallengeResponse\x12\x14\n\x0c\x63hunk_proofs\x18\x01 \x03(\x0c\x12\x12\n\nelapsed_us\x18\x02 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"\x8d\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05offer\x18\x01 \x01(\x0c\x12\x11\n\tmanifests\x18\x02 \x03(\x0c\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.trueweight.v1.Load\x12\x1b\n\x13self_test_positions\x18\x04 \x01(\r\x12\x17\n\x0fself_test_equal\x18\x05 \x01(\r2\xac\x02\n\x04Node\x12\x43\n\x07Session\x12\x1a.trueweight.v1.RouterFrame\x1a\x18.trueweight.v1.NodeFrame(\x01\x30\x01\x12\x42\n\x05Score\x12\x1b.trueweight.v1.ScoreRequest\x1a\x1c.trueweight.v1.ScoreResponse\x12N\n\tChallenge\x12\x1f.trueweight.v1.ChallengeRequest\x1a .trueweight.v1.ChallengeResponse\x12K\n\x08\x44\x65scribe\x12\x1e.trueweight.v1.DescribeRequest\x1a\x1f.trueweight.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,41 +35,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONNONCE']._serialized_start=85
   _globals['_SESSIONNONCE']._serialized_end=114
   _globals['_ROUTERFRAME']._serialized_start=117
-  _globals['_ROUTERFRAME']._serialized_end=350
-  _globals['_NODEFRAME']._serialized_start=353
-  _globals['_NODEFRAME']._serialized_end=616
-  _globals['_DISPATCH']._serialized_start=619
-  _globals['_DISPATCH']._serialized_end=776
-  _globals['_STOP']._serialized_start=778
-  _globals['_STOP']._serialized_end=810
-  _globals['_CANCEL']._serialized_start=812
-  _globals['_CANCEL']._serialized_end=834
-  _globals['_WINDOW']._serialized_start=836
-  _globals['_WINDOW']._serialized_end=874
-  _globals['_TOKENS']._serialized_start=876
-  _globals['_TOKENS']._serialized_end=917
-  _globals['_FINISHED']._serialized_start=919
-  _globals['_FINISHED']._serialized_end=960
-  _globals['_REJECTED']._serialized_start=962
-  _globals['_REJECTED']._serialized_end=1017
-  _globals['_LOAD']._serialized_start=1019
-  _globals['_LOAD']._serialized_end=1131
-  _globals['_SCOREREQUEST']._serialized_start=1133
-  _globals['_SCOREREQUEST']._serialized_end=1234
-  _globals['_SCOREITEM']._serialized_start=1237
-  _globals['_SCOREITEM']._serialized_end=1413
-  _globals['_SCORERESPONSE']._serialized_start=1415
-  _globals['_SCORERESPONSE']._serialized_end=1530
-  _globals['_SCORERESULT']._serialized_start=1532
-  _globals['_SCORERESULT']._serialized_end=1610
-  _globals['_CHALLENGEREQUEST']._serialized_start=1612
-  _globals['_CHALLENGEREQUEST']._serialized_end=1714
-  _globals['_CHALLENGERESPONSE']._serialized_start=1716
-  _globals['_CHALLENGERESPONSE']._serialized_end=1777
-  _globals['_DESCRIBEREQUEST']._serialized_start=1779
-  _globals['_DESCRIBEREQUEST']._serialized_end=1796
-  _globals['_DESCRIBERESPONSE']._serialized_start=1799
-  _globals['_DESCRIBERESPONSE']._serialized_end=1940
-  _globals['_NODE']._serialized_start=1943
-  _globals['_NODE']._serialized_end=2243
+  _globals['_ROUTERFRAME']._serialized_end=393
+  _globals['_CAPTURED']._serialized_start=395
+  _globals['_CAPTURED']._serialized_end=449
+  _globals['_NODEFRAME']._serialized_start=452
+  _globals['_NODEFRAME']._serialized_end=715
+  _globals['_DISPATCH']._serialized_start=718
+  _globals['_DISPATCH']._serialized_end=875
+  _globals['_STOP']._serialized_start=877
+  _globals['_STOP']._serialized_end=909
+  _globals['_CANCEL']._serialized_start=911
+  _globals['_CANCEL']._serialized_end=933
+  _globals['_WINDOW']._serialized_start=935
+  _globals['_WINDOW']._serialized_end=973
+  _globals['_TOKENS']._serialized_start=975
+  _globals['_TOKENS']._serialized_end=1016
+  _globals['_FINISHED']._serialized_start=1018
+  _globals['_FINISHED']._serialized_end=1059
+  _globals['_REJECTED']._serialized_start=1061
+  _globals['_REJECTED']._serialized_end=1116
+  _globals['_LOAD']._serialized_start=1118
+  _globals['_LOAD']._serialized_end=1230
+  _globals['_SCOREREQUEST']._serialized_start=1232
+  _globals['_SCOREREQUEST']._serialized_end=1333
+  _globals['_SCOREITEM']._serialized_start=1336
+  _globals['_SCOREITEM']._serialized_end=1512
+  _globals['_SCORERESPONSE']._serialized_start=1514
+  _globals['_SCORERESPONSE']._serialized_end=1629
+  _globals['_SCORERESULT']._serialized_start=1631
+  _globals['_SCORERESULT']._serialized_end=1709
+  _globals['_CHALLENGEREQUEST']._serialized_start=1711
+  _globals['_CHALLENGEREQUEST']._serialized_end=1813
+  _globals['_CHALLENGERESPONSE']._serialized_start=1815
+  _globals['_CHALLENGERESPONSE']._serialized_end=1876
+  _globals['_DESCRIBEREQUEST']._serialized_start=1878
+  _globals['_DESCRIBEREQUEST']._serialized_end=1895
+  _globals['_DESCRIBERESPONSE']._serialized_start=1898
+  _globals['_DESCRIBERESPONSE']._serialized_end=2039
+  _globals['_NODE']._serialized_start=2042
+  _globals['_NODE']._serialized_end=2342
 # @@protoc_insertion_point(module_scope)

@@ -14,20 +14,30 @@ class SessionNonce(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
-    __slots__ = ("nonce", "proof", "dispatches", "stops", "cancels", "windows")
+    __slots__ = ("nonce", "proof", "dispatches", "stops", "cancels", "windows", "captured")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     STOPS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_FIELD_NUMBER: _ClassVar[int]
     nonce: SessionNonce
     proof: bytes
     dispatches: _containers.RepeatedCompositeFieldContainer[Dispatch]
     stops: _containers.RepeatedCompositeFieldContainer[Stop]
     cancels: _containers.RepeatedCompositeFieldContainer[Cancel]
     windows: _containers.RepeatedCompositeFieldContainer[Window]
-    def __init__(self, nonce: _Optional[_Union[SessionNonce, _Mapping]] = ..., proof: _Optional[bytes] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[Stop, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[Cancel, _Mapping]]] = ..., windows: _Optional[_Iterable[_Union[Window, _Mapping]]] = ...) -> None: ...
+    captured: _containers.RepeatedCompositeFieldContainer[Captured]
+    def __init__(self, nonce: _Optional[_Union[SessionNonce, _Mapping]] = ..., proof: _Optional[bytes] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[Stop, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[Cancel, _Mapping]]] = ..., windows: _Optional[_Iterable[_Union[Window, _Mapping]]] = ..., captured: _Optional[_Iterable[_Union[Captured, _Mapping]]] = ...) -> None: ...
+
+class Captured(_message.Message):
+    __slots__ = ("assignment_digest", "bill_id")
+    ASSIGNMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BILL_ID_FIELD_NUMBER: _ClassVar[int]
+    assignment_digest: bytes
+    bill_id: bytes
+    def __init__(self, assignment_digest: _Optional[bytes] = ..., bill_id: _Optional[bytes] = ...) -> None: ...
 
 class NodeFrame(_message.Message):
     __slots__ = ("nonce", "proof", "offer", "tokens", "finished", "rejected", "load", "draining")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import uuid
 
 import psycopg
@@ -64,6 +65,16 @@ class Databases:
         with psycopg.connect(self._server, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {source}")
         return self._server.replace("/postgres?", f"/{name}?")
+
+    def until_up(self):
+        """Waits until a database that was killed has recovered."""
+        for _ in range(600):
+            if not self._server:
+                return
+            with contextlib.suppress(psycopg.Error), psycopg.connect(self._server):
+                return
+            time.sleep(0.05)
+        raise AssertionError("PostgreSQL is not up after 30 s")
 
     @contextlib.contextmanager
     def kept_alive(self):

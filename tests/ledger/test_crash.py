@@ -71,18 +71,19 @@ def kill_many(crasher, databases, migrated, wanted, seed):
     undisturbed = databases.copy(migrated)
     (life,) = crasher.round(undisturbed, [])
     assert life["ended"], life
-    expected, operations = balances(undisturbed), len(make_load().flat())
+    outcome = balances(undisturbed), len(make_load().flat())
     steps = steps_in_random_order(life["steps"], seed)
     for kind, kills in wanted.items():
         left = kills
         while left > 0:
             left -= kill_until_done(
-                crasher, databases.copy(migrated), kind, (steps, left), (expected, operations)
+                (crasher, databases), databases.copy(migrated), kind, (steps, left), outcome
             )
 
 
-def kill_until_done(crasher, url, kind, kills, outcome):
+def kill_until_done(tools, url, kind, kills, outcome):
     """Rounds on one database until a victim lives to the end; how many kills that took."""
+    crasher, databases = tools
     (steps, left), (expected, operations) = kills, outcome
     killed, acknowledged = 0, set()
     while True:
@@ -91,6 +92,7 @@ def kill_until_done(crasher, url, kind, kills, outcome):
         lives = crasher.round(url, *plan)
         killed += sum(life["kills"] for life in lives)
         acknowledged |= {id_ for life in lives for id_ in life["acknowledged"]}
+        databases.until_up()
         assert problems(url, acknowledged) == []
         if any(life["ended"] for life in lives):
             break

@@ -363,3 +363,21 @@ async def final_code(stream, timeout_s=20):
         except grpc.aio.AioRpcError as error:
             return error.code()
         return await stream.code()
+
+
+async def test_reports_of_captures_reach_the_journal_and_floods_end_the_session(world):
+    path = world.root / "receipts.sqlite"
+    async with world.node(journal_path=path) as app, world.session(app) as router:
+        await router.run(router.dispatch(sampling=Sampling(), max_tokens=5))
+        from trueweight.node.journal import ReceiptJournal
+
+        journal = ReceiptJournal(path)
+        (entry,) = journal.due(2**60)
+        report = pb.Captured(assignment_digest=entry.assignment_digest, bill_id=b"b" * 16)
+        await router.stream.write(pb.RouterFrame(captured=[report]))
+        async with asyncio.timeout(10):
+            while not journal.has_reports():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        journal.close()
+        await router.stream.write(pb.RouterFrame(captured=[report] * 1025))
+        await router.until(lambda: router.ended)

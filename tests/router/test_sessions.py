@@ -18,6 +18,7 @@ from trueweight.protos.errors import (
 )
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.v1.node_pb2 import (
+    Captured,
     Dispatch,
     Finished,
     NodeFrame,
@@ -276,3 +277,26 @@ def test_key_commands_make_list_and_revoke(tmp_path):
     run("revoke", "--data", str(tmp_path), made["key_id"])
     listed = json.loads(run("list", "--data", str(tmp_path), "--json").output)
     assert listed[0]["revoked_unix_ms"]
+
+
+def captured(number):
+    return Captured(assignment_digest=number.to_bytes(32, "big"), bill_id=b"b" * 16)
+
+
+async def test_reports_of_captures_ride_along_and_go_alone_after_a_while(wire, monkeypatch):
+    wire.session.report(captured(1))
+    wire.session.start(Dispatch(), 8)
+    frame = await anext(wire.sent)
+    assert len(frame.dispatches) == len(frame.captured) == 1
+    monkeypatch.setattr(node_session, "REPORT_AFTER_S", 0.01)
+    for number in range(2, 2000):
+        wire.session.report(captured(number))
+    first = await asyncio.wait_for(anext(wire.sent), 10)
+    second = await asyncio.wait_for(anext(wire.sent), 10)
+    assert (len(first.captured), len(second.captured)) == (1024, 974)
+
+
+async def test_reports_to_a_node_that_is_gone_are_dropped(wire):
+    wire.session.close("gone")
+    wire.session.report(captured(1))
+    assert not wire.session._reports
