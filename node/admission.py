@@ -18,8 +18,8 @@ from trueweight.protos.errors import (
     PermissionDenied,
     TrueweightError,
     Unavailable,
-    UnsupportedParameter,
 )
+from trueweight.protos.grammar import check_grammar
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.ids import ID_BYTES
 from trueweight.protos.sampling import Sampling
@@ -81,6 +81,7 @@ class Admitted:
     prefix: tuple[int, ...]
     sampling: Sampling
     window_tokens: int
+    grammar_source: bytes = b""
 
     def job(self, job_id: str) -> GenerateJob:
         assignment = self.opened.message
@@ -91,6 +92,7 @@ class Admitted:
             sampling=self.sampling,
             seed=assignment.seed,
             max_tokens=assignment.max_tokens,
+            grammar_source=self.grammar_source,
         )
 
 
@@ -108,8 +110,9 @@ def admit(dispatch: Dispatch, terms: Terms, now: Situation) -> Admitted | Refuse
     1. Room: not draining, below capacity. 2. Sizes within bounds. 3. The session's router signed
     the assignment, for this market and node. 4. It was not accepted before and is fresh. 5. The
     model is served, at or above the asks. 6. Deadline and hold leave time for work and claim.
-    7. Prompt and prefix are what the digests say. 8. Sampling is resolved and possible. 9. It fits
-    the context.
+    7. Prompt and prefix are what the digests say. 8. Sampling is resolved and possible, its grammar
+    the one whose digest is signed. 9. It fits the context. Whether the grammar compiles is found
+    out later, where it takes no time from other calls.
     """
     try:
         return _admit(dispatch, terms, now)
@@ -132,7 +135,15 @@ def _admit(dispatch: Dispatch, terms: Terms, now: Situation) -> Admitted:
     _check_tokens(assignment, dispatch.salt, prompt, prefix, model)  # 7
     sampling = _check_sampling(assignment, dispatch, model)  # 8
     _check_context(assignment, model)  # 9
-    return Admitted(opened, dispatch.salt, prompt, prefix, sampling, dispatch.window_tokens)
+    return Admitted(
+        opened=opened,
+        salt=dispatch.salt,
+        prompt=prompt,
+        prefix=prefix,
+        sampling=sampling,
+        window_tokens=dispatch.window_tokens,
+        grammar_source=dispatch.grammar_source,
+    )
 
 
 def _check_room(terms: Terms, now: Situation) -> None:
@@ -216,8 +227,7 @@ def _check_sampling(assignment: Assignment, dispatch: Dispatch, model: ModelTerm
         raise InvalidRequest("seed -1 means 'no seed' to engines and is never used")
     sampling = Sampling.from_proto(assignment.sampling)
     check_token_ids(sampling, model.vocabulary_size)
-    if sampling.grammar_sha256 or dispatch.grammar_source:
-        raise UnsupportedParameter("grammars are not served yet", param="grammar")
+    check_grammar(sampling, dispatch.grammar_source)
     return sampling
 
 

@@ -12,10 +12,12 @@ from trueweight.node.calls import (
     AbortEngine,
     CallState,
     EngineFailed,
+    EngineRefused,
     Event,
     Finish,
     Instruction,
     Produced,
+    Reject,
     Send,
     advance,
 )
@@ -82,8 +84,9 @@ class CallRunner:
                         break
             self._node.workload.note_engine(failed=False)
         except (InvalidRequest, OverCapacity) as error:
-            # The call's fault or the moment's, not the engine's.
-            log.warning("the engine refused a call: %s", error)
+            # The call's fault or the moment's, not the engine's. What it says may quote the call.
+            log.info("the engine refused a call: %s", error.code)
+            self.feed(EngineRefused(error.code, str(error)))
         except TrueweightError as error:
             log.warning("the engine gave up on a call: %s", error)
             self._node.workload.note_engine(failed=True)
@@ -91,7 +94,7 @@ class CallRunner:
             log.exception("the engine failed on a call")
             self._node.workload.note_engine(failed=True)
         if self._state.end is None:
-            self.feed(EngineFailed())
+            self.feed(EngineFailed())  # without effect on a finished call
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
@@ -103,6 +106,9 @@ class CallRunner:
                 self._abort()
             case Finish():
                 self._finish(instruction)
+            case Reject(code=code, message=message):
+                self._outbox.add_rejected(self.call, code, message)
+                self._on_finished(self)
 
     def _abort(self) -> None:
         # From inside its own task the loop in _run sees the state and leaves by itself.

@@ -1,7 +1,8 @@
 """One call as a pure state machine: typed events in, instructions out.
 
 Whatever happens, in whatever order, a call ends with exactly one ``Finish``, and the tokens it
-names are a prefix of the tokens that were sent.
+names are a prefix of the tokens that were sent; or, if the engine would not begin, with one
+``Reject``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,17 @@ class EngineFailed:
     """The engine ended without finishing."""
 
 
-Event: TypeAlias = Produced | StopAt | WindowGrown | Cancelled | DeadlinePassed | EngineFailed
+@dataclass(frozen=True, slots=True)
+class EngineRefused:
+    """The engine would not take the job: an error's code and words."""
+
+    code: str
+    message: str
+
+
+Event: TypeAlias = (
+    Produced | StopAt | WindowGrown | Cancelled | DeadlinePassed | EngineFailed | EngineRefused
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,15 @@ class Finish:
     output: Tokens
 
 
-Instruction: TypeAlias = Send | AbortEngine | Finish
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Nothing ran and nothing is owed. The last instruction of such a call."""
+
+    code: str
+    message: str
+
+
+Instruction: TypeAlias = Send | AbortEngine | Finish | Reject
 Decision: TypeAlias = tuple[CallState, tuple[Instruction, ...]]
 
 # A window beyond any context is a mistake or an attack; it is cut, not believed.
@@ -101,7 +120,7 @@ _REASONS: dict[EngineFinish, FinishReason] = {
 
 
 def advance(state: CallState, event: Event) -> Decision:
-    """What to do about an event. After ``Finish`` every event is ignored."""
+    """What to do about an event. After ``Finish`` or ``Reject`` every event is ignored."""
     if state.finished:
         return state, ()
     match event:
@@ -116,7 +135,9 @@ def advance(state: CallState, event: Event) -> Decision:
             return _give_up(state, FinishReason.CANCELLED)
         case DeadlinePassed():
             return _give_up(state, FinishReason.DEADLINE)
-        case EngineFailed():
+        case EngineRefused(code=code, message=message) if not state.made:
+            return replace(state, finished=True), (Reject(code, message),)
+        case EngineFailed() | EngineRefused():
             return _give_up(state, FinishReason.ENGINE_ERROR)
 
 

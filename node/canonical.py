@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +57,17 @@ class BlockScore:
     ranks: NDArray[np.int64]
 
 
+class Masks(Protocol):
+    """A grammar walking along one output; see ``grammar.GrammarCursor``."""
+
+    def mask_after(self, output: I32, length: int) -> Mask:
+        """What may follow ``output[:length]``, prefix included."""
+        ...
+
+
 def is_plain(sampling: Sampling) -> bool:
     """Whether nothing but the temperature matters, so that the batched kernel may serve it."""
-    return not (sampling.cuts or _changes_logits(sampling))
+    return not (sampling.cuts or sampling.grammar_sha256 or _changes_logits(sampling))
 
 
 def compile_rules(sampling: Sampling, vocabulary_size: int) -> Rules:
@@ -114,8 +122,9 @@ class RowSampler:
 
     def __init__(
         self, sampling: Sampling, seed: int, prompt: Sequence[int], prefix: Sequence[int],
-        scratch: Scratch,
+        scratch: Scratch, *, grammar: Masks | None = None,
     ) -> None:  # fmt: skip
+        self._grammar = _grammar_of(sampling, grammar)
         self._rules = compile_rules(sampling, scratch.counts.size)
         self._seed = seed
         self._prompt = np.array(prompt, dtype=np.int32)
@@ -124,14 +133,15 @@ class RowSampler:
         self._known = 0
         self._scratch = scratch
 
-    def winner(self, row: F32, output: Sequence[int], mask: Mask | None = None) -> int:
+    def winner(self, row: F32, output: Sequence[int]) -> int:
         """The canonical token after prefix and ``output``, which must only ever grow.
 
         Raises EngineError if the row holds NaN or plus infinity.
         """
         self._extend(output)
         length = self._prefix_len + self._known
-        mask = _NO_MASK if mask is None else mask
+        grammar = self._grammar
+        mask = _NO_MASK if grammar is None else grammar.mask_after(self._history, length)
         winner: int = kernels.sample_row(
             row, self._rules, mask, self._prompt, self._history, length, self._seed,
             self._scratch.rows, self._scratch.counts,
@@ -155,10 +165,11 @@ class BlockScorer:
 
     def __init__(
         self, sampling: Sampling, seed: int, prompt: Sequence[int], output: Sequence[int],
-        scratch: Scratch,
+        scratch: Scratch, *, grammar: Masks | None = None,
     ) -> None:  # fmt: skip
         """``output`` is prefix and claimed tokens. Raises InvalidRequest for ids outside the
         vocabulary."""
+        self._grammar = _grammar_of(sampling, grammar)
         self._rules = compile_rules(sampling, scratch.counts.size)
         self._seed = seed
         self._prompt = np.array(prompt, dtype=np.int32)
@@ -169,13 +180,16 @@ class BlockScorer:
             raise InvalidRequest("a claimed token is outside the vocabulary")
         self._scratch = scratch
 
-    def score(self, logits: F32, first: int, masks: Mask | None = None) -> BlockScore:
+    def score(self, logits: F32, first: int) -> BlockScore:
         """Row i of ``logits`` predicts output token ``first + i``. Raises EngineError if a row
         holds NaN or plus infinity."""
         count = logits.shape[0]
         if not 0 <= first <= first + count <= self._history.size:
             raise InvalidRequest("scored rows are outside the claimed output")
-        masks = _NO_MASKS if masks is None else masks
+        masks = _NO_MASKS
+        if self._grammar is not None and count:
+            lengths = range(first, first + count)
+            masks = np.stack([self._grammar.mask_after(self._history, n) for n in lengths])
         margins, logprobs = np.empty(count), np.empty(count)
         ranks = np.empty(count, dtype=np.int64)
         valid = kernels.score_rows(
@@ -186,3 +200,9 @@ class BlockScorer:
         if not valid:
             raise EngineError("the logits hold NaN or +inf")
         return BlockScore(margins, logprobs, ranks)
+
+
+def _grammar_of(sampling: Sampling, grammar: Masks | None) -> Masks | None:
+    if sampling.grammar_sha256 and grammar is None:
+        raise InvalidRequest("a request with a grammar needs its masks", param="response_format")
+    return grammar

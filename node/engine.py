@@ -28,6 +28,7 @@ class GenerateJob:
 
     ``prompt`` and ``prefix`` are token ids; ``prefix`` was produced by earlier legs and counts as
     output for positions, penalties and ``min_tokens``. ``max_tokens`` is for this leg.
+    ``grammar_source`` is what ``sampling.grammar_sha256`` names.
     """
 
     job_id: str
@@ -36,6 +37,7 @@ class GenerateJob:
     sampling: Sampling
     seed: int
     max_tokens: int
+    grammar_source: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class ScoreJob:
     output: tuple[int, ...]
     sampling: Sampling
     seed: int
+    grammar_source: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ class Engine(Protocol):
     """Life: ``start`` once, then any number of concurrent calls, then ``close`` once.
 
     ``generate`` stops the work in the engine when its iterator is closed or its task cancelled.
-    Errors: ``EngineError`` if the engine failed, ``InvalidRequest`` for a job it cannot take.
+    Errors: ``EngineError`` if the engine failed, ``InvalidRequest`` for a job it cannot take, which
+    is raised before the first step.
     """
 
     @property

@@ -12,8 +12,8 @@ from trueweight.protos.errors import (
     NotFound,
     OverCapacity,
     TrueweightError,
-    UnsupportedParameter,
 )
+from trueweight.protos.grammar import check_grammar
 from trueweight.protos.sampling import Sampling
 from trueweight.protos.sampling_parameters import check_token_ids
 from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreRequest, ScoreResponse, ScoreResult
@@ -79,11 +79,10 @@ class Scorer:
             raise InvalidRequest("the item does not fit the context")
         if item.seed == NO_SEED:
             raise InvalidRequest("seed -1 is never used")
-        if item.sampling.HasField("grammar") or item.grammar_source:
-            raise UnsupportedParameter("grammars are not scored yet", param="grammar")
         vocabulary_size = self._engine.limits.vocabulary_size
         sampling = Sampling.from_proto(item.sampling)
         check_token_ids(sampling, vocabulary_size)
+        check_grammar(sampling, item.grammar_source)
         for ids in (item.prompt_token_ids, item.prefix_token_ids, item.output_token_ids):
             if ids and max(ids) >= vocabulary_size:
                 raise InvalidRequest(f"token ids must be below {vocabulary_size}")
@@ -93,6 +92,7 @@ class Scorer:
             output=tuple(item.output_token_ids),
             sampling=sampling,
             seed=item.seed,
+            grammar_source=item.grammar_source,
         )
 
 

@@ -27,6 +27,7 @@ from trueweight.node.engine import (
     Step,
 )
 from trueweight.node.golden import prove_reference_sampler
+from trueweight.node.grammar import GrammarCursor, Grammars, Mask
 from trueweight.node.synthetic_model import (
     Logits,
     LogitsModel,
@@ -35,7 +36,12 @@ from trueweight.node.synthetic_model import (
     shape_from_directory,
 )
 from trueweight.protos import sampling as canonical
-from trueweight.protos.errors import EngineError, InvalidRequest, OverCapacity
+from trueweight.protos.errors import (
+    EngineError,
+    InvalidRequest,
+    OverCapacity,
+    UnsupportedParameter,
+)
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
 from trueweight.runtime.clock import Clock, SystemClock
 
@@ -64,6 +70,7 @@ class Speed:
 class _Running:
     job: GenerateJob
     output: list[int]
+    grammar: GrammarCursor | None = None
     steps: deque[Step] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: EngineError | None = None
@@ -89,7 +96,9 @@ class SyntheticEngine:
         max_running: int = 64,
         max_context_tokens: int | None = None,
         clock: Clock | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._model = model or SyntheticModel(ModelShape())
         self._speed = speed or Speed()
         self._noise = noise
@@ -121,7 +130,15 @@ class SyntheticEngine:
     ) -> SyntheticEngine:
         """An engine with the vocabulary, special ids and context of a model directory."""
         model = SyntheticModel(shape_from_directory(directory))
-        return cls(model, speed=speed, noise=noise, max_running=max_running, clock=clock)
+        grammars = Grammars.from_directory(directory, model.vocabulary_size)
+        return cls(
+            model,
+            speed=speed,
+            noise=noise,
+            max_running=max_running,
+            clock=clock,
+            grammars=grammars,
+        )
 
     @property
     def fingerprint(self) -> EngineFingerprint:
@@ -173,7 +190,8 @@ class SyntheticEngine:
         self._check_tokens(job.prompt, job.prefix, job.max_tokens)
         if len(self._waiting) >= MAX_WAITING:
             raise OverCapacity("the engine's queue is full", hint="Try again later.")
-        running = _Running(job, list(job.prefix))
+        grammar = await self._grammar(job)
+        running = _Running(job, list(job.prefix), grammar)
         self._waiting.append(running)
         self._wake.set()
         try:
@@ -202,7 +220,19 @@ class SyntheticEngine:
             await self._clock.sleep_ms(1000 * tokens / self._speed.prefill_tokens_per_s)
         return scored
 
+    async def _grammar(self, job: GenerateJob | ScoreJob) -> GrammarCursor | None:
+        if not job.sampling.grammar_sha256:
+            return None
+        if self._grammars is None:
+            raise UnsupportedParameter("this engine has no grammars", param="response_format")
+        if isinstance(job, GenerateJob):
+            await self._grammars.check(job.grammar_source)
+        return await asyncio.to_thread(
+            self._grammars.cursor, job.grammar_source, job.sampling.stop_token_ids
+        )
+
     async def _score_one(self, job: ScoreJob) -> Score:
+        grammar = await self._grammar(job)
         prompt = list(job.prompt)
         output = list(job.prefix)
         rows = []
@@ -210,8 +240,11 @@ class SyntheticEngine:
             if index % _ROWS_PER_TURN == 0:
                 await asyncio.sleep(0)
             logits = self._logits(prompt, output)
+            mask = _mask(grammar, output)
             rows.append(
-                canonical.score_row(logits, job.sampling, job.seed, prompt, output, claimed)
+                canonical.score_row(
+                    logits, job.sampling, job.seed, prompt, output, claimed, mask=mask
+                )
             )
             output.append(claimed)
         return Score(
@@ -302,7 +335,10 @@ class SyntheticEngine:
     def _advance(self, running: _Running) -> None:
         job = running.job
         logits = self._logits(job.prompt, running.output)
-        token = canonical.sample(logits, job.sampling, job.seed, job.prompt, running.output)
+        mask = _mask(running.grammar, running.output)
+        token = canonical.sample(
+            logits, job.sampling, job.seed, job.prompt, running.output, mask=mask
+        )
         running.output.append(token)
         running.made += 1
         self._generated += 1
@@ -315,3 +351,7 @@ class SyntheticEngine:
         running.wake.set()
         if finish is not None:
             self._drop(running)
+
+
+def _mask(grammar: GrammarCursor | None, output: Sequence[int]) -> Mask | None:
+    return None if grammar is None else grammar.mask_after(output, len(output))

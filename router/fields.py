@@ -98,6 +98,10 @@ class Fields:
         full = self._full(name)
         return InvalidRequest(f"'{full}' {what}.", param=full)
 
+    def refused(self, name: str, error: InvalidRequest) -> InvalidRequest:
+        """The same error, about this parameter."""
+        return InvalidRequest(error.message, hint=error.hint, param=self._full(name))
+
     def unsupported(self, name: str) -> UnsupportedParameter:
         """A refusal of one parameter."""
         full = self._full(name)

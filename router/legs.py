@@ -208,6 +208,7 @@ class LegRunner:
                 salt=plan.salt,
                 prompt_token_ids=plan.prompt,
                 prefix_token_ids=self._order.prefix,
+                grammar_source=plan.grammar_source,
             ),
             WINDOW_TOKENS,
         )

@@ -11,7 +11,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from trueweight.protos.errors import EngineError, InsufficientFunds, TrueweightError, Unavailable
+from trueweight.protos.errors import (
+    EngineError,
+    InsufficientFunds,
+    InvalidRequest,
+    TrueweightError,
+    Unavailable,
+)
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import uuid7
 from trueweight.protos.v1.ledger_pb2 import Hold, Operation
@@ -59,6 +65,8 @@ _HARMLESS = frozenset(
         "CONTEXT_LENGTH_EXCEEDED",
     }
 )
+# What a node answers to a grammar that it cannot or will not compile.
+_GRAMMAR_REFUSALS = frozenset({"INVALID_REQUEST", "UNSUPPORTED_PARAMETER"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +196,7 @@ class RequestRun:
     async def _serve(self, most: Prices) -> FinishReason:
         """Legs until the output is complete. Raises if it cannot be completed."""
         tried: set[str] = set()
+        codes: set[str] = set()
         full: set[str] = set()
         attempts = refusals = 0
         problem = "none is left to try"
@@ -205,6 +214,7 @@ class RequestRun:
             if leg.end is LegEnd.SERVED and leg.receipt is not None:
                 return self.answer.ended_by() or leg.receipt.message.finish_reason
             problem = leg.problem
+            codes.add(leg.code)
             log.info("node %s did not serve: %s", leg.node.node_id, problem)
             if leg.code == _REFUSED:
                 self._disown_output()
@@ -221,6 +231,12 @@ class RequestRun:
             raise EngineError(
                 "The node was lost in the middle of the answer and no other could go on.",
                 hint="The lost part is free; send the request again.",
+            )
+        if self.plan.grammar_source and codes and codes <= _GRAMMAR_REFUSALS:
+            raise InvalidRequest(
+                "The nodes refused the grammar: it does not compile or costs too much.",
+                hint="You were not charged; simplify the schema or expression.",
+                param="response_format",
             )
         raise Unavailable(
             f"No node could serve the request: {problem}.", hint="You were not charged; try again."

@@ -14,6 +14,7 @@ from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
 from trueweight.protos.money import MAX_NANO, parse_credits
 from trueweight.protos.sampling_parameters import MAX_TOKEN_ID, Sampling
 from trueweight.router.fields import MAX_INT64, MIN_INT64, Fields
+from trueweight.router.structured_output import take_grammar
 
 MAX_MODEL_CHARS = 256
 MAX_MESSAGES = 4096
@@ -58,7 +59,6 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -74,7 +74,6 @@ _NEUTRAL_COMPLETION: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "add_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
 }
 # Labels for the caller's own books; by their definition they do not touch the answer.
 _LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -103,8 +102,9 @@ class Preferences:
 class ParsedRequest:
     """A valid request. Exactly one of ``messages``, ``text`` and ``token_ids`` is set.
 
-    ``sampling`` holds the wishes as given; EOS ids are added and values resolved once the model is
-    known. ``max_tokens`` and ``seed`` are None if unset.
+    ``sampling`` holds the wishes as given; EOS ids, the grammar's digest and resolved values are
+    added once the model is known. ``grammar_source`` is empty for plain text. ``max_tokens`` and
+    ``seed`` are None if unset.
     """
 
     model: str
@@ -118,6 +118,7 @@ class ParsedRequest:
     ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
+    grammar_source: bytes = b""
     preferences: Preferences = field(default_factory=Preferences)
 
     @property
@@ -172,6 +173,7 @@ def _common(
         ignore_eos=fields.flag("ignore_eos"),
         stream=stream,
         include_usage=include_usage,
+        grammar_source=take_grammar(fields),
         preferences=_preferences(fields),
     )
     for label in _LABELS:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.grammar import check_grammar, with_grammar
 from trueweight.protos.sampling_parameters import Sampling, check_token_ids, resolve
 from trueweight.router.catalog import SoldModel
 from trueweight.router.openai_requests import ParsedRequest, Preferences, stop_ids_of
@@ -37,6 +38,7 @@ class Plan:
     preferences: Preferences
     client_nonce: bytes
     router_nonce: bytes
+    grammar_source: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,12 @@ def make_plan(
     manifest = model.manifest
     if prompt and max(prompt) >= manifest.vocabulary_size:
         raise InvalidRequest(f"Token ids must be below {manifest.vocabulary_size}.", param="prompt")
-    sampling = resolve(
-        replace(request.sampling, stop_token_ids=stop_ids_of(request, manifest.eos_token_ids))
-    )
+    wanted = replace(request.sampling, stop_token_ids=stop_ids_of(request, manifest.eos_token_ids))
+    if request.grammar_source:
+        wanted = with_grammar(wanted, request.grammar_source)
+    sampling = resolve(wanted)
     check_token_ids(sampling, manifest.vocabulary_size)
+    check_grammar(sampling, request.grammar_source)
     return Plan(
         request_id=origin.request_id,
         account=origin.account,
@@ -82,6 +86,7 @@ def make_plan(
         preferences=request.preferences,
         client_nonce=origin.client_nonce,
         router_nonce=origin.router_nonce,
+        grammar_source=request.grammar_source,
     )
 
 

@@ -117,6 +117,7 @@ def _transcript(plan: Plan, leg: ServedLeg) -> Transcript:
         # What the receipt signs; tokens sent beyond a Stop are nobody's.
         output_token_ids=leg.received[: leg.receipt.message.output_tokens],
         delivered_tokens=leg.delivered,
+        grammar_source=plan.grammar_source,
     )
 
 

@@ -97,6 +97,14 @@ class WrongTopP(Adversary):
         return replace(job, sampling=replace(job.sampling, top_p=self._top_p))
 
 
+class IgnoredGrammar(Adversary):
+    """Spares itself the masks of structured output."""
+
+    def change(self, job: GenerateJob) -> GenerateJob:
+        free = replace(job.sampling, grammar_sha256=b"", grammar_compiler="")
+        return replace(job, sampling=free, grammar_source=b"")
+
+
 class HiddenPrompt(Adversary):
     """Overwrites the beginning of the prompt with its own text. Length, and so positions and
     noise, stay: the subtlest form of a hidden prefix or a truncated context."""

@@ -92,6 +92,7 @@ class Order:
     seed: int
     max_tokens: int
     client: str = "client"
+    grammar_source: bytes = b""
 
 
 class AuditedMarket:
@@ -178,6 +179,7 @@ class AuditedMarket:
             prompt_token_ids=order.prompt,
             output_token_ids=tokens,
             delivered_tokens=len(tokens),
+            grammar_source=order.grammar_source,
         )
         return digest
 
@@ -295,7 +297,13 @@ class AuditedMarket:
 
 async def _run(engine: Engine, order: Order) -> tuple[list[int], EngineFinish | None]:
     job = GenerateJob(
-        os.urandom(8).hex(), order.prompt, (), order.sampling, order.seed, order.max_tokens
+        job_id=os.urandom(8).hex(),
+        prompt=order.prompt,
+        prefix=(),
+        sampling=order.sampling,
+        seed=order.seed,
+        max_tokens=order.max_tokens,
+        grammar_source=order.grammar_source,
     )
     tokens: list[int] = []
     finish: EngineFinish | None = None

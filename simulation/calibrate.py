@@ -79,7 +79,9 @@ async def collect(engine: Engine, job: GenerateJob) -> ScoreJob:
     output: list[int] = []
     async for step in engine.generate(job):
         output.extend(step.token_ids)
-    return ScoreJob(job.prompt, job.prefix, tuple(output), job.sampling, job.seed)
+    return ScoreJob(
+        job.prompt, job.prefix, tuple(output), job.sampling, job.seed, job.grammar_source
+    )
 
 
 async def generate(

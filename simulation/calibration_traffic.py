@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trueweight.node.engine import GenerateJob
+from trueweight.protos.grammar import source_of, with_grammar
 from trueweight.protos.sampling_parameters import Sampling, parameter_class, resolve
 from trueweight.simulation import demo_corpus
 
@@ -44,7 +45,10 @@ def _texts(chance: random.Random, count: int) -> Iterator[str]:
 
 
 def draw_sampling(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
-    """Random resolved parameters of one class, over the range that clients use."""
+    """Random resolved parameters of one class, over the range that clients use. For "grammar":
+    what goes with one, which is every other class."""
+    if wanted == "grammar":
+        return draw_sampling(chance.choice(_UNDER_GRAMMARS), chance, stop_ids)
     cuts: dict[str, Any] = {
         "top_p": chance.choice((0.5, 0.8, 0.9, 0.95, 0.99)),
         "top_k": chance.choice((2, 5, 20, 50)),
@@ -84,7 +88,27 @@ def _with_penalties(base: Sampling, chance: random.Random, cuts: dict[str, Any])
     )
 
 
-CLASSES = ("plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties")
+CLASSES = ("plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties", "grammar")
+_UNDER_GRAMMARS = ("plain", "plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties")
+GRAMMARS = (
+    source_of("json_schema", {"type": "object"}),
+    source_of(
+        "json_schema",
+        {
+            "type": "object",
+            "properties": {
+                "title": {"type": "string"},
+                "count": {"type": "integer"},
+                "kind": {"enum": ["module", "class", "function"]},
+                "names": {"type": "array", "items": {"type": "string"}, "minItems": 3},
+            },
+            "required": ["title", "count", "kind", "names"],
+            "additionalProperties": False,
+        },
+    ),
+    source_of("regex", r"(def|class) [a-z_]{3,20}\(([a-z_]+, ){0,4}[a-z_]+\):\n(    .+\n){1,8}"),
+    source_of("choice", ["import", "from", "class", "return", "raise ValueError", "pass"]),
+)
 
 
 def draw_jobs(prompts: Prompts, wanted: str, seed: int, max_context: int) -> Iterator[GenerateJob]:
@@ -96,11 +120,16 @@ def draw_jobs(prompts: Prompts, wanted: str, seed: int, max_context: int) -> Ite
         room = max(1, min(MAX_OUTPUT_TOKENS, max_context - len(prompt) - 1))
         most = chance.choice((1, 8, room, room, room, room, room, room))
         number += 1
+        source = chance.choice(GRAMMARS) if wanted == "grammar" else b""
+        sampling = draw_sampling(wanted, chance, prompts.stop_ids)
+        if source:
+            sampling = with_grammar(sampling, source)
         yield GenerateJob(
             job_id=f"{wanted}-{number}",
             prompt=prompt,
             prefix=(),
-            sampling=draw_sampling(wanted, chance, prompts.stop_ids),
+            sampling=sampling,
             seed=chance.randrange(2**63 - 1),
             max_tokens=min(most, room),
+            grammar_source=source,
         )

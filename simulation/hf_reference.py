@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from trueweight.node.canonical import BlockScorer, Scratch
 from trueweight.node.engine import Score, ScoreJob
+from trueweight.node.grammar import GrammarCursor, Grammars
+from trueweight.protos.errors import UnsupportedParameter
 
 # Rows of logits kept at once: bounds memory at any vocabulary.
 _BLOCK_ROWS = 512
@@ -29,6 +31,7 @@ class HfReference:
         ).eval()
         self._vocabulary = int(self._model.config.vocab_size)
         self._scratch = Scratch(self._vocabulary)
+        self._grammars = Grammars.from_directory(model_directory, self._vocabulary)
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[Score]:
         """Same meaning as ``Engine.score``."""
@@ -37,7 +40,9 @@ class HfReference:
     def _score_one(self, job: ScoreJob) -> Score:
         tokens = [*job.prompt, *job.prefix, *job.output]
         history = [*job.prefix, *job.output]
-        scorer = BlockScorer(job.sampling, job.seed, job.prompt, history, self._scratch)
+        scorer = BlockScorer(
+            job.sampling, job.seed, job.prompt, history, self._scratch, grammar=self._masks(job)
+        )
         start = len(job.prompt) + len(job.prefix) - 1
         margins: list[float] = []
         logprobs: list[float] = []
@@ -50,6 +55,13 @@ class HfReference:
             logprobs.extend(float(p) for p in block.logprobs)
             ranks.extend(int(r) for r in block.ranks)
         return Score(tuple(margins), tuple(logprobs), tuple(ranks))
+
+    def _masks(self, job: ScoreJob) -> GrammarCursor | None:
+        if not job.grammar_source:
+            return None
+        if self._grammars is None:
+            raise UnsupportedParameter("this model has no grammars", param="response_format")
+        return self._grammars.cursor(job.grammar_source, job.sampling.stop_token_ids)
 
     def _hidden(self, tokens: Sequence[int]) -> Any:
         with torch.inference_mode():

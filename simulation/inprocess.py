@@ -21,6 +21,7 @@ from trueweight.node.app import NodeApp
 from trueweight.node.config import NodeConfig
 from trueweight.node.context import Timing as NodeTiming
 from trueweight.node.engine import Engine
+from trueweight.node.grammar import Grammars
 from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
 from trueweight.protos.envelope import open_envelope, seal
@@ -246,7 +247,12 @@ class InProcessMarket:
         shape = shape_from_directory(
             self.spec.model_directory, ModelShape(mean_output_tokens=spec.mean_output_tokens)
         )
-        return SyntheticEngine(SyntheticModel(shape), speed=spec.speed, max_running=spec.capacity)
+        return SyntheticEngine(
+            SyntheticModel(shape),
+            speed=spec.speed,
+            max_running=spec.capacity,
+            grammars=Grammars.from_directory(self.spec.model_directory, shape.vocabulary_size),
+        )
 
     def router_member(self) -> Member:
         """The router's entry with the address it really has."""

@@ -15,6 +15,7 @@ from trueweight.protos.errors import (
     ReceiptRefused,
     TrueweightError,
 )
+from trueweight.protos.grammar import digest_of_source
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
 from trueweight.protos.tokens import SALT_BYTES, token_digest
@@ -103,11 +104,14 @@ class Auditor:
 
     def _assignment(self, transcript: Transcript) -> Opened[Assignment]:
         try:
-            return open_assignment(
+            opened = open_assignment(
                 transcript.assignment_envelope, self.view.ring, self.view.market.market_id
             )
         except BadSignature as error:
             raise TranscriptMissing(error.message) from error
+        if not is_source_of(opened.message.sampling.grammar.source_sha256, transcript):
+            raise TranscriptMissing("the transcript's grammar is not the one that was signed")
+        return opened
 
     def _check(self, transcript: Transcript, assignment: Opened[Assignment]) -> None:
         order = assignment.message
@@ -151,6 +155,12 @@ class Auditor:
             return verdicts.unscorable(context, name)
         scored = Scored(list(found.result.margins), name, found.fingerprint)
         return verdicts.scored(context, scored, calibration)
+
+
+def is_source_of(signed_sha256: bytes, transcript: Transcript) -> bool:
+    """True if the transcript carries the grammar that the assignment signs, or neither has one."""
+    source = transcript.grammar_source
+    return signed_sha256 == (digest_of_source(source) if source else b"")
 
 
 def _is_what_was_signed(transcript: Transcript) -> bool:

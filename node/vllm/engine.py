@@ -23,11 +23,13 @@ from trueweight.node.engine import (
     SelfTest,
     Step,
 )
+from trueweight.node.grammar import Grammars
 from trueweight.node.vllm.options import VllmOptions
 from trueweight.node.vllm.process import EngineProcess
 from trueweight.node.vllm.wire import EngineOrder
 from trueweight.protos.errors import ContextOverflow, InvalidRequest, UnsupportedParameter
-from trueweight.protos.sampling_parameters import Sampling, check, check_token_ids
+from trueweight.protos.grammar import check_grammar
+from trueweight.protos.sampling_parameters import check, check_token_ids
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
 
 __all__ = ["VllmEngine", "VllmOptions"]
@@ -44,6 +46,8 @@ class VllmEngine:
         self._held_tokens = 0
         self._generated_tokens = 0
         self._self_test = SelfTest()
+        self._model_dir = Path(model_dir)
+        self._grammars: Grammars | None = None
 
     @property
     def fingerprint(self) -> EngineFingerprint:
@@ -67,6 +71,9 @@ class VllmEngine:
         """
         try:
             await self._process.start()
+            self._grammars = await asyncio.to_thread(
+                Grammars.from_directory, self._model_dir, self.limits.vocabulary_size
+            )
             self._self_test = await self._prove()
         except BaseException:
             await self.close()
@@ -94,8 +101,12 @@ class VllmEngine:
         if job.max_tokens < 1:
             raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
         self._check_tokens(prompt, job.max_tokens)
-        self._check_sampling(job.sampling)
-        order = EngineOrder(job.sampling, job.seed, len(job.prompt))
+        self._check_sampling(job)
+        if self._grammars is not None and job.grammar_source:
+            await self._grammars.check(job.grammar_source)
+        order = EngineOrder(
+            job.sampling, job.seed, len(job.prompt), grammar_source=job.grammar_source
+        )
         stop_ids = frozenset(job.sampling.stop_token_ids)
         request_id = f"g{next(self._serial)}"
         left = job.max_tokens
@@ -120,7 +131,7 @@ class VllmEngine:
         """
         for job in jobs:
             self._check_tokens([*job.prompt, *job.prefix, *job.output], 0)
-            self._check_sampling(job.sampling)
+            self._check_sampling(job)
         scored = [job for job in jobs if job.output]
         batch = next(self._serial)
         keys = [f"s{batch}.{index}" for index in range(len(scored))]
@@ -160,12 +171,15 @@ class VllmEngine:
             generated_tokens_total=self._generated_tokens,
         )
 
-    def _check_sampling(self, sampling: Sampling) -> None:
-        check(sampling)
-        check_token_ids(sampling, self.limits.vocabulary_size)
-        if sampling.grammar_sha256:
+    def _check_sampling(self, job: GenerateJob | ScoreJob) -> None:
+        check(job.sampling)
+        check_token_ids(job.sampling, self.limits.vocabulary_size)
+        check_grammar(job.sampling, job.grammar_source)
+        if job.grammar_source and self._grammars is None:
             raise UnsupportedParameter(
-                "this engine has no grammars yet", param="grammar", hint="Send it without one."
+                "this engine has no grammars",
+                param="response_format",
+                hint="Send it without one.",
             )
 
     def _check_tokens(self, tokens: list[int], more: int) -> None:

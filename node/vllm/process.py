@@ -189,6 +189,7 @@ class EngineProcess:
             score_key=key,
             score_from=len(job.prompt) + len(job.prefix),
             last_claimed=job.output[-1],
+            grammar_source=job.grammar_source,
         )
         tokens = [*job.prompt, *job.prefix, *job.output[:-1]]
         await self.prefill(tokens, order, key)

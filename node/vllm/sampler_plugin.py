@@ -16,12 +16,15 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from trueweight.node import kernels
 from trueweight.node.canonical import RowSampler, Scratch, is_plain
+from trueweight.node.vllm.grammars import cursor_of, grammars_of
 from trueweight.node.vllm.wire import unpack
 from trueweight.protos.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+    from trueweight.node.grammar import Grammars
 
 
 class _Slot:
@@ -35,6 +38,7 @@ class _Slot:
         prompt: list[int],
         output: list[int],
         scratch: Scratch,
+        grammars: Grammars | None,
     ) -> None:
         order = unpack(params.extra_args)
         if order is None or order.score_key:
@@ -52,6 +56,7 @@ class _Slot:
                 prompt[: order.prompt_len],
                 prompt[order.prompt_len :],
                 scratch,
+                grammar=cursor_of(order, grammars),
             )
         )
 
@@ -77,6 +82,7 @@ class CanonicalSampler(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._scratch = Scratch(vllm_config.model_config.get_vocab_size())
+        self._grammars = grammars_of(vllm_config)
         self._slots: dict[int, _Slot] = {}
         self._plain = _PlainRows(self._slots)
 
@@ -91,7 +97,9 @@ class CanonicalSampler(LogitsProcessor):  # type: ignore[misc]
         for index, params, prompt, output in batch_update.added:
             self._slots.pop(index, None)
             try:
-                self._slots[index] = _Slot(params, prompt or [], output, self._scratch)
+                self._slots[index] = _Slot(
+                    params, prompt or [], output, self._scratch, self._grammars
+                )
             except LookupError:
                 continue
         for source, target, direction in batch_update.moved:

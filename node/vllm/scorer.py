@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trueweight.node.canonical import BlockScorer, Scratch
+from trueweight.node.vllm.grammars import cursor_of, grammars_of
 from trueweight.node.vllm.self_test import check_kernels
 from trueweight.node.vllm.wire import EngineOrder, pack_score, unpack
 from trueweight.protos.errors import TrueweightError
 
 if TYPE_CHECKING:
     import torch
+
+    from trueweight.node.grammar import Grammars
 
 _BLOCK_BYTES = 8 << 20
 _MAX_KEPT = 1024
@@ -29,7 +32,13 @@ _MAX_KEPT = 1024
 class _Task:
     """One request being scored. Positions count from the start of prompt + outputs."""
 
-    def __init__(self, order: EngineOrder, tokens: list[int], scratch: Scratch) -> None:
+    def __init__(
+        self,
+        order: EngineOrder,
+        tokens: list[int],
+        scratch: Scratch,
+        grammars: Grammars | None,
+    ) -> None:
         self.order = order
         self.end = len(tokens) + 1
         count = self.end - order.score_from
@@ -40,7 +49,9 @@ class _Task:
         self.error = ""
         output = [*tokens[order.prompt_len :], order.last_claimed]
         prompt = tokens[: order.prompt_len]
-        self.scorer = BlockScorer(order.sampling, order.seed, prompt, output, scratch)
+        self.scorer = BlockScorer(
+            order.sampling, order.seed, prompt, output, scratch, grammar=cursor_of(order, grammars)
+        )
 
     def score(self, logits: np.ndarray, position: int) -> None:
         """Row i of ``logits`` predicts the token at ``position + i``."""
@@ -65,6 +76,7 @@ class _Scorer:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
         vocabulary_size = runner.model_config.get_vocab_size()
         self._scratch = Scratch(vocabulary_size)
+        self._grammars = grammars_of(runner.vllm_config)
         self._block_rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size))
 
     def observe(self, hidden: torch.Tensor, scheduled: dict[str, int]) -> None:
@@ -86,7 +98,7 @@ class _Scorer:
             return None
         task = self._tasks.get(order.score_key)
         if task is None:
-            task = _Task(order, request.prompt_token_ids, self._scratch)
+            task = _Task(order, request.prompt_token_ids, self._scratch, self._grammars)
             self._tasks[order.score_key] = task
             if len(self._tasks) > _MAX_KEPT:
                 self._tasks.popitem(last=False)

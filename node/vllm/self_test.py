@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trueweight.node import kernels
 from trueweight.node.canonical import BlockScorer, RowSampler, Scratch, is_plain
@@ -56,16 +57,30 @@ def check_kernels(vocabulary_size: int) -> SelfTest:
 
 
 def _fused_token(case: GoldenCase) -> int:
-    sampler = RowSampler(case.sampling, case.seed, case.prompt, [], Scratch(case.logits.size))
-    return sampler.winner(case.logits, case.output, case.mask)
+    scratch = Scratch(case.logits.size)
+    sampler = RowSampler(case.sampling, case.seed, case.prompt, [], scratch, grammar=_masks(case))
+    return sampler.winner(case.logits, case.output)
+
+
+class _SameMask:
+    """The mask of a golden case, whatever the output."""
+
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        self._mask = mask
+
+    def mask_after(self, _output: NDArray[np.int32], _length: int) -> NDArray[np.bool_]:
+        return self._mask
+
+
+def _masks(case: GoldenCase) -> _SameMask | None:
+    return None if case.mask is None else _SameMask(case.mask)
 
 
 def _batch_token(case: GoldenCase) -> int:
-    """The kernel that serves all plain rows of a step at once; vLLM masks grammars before it."""
-    row = case.logits if case.mask is None else np.where(case.mask, case.logits, -np.inf)
+    """The kernel that serves all plain rows of a step at once."""
     winners = np.empty(1, dtype=np.int32)
     kernels.sample_plain_rows(
-        row[None, :].astype(np.float32), np.zeros(1, np.int64), np.array([case.seed], np.int64),
+        case.logits[None, :], np.zeros(1, np.int64), np.array([case.seed], np.int64),
         np.array([len(case.prompt) + len(case.output) - 1], np.int64),
         np.array([case.sampling.temperature], np.float32), winners,
         Scratch(case.logits.size).rows[0],
@@ -75,11 +90,12 @@ def _batch_token(case: GoldenCase) -> int:
 
 def _scores_agree(case: GoldenCase, tolerance: float) -> bool:
     scratch = Scratch(case.logits.size)
-    masks = None if case.mask is None else case.mask[None, :]
     for claimed, margin, logprob, rank in case.scores:
         output = [*case.output, claimed]
-        scorer = BlockScorer(case.sampling, case.seed, case.prompt, output, scratch)
-        found = scorer.score(case.logits[None, :], len(case.output), masks)
+        scorer = BlockScorer(
+            case.sampling, case.seed, case.prompt, output, scratch, grammar=_masks(case)
+        )
+        found = scorer.score(case.logits[None, :], len(case.output))
         close = np.allclose(
             (found.margins[0], found.logprobs[0]), (margin, logprob), rtol=0.0, atol=tolerance
         )

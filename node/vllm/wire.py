@@ -28,7 +28,8 @@ class EngineOrder:
     The engine's prompt is ``prompt + prefix`` and, when scoring, the claimed output without its
     last token; ``prompt_len`` says where output begins. ``score_key`` is empty for generation;
     otherwise the engine scores from position ``score_from`` (an index into prompt + outputs) and
-    ``last_claimed`` is the token after the engine's prompt.
+    ``last_claimed`` is the token after the engine's prompt. ``grammar_source`` is empty without a
+    grammar.
     """
 
     sampling: Sampling
@@ -37,11 +38,13 @@ class EngineOrder:
     score_key: str = ""
     score_from: int = 0
     last_claimed: int = 0
+    grammar_source: bytes = b""
 
     def pack(self) -> dict[str, Any]:
         """The value of ``SamplingParams.extra_args``."""
         fields = [self.seed, self.prompt_len, self.score_key, self.score_from, self.last_claimed]
-        return {_KEY: [self.sampling.to_proto().SerializeToString(), *fields]}
+        sampling = self.sampling.to_proto().SerializeToString()
+        return {_KEY: [sampling, *fields, self.grammar_source]}
 
 
 def unpack(extra_args: Mapping[str, Any] | None) -> EngineOrder | None:

@@ -18,11 +18,14 @@ from trueweight.node.admission import (
     Terms,
     admit,
 )
+from trueweight.protos.grammar import COMPILER, source_of, with_grammar
 from trueweight.protos.sampling import Sampling
 from trueweight.protos.v1.market_pb2 import Grammar, SamplingParams
 from trueweight.protos.v1.node_pb2 import Dispatch
 
 NODE = "n" * 32
+SOURCE = source_of("choice", ["yes", "no"])
+GRAMMAR = with_grammar(Sampling(stop_token_ids=(2,)), SOURCE)
 fixture_ok = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -48,6 +51,17 @@ def desk(world, fake_router):
 
     decide.router, decide.terms, decide.situation = router, terms, situation
     return decide
+
+
+def with_source(dispatch):
+    dispatch.grammar_source = SOURCE
+
+
+def test_a_grammar_whose_digest_is_signed_reaches_the_engine(desk):
+    taken = desk(sampling=GRAMMAR, tamper=with_source)
+    assert isinstance(taken, Admitted)
+    assert taken.job("j").grammar_source == SOURCE
+    assert taken.job("j").sampling.grammar_sha256
 
 
 def test_a_good_dispatch_becomes_the_engine_job_it_describes(desk):
@@ -103,7 +117,7 @@ REFUSALS = {
     "unsigned": ({"tamper": lambda d: setattr(d, "assignment", b"")}, "BAD_SIGNATURE"),
     "grammar beside": (
         {"tamper": lambda d: setattr(d, "grammar_source", b"{}")},
-        "UNSUPPORTED_PARAMETER",
+        "INVALID_REQUEST",
     ),
     "bias beyond vocabulary": (
         {"sampling": Sampling(logit_bias=((300, 1.0),))},
@@ -114,8 +128,16 @@ REFUSALS = {
         "INVALID_REQUEST",
     ),
     "grammar": (
-        {"sampling": Sampling(grammar_sha256=b"g" * 32, grammar_compiler="x")},
+        {"sampling": Sampling(grammar_sha256=b"g" * 32, grammar_compiler=COMPILER)},
+        "INVALID_REQUEST",
+    ),
+    "another compiler": (
+        {"sampling": replace(GRAMMAR, grammar_compiler="x"), "tamper": with_source},
         "UNSUPPORTED_PARAMETER",
+    ),
+    "grammar without an end": (
+        {"sampling": replace(GRAMMAR, stop_token_ids=()), "tamper": with_source},
+        "INVALID_REQUEST",
     ),
 }
 

@@ -10,7 +10,10 @@ import openai
 import pytest
 
 from trueweight.node.synthetic import Speed
+from trueweight.protos.envelope import parse_envelope, parse_payload
+from trueweight.protos.grammar import digest_of_source, source_of
 from trueweight.protos.receipt_bundle import parse_bundle
+from trueweight.protos.v1.market_pb2 import Assignment
 from trueweight.simulation.inprocess import NodeSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -290,3 +293,59 @@ async def test_receipt_is_complete_only_for_its_owner_and_erasable(market, conne
     assert "salt" not in after
     assert "prompt_token_ids" not in after
     assert after["bill"] == receipt["bill"]
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+async def test_structured_output_keeps_its_schema_and_is_what_was_signed(market, connect, model_id):
+    client = await connect(market)
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    for seed in range(4):
+        answer = await client.chat.completions.create(
+            model=model_id, messages=user("who?"), seed=seed, max_tokens=80, response_format=wanted
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert sorted(json.loads(answer.choices[0].message.content)) == ["age", "name"]
+    bundle = parse_bundle(json.dumps(await read_receipt(market, client, answer.id)))
+    (envelope,) = bundle.assignments
+    assignment = parse_payload(parse_envelope(envelope), Assignment)
+    source = source_of("json_schema", PERSON)
+    assert assignment.sampling.grammar.source_sha256 == digest_of_source(source)
+    choice = await client.chat.completions.create(
+        model=model_id,
+        messages=user("?"),
+        max_tokens=9,
+        extra_body={"structured_outputs": {"choice": ["maybe", "never"]}},
+    )
+    assert choice.choices[0].message.content in ("maybe", "never")
+
+
+async def test_a_grammar_that_no_node_compiles_is_the_clients_fault_and_free(
+    market, connect, name, model_id
+):
+    client = await connect(market)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.chat.completions.create(
+            model=model_id,
+            messages=user("?"),
+            max_tokens=9,
+            extra_body={"structured_outputs": {"regex": "(a"}},
+        )
+    assert refused.value.param == "response_format"
+    assert await market.held_nano(name) == 0
+    with pytest.raises(openai.BadRequestError):
+        await client.chat.completions.create(
+            model=model_id,
+            messages=user("?"),
+            response_format={"type": "json_object"},
+            extra_body={"ignore_eos": True},
+        )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
+from trueweight.protos.grammar import parse_source
 from trueweight.router.openai_requests import parse_chat, parse_completion
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -61,7 +64,6 @@ def test_what_load_clients_send_is_accepted():
         ("top_logprobs", 5),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("echo", True),
         ("modalities", ["audio"]),
         ("guided_json", {}),
@@ -206,3 +208,61 @@ def test_any_json_is_parsed_or_refused_clearly(body, is_chat):
     else:
         assert request.model
         assert request.max_tokens is None or request.max_tokens > 0
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("json_schema", {"type": "object"})),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
+                }
+            },
+            ("json_schema", SCHEMA),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, ("json_schema", SCHEMA)),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ("json_schema", SCHEMA)),
+        ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", ["a", "b"])),
+        ({"structured_outputs": {"json_object": True}}, ("json_schema", {"type": "object"})),
+    ],
+)
+def test_structured_output_becomes_the_source_of_a_grammar(body, grammar):
+    source = chat(**body).grammar_source
+    assert (parse_source(source) if source else None) == grammar
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a" * 40_000}}, "structured_outputs.regex"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+    ],
+)
+def test_bad_structured_output_is_refused_by_name(body, param):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**body)
+    assert caught.value.param == param

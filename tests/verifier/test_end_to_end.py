@@ -2,12 +2,16 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
+from tests.byte_tokenizer import EOS, byte_tokenizer
+from trueweight.node.grammar import Grammars
 from trueweight.node.synthetic import SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel
 from trueweight.protos.errors import ReceiptRefused
+from trueweight.protos.grammar import source_of, with_grammar
 from trueweight.protos.sampling_parameters import Sampling, resolve
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry, Verdict
 from trueweight.protos.v1.model_pb2 import FileEntry, Manifest
@@ -40,7 +44,7 @@ def measured():
             tokens=1,
             refund_above_nano=100_000_000,
         )
-        for name in ("plain", "greedy", "top_p")
+        for name in ("plain", "greedy", "top_p", "grammar")
     ]
     return Measured(weights_sha256(manifest()), 1, "synthetic", tuple(entries))
 
@@ -135,6 +139,35 @@ async def test_honest_nodes_with_other_rounding_stay_clear(market, temperature, 
     assert max(view.nodes[n.identity].pooled.largest for n in nodes) < 50
     assert {v.leaf.message.outcome for v in view.verdicts.values()} == {Verdict.SCORED}
     assert len(view.verdicts) == 36
+
+
+async def test_under_a_grammar_only_who_ignores_it_is_convicted(market):
+    source = source_of("regex", "([a-m]{3,9} ){12}(yes|no)")
+    sampling = resolve(with_grammar(Sampling(stop_token_ids=(EOS,)), source))
+    grammars = Grammars(byte_tokenizer().to_str(), 512, [EOS])
+    shape = ModelShape(vocabulary_size=512, eos_token_ids=(EOS,))
+    good, bad = market.world.node[0], market.world.node[1]
+    await market.join(good, BOND), await market.join(bad, BOND)
+
+    def node(seed):
+        model = SyntheticModel(shape)
+        return SyntheticEngine(model, noise=NOISE, noise_seed=seed, grammars=grammars)
+
+    reference = node(99)
+    served = {_key(good): node(1), _key(bad): cheats.IgnoredGrammar(node(2))}
+    await asyncio.gather(reference.start(), *(e.start() for e in served.values()))
+    await audit_everything(market.verifier(reference, [measured()]), 0)
+    for signer, serving in served.items():
+        for order in orders(12):
+            wanted = replace(order, sampling=sampling, grammar_source=source, max_tokens=120)
+            await market.serve(signer, serving, wanted)
+    app = market.verifier(reference, [measured()])
+    page = await market.port("").read_log(0, 1)
+    await audit_everything(app, page.tree_size)
+    view = app.service.view
+    assert view.convicted(bad.identity) and not view.convicted(good.identity)
+    assert {v.leaf.message.parameter_class for v in view.verdicts.values()} == {"grammar"}
+    await asyncio.gather(reference.close(), *(e.close() for e in served.values()))
 
 
 async def test_cached_text_from_another_seed_is_refunded_at_once_and_convicts(market):

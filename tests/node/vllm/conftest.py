@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.byte_tokenizer import byte_tokenizer
 from trueweight.node.vllm.engine import VllmEngine, VllmOptions
 from trueweight.simulation.random_llama import TINY, write_random_llama
 
@@ -20,7 +21,9 @@ TIGHT = VllmOptions(
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_llama(tmp_path_factory.mktemp("tiny-llama"), TINY)
+    directory = write_random_llama(tmp_path_factory.mktemp("tiny-llama"), TINY)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 
+from tests.byte_tokenizer import EOS, byte_tokenizer
 from trueweight.node.engine import EngineFinish, GenerateJob, ScoreJob
 from trueweight.protos.errors import ContextOverflow, EngineError, InvalidRequest
+from trueweight.protos.grammar import source_of, with_grammar
 from trueweight.protos.sampling import Sampling, resolve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
@@ -114,6 +118,42 @@ async def test_a_continuation_goes_on_where_the_first_leg_ended(engine, index):
     assert rest == whole[cut:]
     (score,) = await engine.score([claim(leg, rest)])
     assert max(score.margins) == 0.0
+
+
+LIST = source_of("json_schema", {"type": "array", "items": {"type": "integer"}, "minItems": 5})
+
+
+async def test_grammars_mask_amid_other_requests_continue_and_score(engine):
+    """Under preemption and chunks: valid JSON comes out, it scores as canonical, a second leg goes
+    on where the first ended, and who did not ask for a grammar does not notice."""
+    stops = Sampling(stop_token_ids=(EOS,))
+    kinds = (stops, replace(stops, temperature=0.0), replace(stops, top_p=0.9, min_tokens=20))
+    jobs = [job(i, length=(100, 4)[i % 2], tokens=60) for i in range(24)]
+    alone = [(await collect(engine, work))[0] for work in jobs[:3]]
+    under = [
+        replace(
+            job(40 + i, sampling=with_grammar(resolve(kinds[i % 3]), LIST), tokens=80),
+            grammar_source=LIST,
+        )
+        for i in range(8)
+    ]
+    done = await asyncio.gather(*(collect(engine, work) for work in [*jobs, *under]))
+    assert [output for output, _ in done[:3]] == alone
+    claims = []
+    for work, (output, finish) in zip(under, done[24:], strict=True):
+        if finish is EngineFinish.EOS:
+            assert len(json.loads(byte_tokenizer().decode(output[:-1]))) >= 5
+        claims.append(replace(claim(work, output), grammar_source=LIST))
+    assert any(finish is EngineFinish.EOS for _, finish in done[24:])
+    scores = await engine.score(claims)
+    margins = [margin for score in scores for margin in score.margins]
+    assert sum(margin == 0 for margin in margins) >= 0.99 * len(margins)
+    assert max(margins) < 0.2
+    leg = replace(under[0], prefix=done[24][0][:6], max_tokens=74)
+    assert (await collect(engine, leg))[0] == done[24][0][6:]
+    refused = replace(under[0], grammar_source=source_of("regex", "(a"))
+    with pytest.raises(InvalidRequest):
+        await collect(engine, refused)
 
 
 async def test_a_wrong_seed_or_temperature_is_far_outside(engine):
