@@ -25,6 +25,7 @@ from trueweight.router.fleet import Fleet
 from trueweight.router.front import Front
 from trueweight.router.http import make_app
 from trueweight.router.journal import Journal
+from trueweight.router.judges import Judges
 from trueweight.router.keyring import Keys
 from trueweight.router.lifecycle import Services, Timing
 from trueweight.router.market_feed import MarketFeed
@@ -95,9 +96,10 @@ class Router:
         self.store = Store(config.data / STORE_FILE)
         keys = Keys(market.market_id, market.ring)
         allow = AllowList().with_synthetic() if config.allow_synthetic else AllowList()
-        self.fleet = Fleet(self._clock, allow, config.min_bond_nano)
+        judges = Judges(market, keys)
+        self.fleet = Fleet(self._clock, allow, config.min_bond_nano, judges.are_enough_for)
         self.catalog = Catalog(keys, config.model_directories)
-        self._feed = MarketFeed(market, keys, self.catalog, self.fleet)
+        self._feed = MarketFeed(market, keys, self.catalog, self.fleet, judges)
         self.journal = Journal(self.store)
         box = TranscriptBox(load_master_key(config.data, random), random)
         self.settler = Settler(ledger, self.journal, self._clock)
