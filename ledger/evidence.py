@@ -321,10 +321,26 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
     for name in _SIGNER_FIELDS:
         if getattr(opened.message, name, opened.signer) != opened.signer:
             raise BadSignature(f"the {kind} names another signer")
+    _check_no_owner(kind, opened, court)
     conviction = ""
     if isinstance(opened.message, audit_pb2.Conviction):
         conviction = f"{opened.message.node_id}:{opened.signer}"
     return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction)
+
+
+def check_not_owner(caller: str, node_id: str, court: Court) -> None:
+    """Raises PermissionDenied if a verifier acts on a node of its own declared owner."""
+    trusted = court.roles_of(caller) & {"market", "admin"}
+    if not trusted and court.ring.have_common_owner(caller, node_id):
+        raise PermissionDenied("verifier and node have a declared owner in common")
+
+
+def _check_no_owner(kind: str, opened: Opened[Message], court: Court) -> None:
+    """Nobody judges his own nodes, nor lifts their suspension."""
+    message = opened.message
+    judges = kind in ("verdict", "conviction") or getattr(message, "lifted", False)
+    if judges:
+        check_not_owner(opened.signer, getattr(message, "node_id", ""), court)
 
 
 def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -> RefundFacts:

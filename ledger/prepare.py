@@ -36,7 +36,8 @@ _SCOPES: dict[str, frozenset[str]] = {
     "payout_start": frozenset({"admin", "operator", _NODE}),
     "payout_settle": frozenset({"admin"}),
     "claim": frozenset({_NODE}),
-    "reward": frozenset({"verifier", "admin"}),
+    # Not verifiers: who is paid sets neither the price nor the quantity.
+    "reward": frozenset({"admin"}),
     "bond_withdraw": frozenset({"admin", "operator", _NODE}),
     # Whose evidence it is the signature says; but strangers could fill the log with identities.
     "publish": frozenset(
@@ -122,8 +123,9 @@ def _expire(_: bytes, body: pb.Expire, __: str, ___: Court) -> None:
         raise InvalidRequest(f"the limit must be between 1 and {MAX_EXPIRE}")
 
 
-def _release(_: bytes, body: pb.Release, __: str, ___: Court) -> None:
+def _release(_: bytes, body: pb.Release, caller: str, court: Court) -> None:
     check_owner(body.node_id, "the node id")
+    evidence.check_not_owner(caller, body.node_id, court)
     if body.amount_nano > MAX_NANO:
         raise InvalidRequest("the amount is too large")
 

@@ -25,6 +25,7 @@ from trueweight.router.front import Front
 from trueweight.router.http import make_app
 from trueweight.router.http_errors import error_response
 from trueweight.router.journal import Journal
+from trueweight.router.judges import Judges
 from trueweight.router.keyring import Keys
 from trueweight.router.lifecycle import Services, Timing
 from trueweight.router.market_feed import MarketFeed
@@ -97,9 +98,10 @@ class Router:
         self.store = Store(config.data / STORE_FILE)
         keys = Keys(market.market_id, market.ring)
         allow = AllowList().with_synthetic() if config.allow_synthetic else AllowList()
-        self.fleet = Fleet(self._clock, allow, config.min_bond_nano)
+        judges = Judges(market, keys)
+        self.fleet = Fleet(self._clock, allow, config.min_bond_nano, judges.are_enough_for)
         self.catalog = Catalog(keys, config.model_directories)
-        self._feed = MarketFeed(market, keys, self.catalog, self.fleet)
+        self._feed = MarketFeed(market, keys, self.catalog, self.fleet, judges)
         self.journal = Journal(self.store)
         box = TranscriptBox(load_master_key(config.data, random), random)
         self.settler = Settler(
@@ -107,23 +109,13 @@ class Router:
         )
         me = SessionIdentity(signer, market.market_id, market.ring, random, self._clock)
         self._connections = Connections(me, self.fleet)
-        settlement = Settlement(
-            signer=signer,
-            terms=Terms(market.descriptor.fee_ppm, market.descriptor.verification_pool_ppm),
-            journal=self.journal,
-            settler=self.settler,
-            box=box,
-            clock=self._clock,
-            random=random,
-            wait_ms=config.timing.capture_wait_ms,
-        )
         services = Services(
             signer=signer,
             keys=keys,
             fleet=self.fleet,
             ledger=ledger,
             settler=self.settler,
-            settlement=settlement,
+            settlement=self._settlement(signer, box, random),
             clock=self._clock,
             random=random,
             draw=draw,
@@ -153,6 +145,21 @@ class Router:
         self._http: HttpServer | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _settlement(
+        self, signer: Signer, box: TranscriptBox, random: Callable[[int], bytes]
+    ) -> Settlement:
+        descriptor = self._market.descriptor
+        return Settlement(
+            signer=signer,
+            terms=Terms(descriptor.fee_ppm, descriptor.verification_pool_ppm),
+            journal=self.journal,
+            settler=self.settler,
+            box=box,
+            clock=self._clock,
+            random=random,
+            wait_ms=self._config.timing.capture_wait_ms,
+        )
 
     async def start(self) -> None:
         """Catches up with the log, replays the journal, then serves. Raises Unavailable if an

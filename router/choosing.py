@@ -47,6 +47,7 @@ class NodeView:
     draining: bool = False
     breaker_closed: bool = False
     suspended: bool = True
+    judged: bool = False
     bonded: bool = False
     fingerprint_allowed: bool = False
     success: float = 1.0
@@ -82,6 +83,7 @@ class Ineligible(Enum):
 
     SUSPENDED = "suspended"
     NOT_ALLOWED = "engine fingerprint not allowed"
+    NOT_JUDGED = "too few independent verifiers"
     NOT_BONDED = "bond too small"
     EXCLUDED = "excluded by the client"
     DISCONNECTED = "not connected"
@@ -119,6 +121,7 @@ def ineligible(node: NodeView, work: Work) -> Ineligible | None:
     checks = (
         (node.suspended, Ineligible.SUSPENDED),
         (not node.fingerprint_allowed, Ineligible.NOT_ALLOWED),
+        (not node.judged, Ineligible.NOT_JUDGED),
         (not node.bonded, Ineligible.NOT_BONDED),
         (_is_excluded(node, work.preferences), Ineligible.EXCLUDED),
         (not node.connected, Ineligible.DISCONNECTED),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -54,10 +54,18 @@ class NodeRecord:
 
 
 class Fleet:
-    """All nodes. ``min_bond_nano`` 0 means that no bond is asked for."""
+    """All nodes. ``min_bond_nano`` 0 means that no bond is asked for. ``has_judges`` tells whether
+    enough verifiers may judge a node."""
 
-    def __init__(self, clock: Clock, allow: AllowList, min_bond_nano: int = 0) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        allow: AllowList,
+        min_bond_nano: int = 0,
+        has_judges: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         self._clock, self._allow, self._min_bond_nano = clock, allow, min_bond_nano
+        self._has_judges = has_judges
         self._nodes: dict[str, NodeRecord] = {}
         self._suspended: set[str] = set()
         # Share of audited answers that stood, by node; nodes without audits are absent.
@@ -109,6 +117,8 @@ class Fleet:
             return "the node is suspended; see the log for the reason"
         if reason := self._allow.refusal(record.offer.fingerprint):
             return reason
+        if not self._has_judges(record.node_id):
+            return "too few verifiers are independent of its declared owner"
         if not self._is_bonded(record):
             return f"its bond is below {self._min_bond_nano} nanocredits"
         return ""
@@ -185,6 +195,7 @@ class Fleet:
             draining=session.draining if session else False,
             breaker_closed=record.breaker.allows(now),
             suspended=record.node_id in self._suspended,
+            judged=self._has_judges(record.node_id),
             bonded=self._is_bonded(record),
             fingerprint_allowed=not self._allow.refusal(record.offer.fingerprint),
             success=record.measured.success,

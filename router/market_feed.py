@@ -12,6 +12,7 @@ from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Member, Suspension
 from trueweight.router.catalog import Catalog
 from trueweight.router.fleet import Fleet
+from trueweight.router.judges import Judges
 from trueweight.router.keyring import Keys
 from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import Market
@@ -26,8 +27,11 @@ _REFUNDED = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT})
 class MarketFeed:
     """Applies leaves in order. A leaf that does not hold is skipped, never trusted."""
 
-    def __init__(self, market: Market, keys: Keys, catalog: Catalog, fleet: Fleet) -> None:
+    def __init__(
+        self, market: Market, keys: Keys, catalog: Catalog, fleet: Fleet, judges: Judges
+    ) -> None:
         self._market, self._keys, self._catalog, self._fleet = market, keys, catalog, fleet
+        self._judges = judges
         self._convictions: defaultdict[str, set[str]] = defaultdict(set)
         self.next_index = 0
 
@@ -72,6 +76,7 @@ class MarketFeed:
         opened = open_envelope(body, Verdict, self._keys.ring, self._market.market_id)
         if not self._is_verifier(opened.signer):
             raise BadSignature("a verdict by somebody who is no verifier")
+        self._judges.check(opened.signer, opened.message.node_id)
         if opened.message.outcome in _VERIFIED | _REFUNDED:
             self._fleet.note_audit(
                 opened.message.node_id, verified=opened.message.outcome in _VERIFIED
@@ -85,6 +90,7 @@ class MarketFeed:
         if message.issuer != opened.signer:
             raise BadSignature("a suspension in another's name")
         if message.lifted:
+            self._judges.check(opened.signer, message.node_id)
             self._fleet.lift(message.node_id)
         else:
             self._fleet.suspend(message.node_id)
@@ -95,6 +101,7 @@ class MarketFeed:
         if not self._is_verifier(opened.signer) or opened.message.verifier_id != opened.signer:
             raise BadSignature("a conviction by somebody who is no verifier")
         node_id = opened.message.node_id
+        self._judges.check(opened.signer, node_id)
         self._convictions[node_id].add(opened.signer)
         needed = max(1, self._market.descriptor.convictions_needed)
         if len(self._convictions[node_id]) >= needed:

@@ -16,6 +16,7 @@ from trueweight.router.fields import Fields
 
 _FORMAT, _VLLM = "response_format", "structured_outputs"
 _ANY_OBJECT = {"type": "object"}
+MAX_DESCRIPTION_CHARS = 4096
 MAX_NAME_CHARS = 64
 
 
@@ -52,7 +53,8 @@ def _named_schema(wanted: Fields) -> bytes:
         raise wanted.invalid("json_schema", "is missing")
     named.text("name", MAX_NAME_CHARS)
     named.flag("strict")  # every schema is kept strictly here
-    named.ignore("description")  # for the model's eyes, of which we show it nothing
+    # For the model's eyes, of which we show it nothing.
+    named.text("description", MAX_DESCRIPTION_CHARS, may_be_empty=True)
     schema = named.take("schema")
     named.finish()
     return _source(named, "schema", "json_schema", schema)

@@ -33,9 +33,15 @@ _ROLES = {
 }
 
 
-def make_signer(seed: str, market_id: str | None = None) -> Signer:
-    """A deterministic identity; ``market_id`` None makes the market's own."""
-    root = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
+def root_key(seed: str) -> Ed25519PrivateKey:
+    """The root key of the identity with this seed."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
+
+
+def make_signer(seed: str, market_id: str | None = None, owner: str = "") -> Signer:
+    """A deterministic identity; ``market_id`` None makes the market's own. ``owner`` is the seed of
+    the identity that it declares to belong to."""
+    root = root_key(seed)
     key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"key {seed}".encode()).digest())
     identity = key_id(public_bytes(root))
     event = KeyEvent(
@@ -46,8 +52,10 @@ def make_signer(seed: str, market_id: str | None = None) -> Signer:
         action=KeyEvent.CERTIFY,
         sequence=1,
         issued_at_unix_ms=START_UNIX_MS,
+        operator_public_key=public_bytes(root_key(owner)) if owner else b"",
     )
-    return Signer(identity, key, seal_key_event(event, root, key))
+    owners = [root_key(owner)] if owner else []
+    return Signer(identity, key, seal_key_event(event, root, key, *owners))
 
 
 @dataclass(frozen=True)

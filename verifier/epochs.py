@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from trueweight.protos.audit import commitment
 from trueweight.protos.errors import NotFound, StorageError
 from trueweight.protos.v1.audit_pb2 import EpochOpen, NodeRate
+from trueweight.verifier.selection import MAX_RATES
 
 SECRET_BYTES = 32
 PPM = 1_000_000
-MAX_RATES = 10_000
 _WRAP_INFO = b"trueweight/audit-wrap-key/v1"
 
 

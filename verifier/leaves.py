@@ -1,15 +1,15 @@
-"""Leaves as the fold keeps them, and the bounded memory that it keeps them in."""
+"""Leaves and nodes as the fold keeps them, and the bounded memory that it keeps them in."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from trueweight.protos.v1.audit_pb2 import Verdict
-from trueweight.verifier.conviction import Evidence
+from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
+from trueweight.verifier.conviction import Evidence, NodeEvidence
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -74,3 +74,19 @@ class VerdictLeaf:
     why_not: str = ""
     # Not committed to before another verifier's margins were known.
     copied: bool = False
+
+
+@dataclass
+class NodeRecord:
+    """What the log says about one node."""
+
+    # By verifier: each verifier's own verdicts, on which alone it may convict.
+    by_verifier: dict[str, NodeEvidence] = field(default_factory=dict)
+    # First verdict of each receipt, whoever gave it: the node's one public wealth.
+    pooled: NodeEvidence = field(default_factory=NodeEvidence)
+    convictions: dict[str, Leaf[Conviction]] = field(default_factory=dict)
+    suspended: bool = False
+    suspended_for: set[bytes] = field(default_factory=set)
+    receipts: int = 0
+    charged_nano: int = 0
+    billed_output_tokens: int = 0

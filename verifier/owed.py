@@ -69,6 +69,8 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
     for receipt in view.receipts.values():
         if epoch_of(epochs, receipt.index) is not leaf:
             continue
+        if not view.may_judge(verifier_id, receipt.node_id):
+            continue  # nobody owes audits of his own nodes, and they count for nothing
         if owes(leaf, secret, receipt):
             audits.append(_audit(view, leaf, receipt, now_unix_ms))
         elif view.verdicts.get((verifier_id, receipt.receipt_digest)) is not None:

@@ -40,7 +40,7 @@ from trueweight.verifier.selection import (
     is_decidable,
     owes,
 )
-from trueweight.verifier.state import LogView
+from trueweight.verifier.state import MAX_RECEIPTS, LogView
 from trueweight.verifier.verdicts import REFUNDING
 
 MAX_OPEN_AUDITS = 100_000
@@ -72,6 +72,8 @@ class Agenda:
     def on_receipt(self, receipt_digest: bytes) -> None:
         """A receipt leaf was folded."""
         self._undecided[receipt_digest] = None
+        if len(self._undecided) > MAX_RECEIPTS:  # the fold has forgotten it as well
+            del self._undecided[next(iter(self._undecided))]
 
     def on_verdict(self, receipt_digest: bytes) -> None:
         """A verdict leaf about this receipt was folded."""
@@ -87,6 +89,11 @@ class Agenda:
     def refunded(self, receipt_digest: bytes) -> None:
         """The refund was applied or refused for good."""
         self._refunds.pop(receipt_digest, None)
+
+    def note_released(self, duty: ReleaseEarnings) -> None:
+        """The release was applied or refused; older epochs are not asked for again."""
+        self.released = {done for done in self.released if done[0] >= duty.epoch}
+        self.released.add((duty.epoch, duty.node_id))
 
     @property
     def is_settled(self) -> bool:
@@ -134,10 +141,8 @@ class Agenda:
         which the others may still ask and commit is over."""
         if now_unix_ms > receipt.merged_at_unix_ms + BLIND_WINDOW_MS:
             return True
-        keys = [
-            (member.identity, receipt.receipt_digest)
-            for member in self.view.market.members(Member.VERIFIER)
-        ]
+        judges = self.view.judges_of(receipt.node_id)
+        keys = [(judge, receipt.receipt_digest) for judge in judges]
         return all(self.view.commitments.get(key) is not None for key in keys)
 
     def calibration_duties(self) -> Iterator[PublishCalibration]:
@@ -206,6 +211,8 @@ class Agenda:
         for node_id, record in self.view.nodes.items():
             if (newest.message.epoch, node_id) in self.released:
                 continue
+            if not self.view.may_judge(self.verifier_id, node_id):
+                continue
             if record.suspended or record.pooled.state != "clear" or not record.pooled.wealth.r:
                 continue
             open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
@@ -227,6 +234,8 @@ class Agenda:
                 self.owed[digest] = (receipt, epoch.message.epoch)
 
     def _owes(self, epoch: EpochLeaf, receipt: ReceiptLeaf) -> bool:
+        if not self.view.may_judge(self.verifier_id, receipt.node_id):
+            return False
         try:
             return owes(epoch, self.secrets.get(epoch.message.epoch), receipt)
         except NotFound:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from trueweight.protos.audit import is_owed
 from trueweight.protos.v1.audit_pb2 import EpochOpen
 
 PPM = 1_000_000
+MAX_RATES = 10_000
 # The bill of a captured receipt is merged with it; a receipt without one (a node's own claim)
 # is waited for this long and then has weight 1.
 BILL_GRACE_MS = 10_000
@@ -31,22 +32,31 @@ class ReceiptLeaf:
 
 @dataclass(frozen=True, slots=True)
 class EpochLeaf:
-    """A logged EpochOpen and where its rates start to hold."""
+    """A logged EpochOpen (its rates taken out) and where its rates start to hold."""
 
     index: int
     message: EpochOpen
+    rates_ppm: Mapping[str, int] = field(repr=False)
 
     def rate_ppm(self, node_id: str) -> int:
         """The frozen rate of a node; newcomers have the default."""
-        for rate in self.message.rates:
-            if rate.node_id == node_id:
-                return min(rate.rate_ppm, PPM)
-        return min(self.message.default_rate_ppm, PPM)
+        return min(self.rates_ppm.get(node_id, self.message.default_rate_ppm), PPM)
 
     @property
     def needs_charge(self) -> bool:
         """True if rates are weighted by the charge."""
         return self.message.charge_reference_nano > 0
+
+
+def epoch_leaf(index: int, message: EpochOpen) -> EpochLeaf:
+    """The leaf with its rates as a table; the first rate of a node counts."""
+    bare = EpochOpen()
+    bare.CopyFrom(message)
+    rates: dict[str, int] = {}
+    for rate in bare.rates[:MAX_RATES]:
+        rates.setdefault(rate.node_id, rate.rate_ppm)
+    del bare.rates[:]
+    return EpochLeaf(index, bare, rates)
 
 
 def epoch_of(epochs: Sequence[EpochLeaf], receipt_index: int) -> EpochLeaf | None:

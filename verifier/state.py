@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -41,9 +41,9 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.conviction import Evidence, NodeEvidence
-from trueweight.verifier.duplicates import BLIND_WINDOW_MS, opens
-from trueweight.verifier.leaves import CommitmentLeaf, Leaf, Recent, VerdictLeaf
-from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf
+from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
+from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied
+from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_leaf
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
 MAX_LEGS = 256
+# Epochs remembered per verifier; audits of older ones cannot be accounted for any more.
+MAX_EPOCHS = 1_000
 # Ignored leaves that are worth a line each; a flood of them is not.
 MAX_WARNINGS = 100
 KINDS = (
@@ -72,22 +74,6 @@ KINDS = (
 M = TypeVar("M", bound=Message)
 
 
-@dataclass
-class NodeRecord:
-    """What the log says about one node."""
-
-    # By verifier: each verifier's own verdicts, on which alone it may convict.
-    by_verifier: dict[str, NodeEvidence] = field(default_factory=dict)
-    # First verdict of each receipt, whoever gave it: the node's one public wealth.
-    pooled: NodeEvidence = field(default_factory=NodeEvidence)
-    convictions: dict[str, Leaf[Conviction]] = field(default_factory=dict)
-    suspended: bool = False
-    suspended_for: set[bytes] = field(default_factory=set)
-    receipts: int = 0
-    charged_nano: int = 0
-    billed_output_tokens: int = 0
-
-
 class LogView:
     """The fold. ``apply`` takes leaves in index order; ``next_index`` is where to go on."""
 
@@ -107,10 +93,11 @@ class LogView:
         self.verdicts: Recent[tuple[str, bytes], VerdictLeaf] = Recent(MAX_RECEIPTS)
         self.commitments: Recent[tuple[str, bytes], CommitmentLeaf] = Recent(MAX_RECEIPTS)
         self.nodes: dict[str, NodeRecord] = {}
-        self._first_verdict: Recent[bytes, int] = Recent(MAX_RECEIPTS)
+        # Leaf of the first verdict of each receipt by a verifier that may judge its node.
+        self.first_verdicts: Recent[bytes, int] = Recent(MAX_RECEIPTS)
+        self.hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
         self._judged: Recent[bytes, bool] = Recent(MAX_RECEIPTS)
         self._bills: Recent[bytes, tuple[int, str, bytes]] = Recent(MAX_HOLDS)
-        self._hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
         self._handlers: dict[str, Callable[[LogEntry], None]] = {
             "key-event": self._on_key_event,
             "registry-entry": self._on_registry_entry,
@@ -163,6 +150,17 @@ class LogView:
         """True if the market trusts this identity with verdicts."""
         return self.market.has_role(identity, Member.VERIFIER)
 
+    def may_judge(self, verifier_id: str, node_id: str) -> bool:
+        """False if verifier and node ever declared a common owner. The market itself may."""
+        return verifier_id == self.market.market_id or not self.ring.have_common_owner(
+            verifier_id, node_id
+        )
+
+    def judges_of(self, node_id: str) -> list[str]:
+        """The market's verifiers that may judge this node."""
+        members = self.market.members(Member.VERIFIER)
+        return [m.identity for m in members if self.may_judge(m.identity, node_id)]
+
     def was_sold(self, model_id: str, manifest_digest: bytes) -> bool:
         """True if the market ever registered these weights under this name."""
         return (model_id, manifest_digest) in self._sold
@@ -203,7 +201,10 @@ class LogView:
         epochs = self.epochs.setdefault(leaf.message.verifier_id, [])
         if epochs and leaf.message.epoch <= epochs[-1].message.epoch:
             raise TrueweightError("the epoch's number does not go forward")
-        epochs.append(EpochLeaf(entry.index, leaf.message))
+        epochs.append(epoch_leaf(entry.index, leaf.message))
+        if len(epochs) > MAX_EPOCHS:
+            forgotten = epochs.pop(0)
+            self.reveals.pop((leaf.message.verifier_id, forgotten.message.epoch), None)
 
     def _on_epoch_reveal(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochReveal)
@@ -258,7 +259,7 @@ class LogView:
             raise TrueweightError("not a batch of transfers") from None
         for movement in batch.movements:
             if movement.phase == TransferRecord.PENDING and movement.reason == "hold":
-                self._hold_clients.put(batch.operation_id, movement.debit_account)
+                self.hold_clients.put(batch.operation_id, movement.debit_account)
 
     def _on_audit_request(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, AuditRequest)
@@ -272,10 +273,15 @@ class LogView:
         key = (verdict.verifier_id, verdict.receipt_digest)
         if self.verdicts.get(key) is not None:
             raise TrueweightError("this verifier judged this receipt before")
-        why_not, evidence = self._evidence(leaf)
-        copied = self._is_copied(leaf)
+        if not self.may_judge(verdict.verifier_id, verdict.node_id):
+            self.verdicts.put(key, VerdictLeaf(leaf, None, OWN_NODE))
+            return
+        why_not, evidence = evidence_in(self, leaf)
+        copied = is_copied(self, leaf)
+        if self.first_verdicts.get(verdict.receipt_digest) is None:
+            self.first_verdicts.put(verdict.receipt_digest, leaf.index)
         if copied:
-            why_not, evidence = "not committed to before another's margins were known", None
+            why_not, evidence = COPIED, None
         if evidence is None:
             self.verdicts.put(key, VerdictLeaf(leaf, None, why_not, copied))
             return
@@ -299,64 +305,18 @@ class LogView:
                 key, CommitmentLeaf(leaf.index, leaf.merged_at_unix_ms, leaf.message.commitment)
             )
 
-    def _is_copied(self, leaf: Leaf[Verdict]) -> bool:
-        """True if another verifier's verdict on the receipt was public before this one was
-        committed to, or if the commitment does not open."""
-        verdict = leaf.message
-        first = self._first_verdict.get(verdict.receipt_digest)
-        if first is None:
-            self._first_verdict.put(verdict.receipt_digest, leaf.index)
-        mine = self.commitments.get((verdict.verifier_id, verdict.receipt_digest))
-        if mine is None:
-            return first is not None
-        if not opens(verdict, mine.commitment):
-            return True
-        receipt = self.receipts.get(verdict.receipt_digest)
-        in_window = receipt is not None and (
-            mine.merged_at_unix_ms <= receipt.merged_at_unix_ms + BLIND_WINDOW_MS
-        )
-        return first is not None and mine.index > first and not in_window
-
-    def _evidence(self, leaf: Leaf[Verdict]) -> tuple[str, Evidence | None]:
-        """The evidence in a verdict, or why it is none. Numbered as in docs/verification.md."""
-        verdict = leaf.message
-        if verdict.outcome not in (Verdict.SCORED, Verdict.REFUND):  # 1
-            return "the outcome is no evidence", None
-        receipt = self.receipts.get(verdict.receipt_digest)
-        if receipt is None or receipt.node_id != verdict.node_id:  # 2
-            return "the log has no such receipt of this node", None
-        if receipt.assignment_digest != verdict.assignment_digest:  # 3
-            return "the verdict names another assignment", None
-        if self.requests.get((verdict.verifier_id, verdict.receipt_digest)) is None:  # 4
-            return "the audit was not requested in the log first", None
-        cited = self.calibrations.cited(verdict.calibration_digest, receipt.index)
-        entry = cited.entries.get(verdict.parameter_class) if cited else None
-        if cited is None or entry is None:  # 5
-            return "the cited calibration is not in force for this receipt and class", None
-        if not 0 < verdict.scored_tokens <= receipt.output_tokens:  # 6
-            return "more or fewer tokens scored than the receipt has", None
-        if verdict.sum_x_nano > verdict.scored_tokens * 10**9:  # 7
-            return "the sum is larger than its terms can be", None
-        pair = f"{cited.digest.hex()}/{verdict.parameter_class}"
-        client = self._hold_clients.get(receipt.hold_id) or ""
-        return "", Evidence(
-            verdict_index=leaf.index,
-            receipt_index=receipt.index,
-            sum_x_nano=verdict.sum_x_nano,
-            tokens=verdict.scored_tokens,
-            mu0_nano=entry.mu0_nano,
-            pair=pair,
-            client=client,
-        )
-
     def _on_conviction(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, Conviction)
+        if not self.may_judge(leaf.message.verifier_id, leaf.message.node_id):
+            raise TrueweightError(OWN_NODE)
         self.node(leaf.message.node_id).convictions.setdefault(leaf.message.verifier_id, leaf)
 
     def _on_suspension(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Suspension)
         if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
             raise TrueweightError("only verifiers and the market suspend")
+        if opened.message.lifted and not self.may_judge(opened.signer, opened.message.node_id):
+            raise TrueweightError(OWN_NODE)
         record = self.node(opened.message.node_id)
         record.suspended = not opened.message.lifted
         if opened.message.conviction_digest and not opened.message.lifted:

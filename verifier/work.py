@@ -201,4 +201,4 @@ class Worker:
             amount = releasable_nano(stake, deterrence(stake, rate, mu0).needed_nano)
             if amount > 0:
                 await self.publisher.release(duty, amount)
-        self.agenda.released.add((duty.epoch, duty.node_id))
+        self.agenda.note_released(duty)

@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from trueweight.protos.envelope import digest_of
+from trueweight.protos.envelope import digest_of, seal
 from trueweight.protos.errors import InvalidRequest, NotFound, PermissionDenied
 from trueweight.protos.money import split_charge
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.simulation.ledger_world import Leg, leg_charge
+from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
 
 CREDIT = 10**9
 
@@ -416,11 +416,13 @@ async def test_reward_pays_a_verifier_once_per_verdict(bench):
     body = pb.Reward(
         verifier_id=world.identity("verifier"), amount_nano=100, verdict_digest=digest_of(verdict)
     )
-    (unknown,) = await bench.do("verifier", pb.Operation(id=world.new_id(), reward=body))
+    (unknown,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=body))
     assert unknown.code == "NOT_FOUND"
     await bench.as_("verifier").publish(verdict)
-    await bench.must("verifier", pb.Operation(id=world.new_id(), reward=body))
-    (twice,) = await bench.do("verifier", pb.Operation(id=world.new_id(), reward=body))
+    (himself,) = await bench.do("verifier", pb.Operation(id=world.new_id(), reward=body))
+    assert himself.code == "PERMISSION_DENIED"
+    await bench.must("admin", pb.Operation(id=world.new_id(), reward=body))
+    (twice,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=body))
     assert twice.code == "CONFLICT"
 
 
@@ -443,6 +445,28 @@ async def test_k_of_n_verifiers_must_convict(clock, start, database):
     (both,) = await first.apply([world.convict(node, 0)])
     assert both.amount_nano == CREDIT
     await ledger.close()
+
+
+async def test_attack_a_verifier_judges_releases_or_frees_its_owners_node(bench):
+    """Convicting one's own node late brings a tenth back and refunds few; releasing it, all."""
+    world = bench.world
+    owned = make_signer("owned", world.market_id, owner="verifier")
+    await bench.as_("router").publish(owned.key_event)
+    await bench.must("admin", world.bond(owned.identity, CREDIT))
+    (convicted,) = await bench.do("verifier", world.convict(owned.identity, 0))
+    (released,) = await bench.do("verifier", release(world, owned.identity, 0))
+    assert {convicted.code, released.code} == {"PERMISSION_DENIED"}
+    verdict = world.verdict(b"r" * 32, owned.identity, audit_pb2.Verdict.REFUND)
+    lifted = market_pb2.Suspension(
+        market_id=world.market_id,
+        node_id=owned.identity,
+        issuer=world.identity("verifier"),
+        lifted=True,
+    )
+    for envelope in (verdict, seal(lifted, world.signers["verifier"])):
+        with pytest.raises(PermissionDenied):
+            await bench.as_("verifier").publish(envelope)
+    assert await bench.available(f"node-bond:{owned.identity}") == CREDIT
 
 
 async def test_limits_of_one_call_and_reading_rights(bench):

@@ -39,6 +39,7 @@ def node(name="a", **changes):
         lease_fresh=True,
         breaker_closed=True,
         suspended=False,
+        judged=True,
         bonded=True,
         fingerprint_allowed=True,
         completed=10,
@@ -51,6 +52,7 @@ def node(name="a", **changes):
     [
         ({"suspended": True}, {}, Ineligible.SUSPENDED),
         ({"fingerprint_allowed": False}, {}, Ineligible.NOT_ALLOWED),
+        ({"judged": False}, {}, Ineligible.NOT_JUDGED),
         ({"bonded": False}, {}, Ineligible.NOT_BONDED),
         ({"connected": False}, {}, Ineligible.DISCONNECTED),
         ({"lease_fresh": False}, {}, Ineligible.LEASE),

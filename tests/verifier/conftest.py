@@ -34,7 +34,7 @@ FINGERPRINT = EngineFingerprint(
 MU0_NANO = 400_000
 
 
-def make_signer(market_id: str | None) -> Signer:
+def make_signer(market_id: str | None, owner: Ed25519PrivateKey | None = None) -> Signer:
     root, key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     identity = key_id(public_bytes(root))
     event = KeyEvent(
@@ -44,8 +44,10 @@ def make_signer(market_id: str | None) -> Signer:
         operational_public_key=public_bytes(key),
         action=KeyEvent.CERTIFY,
         sequence=1,
+        operator_public_key=public_bytes(owner) if owner else b"",
     )
-    return Signer(identity, key, seal_key_event(event, root, key))
+    keys = (root, key, owner) if owner else (root, key)
+    return Signer(identity, key, seal_key_event(event, *keys))
 
 
 def calibration_entry(name: str = "plain", mu0_nano: int = MU0_NANO) -> audit_pb2.CalibrationEntry:
@@ -185,13 +187,16 @@ class World:
     directory: object
     verifier_count: int = 1
     convictions_needed: int = 1
+    # Root key of the first verifier's declared owner.
+    owner: Ed25519PrivateKey | None = None
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self):
         self.market_signer = make_signer(None)
         self.market_id = self.market_signer.identity
         self.router = make_signer(self.market_id)
-        self.verifiers = [make_signer(self.market_id) for _ in range(self.verifier_count)]
+        self.verifiers = [make_signer(self.market_id, self.owner)]
+        self.verifiers += [make_signer(self.market_id) for _ in range(self.verifier_count - 1)]
         self.nodes: dict[str, Signer] = {}
         self.market = self._write_market()
         self.ledger = FakeLedger(self.clock)
@@ -238,8 +243,8 @@ class World:
         self.weights = weights_sha256(manifest)
         return digest_of(envelope)
 
-    def add_node(self, name: str) -> str:
-        signer = make_signer(self.market_id)
+    def add_node(self, name: str, owner: Ed25519PrivateKey | None = None) -> str:
+        signer = make_signer(self.market_id, owner)
         self.nodes[name] = signer
         self.ledger.log_envelope(signer.key_event)
         return signer.identity

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,9 @@ from trueweight.verifier.conviction import (
     should_convict,
 )
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
+from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
+from trueweight.verifier.owed import accounts
 from trueweight.verifier.state import KINDS, LogView
 
 WRONG = [3.0] * 50
@@ -266,6 +269,71 @@ async def test_one_of_two_verifiers_alone_moves_no_money(make_world, kit):
     assert len(app.service.view.nodes[bad].convictions) == 1
     assert not app.service.view.convicted(bad) and not world.ledger.convicted
     assert not world.ledger.of_kind("suspension", Suspension)
+
+
+# Ownership: a verifier does not judge nodes of its own declared owner.
+
+
+async def test_attack_an_owner_keeps_its_node_clear_or_convicts_it_late(make_world, kit):
+    """With two verifiers, the owner's verdicts and conviction count for nothing, and the other
+    neither waits for its commitments nor needs its agreement."""
+    owner = Ed25519PrivateKey.generate()
+    world = make_world(verifier_count=2, owner=owner)
+    mine = world.add_node("mine", owner)
+    view = LogView(world.market)
+    for number in (0, 1):
+        app = world.app(number)
+        await kit.drive(world, app, app.service.ready.is_set)
+    receipts = [world.serve("mine", WRONG) for _ in range(8)]
+    owners, other = world.verifiers
+    for digest in receipts:  # what an honest verifier of this owner would never publish
+        request = AuditRequest(
+            market_id=world.market_id, verifier_id=owners.identity, receipt_digest=digest
+        )
+        world.ledger.log_envelope(seal(request, owners))
+        praise = Verdict(
+            market_id=world.market_id,
+            verifier_id=owners.identity,
+            node_id=mine,
+            receipt_digest=digest,
+            outcome=Verdict.SCORED,
+            scored_tokens=50,
+        )
+        world.ledger.log_envelope(seal(praise, owners))
+    for message in (
+        Conviction(market_id=world.market_id, verifier_id=owners.identity, node_id=mine),
+        Suspension(
+            market_id=world.market_id, issuer=owners.identity, node_id=mine, conviction_digest=b"x"
+        ),
+        Suspension(market_id=world.market_id, issuer=owners.identity, node_id=mine, lifted=True),
+    ):
+        world.ledger.log_envelope(seal(message, owners))
+    for entry in world.ledger.entries:
+        view.apply(entry)
+    assert not view.node(mine).convictions and view.node(mine).pooled.wealth.r == 0
+    assert view.node(mine).suspended, "an owner may stop its own node, but not free it"
+    assert view.judges_of(mine) == [other.identity]
+    app = world.app(1)
+    await kit.settle(world, app)
+    assert app.service.view.convicted(mine) and list(world.ledger.convicted) == [mine]
+    assert list(app.service.view.node(mine).by_verifier) == [other.identity]
+
+
+async def test_an_owner_owes_its_nodes_no_audit_and_releases_nothing(make_world, kit):
+    owner = Ed25519PrivateKey.generate()
+    world = make_world(owner=owner)
+    mine = world.add_node("mine", owner)
+    world.ledger.stakes = {f"node-bond:{mine}": 10**12, f"node-locked:{mine}": 5_000}
+    policy = RatePolicy(epoch_ms=60_000)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, app.service.ready.is_set)
+    for _ in range(3):
+        world.serve("mine", WRONG)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, lambda: len(app.service.agenda.my_epochs) >= 3)
+    assert not world.ledger.of_kind("verdict", Verdict) and not world.ledger.released
+    (found,) = accounts(app.service.view, 1, world.clock.now_unix_ms())
+    assert not found.audits and found.kept
 
 
 # One client's share, and calibrations in doubt.

@@ -21,7 +21,7 @@ from trueweight.verifier.epochs import (
     rate_ppm,
     wrap_private_key,
 )
-from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_of, is_decidable, owes
+from trueweight.verifier.selection import ReceiptLeaf, epoch_leaf, epoch_of, is_decidable, owes
 
 POLICY = RatePolicy()
 PLAN = EpochPlan("market", "verifier", 1, 1000)
@@ -53,7 +53,7 @@ def test_rates_fall_with_evidence_and_never_below_the_floor(tokens, more, needed
 def test_newcomers_and_suspects_are_audited_in_full():
     standings = {"old": Standing(10**7), "new": Standing(10), "bad": Standing(10**7, suspect=True)}
     message = open_epoch(PLAN, os.urandom(32), POLICY, standings)
-    leaf = EpochLeaf(5, message)
+    leaf = epoch_leaf(5, message)
     assert leaf.rate_ppm("old") == POLICY.floor_ppm
     assert leaf.rate_ppm("new") == leaf.rate_ppm("bad") == leaf.rate_ppm("never seen") == PPM
 
@@ -62,14 +62,14 @@ def test_newcomers_and_suspects_are_audited_in_full():
 def test_the_frequency_of_audits_is_the_rate(rate):
     message = EpochOpen(rates=[NodeRate(node_id="node", rate_ppm=rate)], default_rate_ppm=PPM)
     secret, count = b"s" * 32, 20_000
-    found = sum(owes(EpochLeaf(0, message), secret, receipt(i)) for i in range(count))
+    found = sum(owes(epoch_leaf(0, message), secret, receipt(i)) for i in range(count))
     expected = count * rate / PPM
     assert abs(found - expected) <= 4 * (expected * (1 - rate / PPM)) ** 0.5 + 1e-9
 
 
 def test_what_is_audited_depends_on_the_secret_and_not_on_the_node():
     message = EpochOpen(default_rate_ppm=PPM // 2)
-    leaf = EpochLeaf(0, message)
+    leaf = epoch_leaf(0, message)
     chosen = [
         {i for i in range(400) if owes(leaf, secret, receipt(i, node=node))}
         for secret, node in ((b"a" * 32, "x"), (b"a" * 32, "y"), (b"b" * 32, "x"))
@@ -79,7 +79,7 @@ def test_what_is_audited_depends_on_the_secret_and_not_on_the_node():
 
 def test_small_charges_are_audited_less_and_unbilled_claims_in_full():
     message = EpochOpen(default_rate_ppm=PPM // 2, charge_reference_nano=1000)
-    leaf, secret = EpochLeaf(0, message), b"s" * 32
+    leaf, secret = epoch_leaf(0, message), b"s" * 32
 
     def share(charge):
         return sum(owes(leaf, secret, receipt(i, charge=charge)) for i in range(4000)) / 4000
@@ -92,7 +92,7 @@ def test_small_charges_are_audited_less_and_unbilled_claims_in_full():
 
 
 def test_rates_hold_for_leaves_after_the_opening_until_the_next():
-    epochs = [EpochLeaf(10, EpochOpen(epoch=1)), EpochLeaf(20, EpochOpen(epoch=2))]
+    epochs = [epoch_leaf(10, EpochOpen(epoch=1)), epoch_leaf(20, EpochOpen(epoch=2))]
     assert epoch_of(epochs, 10) is None
     assert epoch_of(epochs, 11).message.epoch == epoch_of(epochs, 20).message.epoch == 1
     assert epoch_of(epochs, 21).message.epoch == 2
