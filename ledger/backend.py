@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,9 @@ Row = tuple[Any, ...]
 # Any fixed number: the advisory lock that makes one process the writer of a database.
 ADVISORY_LOCK = 0x7472756577
 _KEYS_PER_QUERY = 500
+# Rows per statement on SQLite: a long statement runs without Python's lock, so that the next group
+# is judged meanwhile. Few sizes, so that statements stay prepared.
+_ROWS_PER_STATEMENT = (512, 64, 8, 1)
 # Column types of what is inserted by COPY, in SQL order.
 _PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
 
@@ -133,30 +137,40 @@ class SqliteBackend:
         return found
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
-        if rows:
-            marks = ",".join("?" * len(columns))
-            sql = f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks})"  # noqa: S608
-            with _sqlite_errors():
-                self._connection.executemany(sql, rows)
+        head = f"INSERT INTO {table} ({','.join(columns)}) VALUES "  # noqa: S608
+        self._in_bulk(head, "", rows)
 
     def update(
         self, table: str, changes: Sequence[str], keys: Sequence[str], rows: Sequence[Row]
     ) -> None:
-        if not rows:
-            return
-        sets = ",".join(f"{c[1:]}={c[1:]}+?" if c[0] == "+" else f"{c}=?" for c in changes)
-        where = " AND ".join(f"{k}=?" for k in keys)
-        with _sqlite_errors():
-            cursor = self._connection.executemany(
-                f"UPDATE {table} SET {sets} WHERE {where}",  # noqa: S608
-                rows,
-            )
-        _check_count(cursor.rowcount, len(rows), table)
+        names = [f"column{n}" for n in range(1, len(changes) + len(keys) + 1)]
+        sets = ",".join(
+            f"{c[1:]}={table}.{c[1:]}+v.{n}" if c[0] == "+" else f"{c}=v.{n}"
+            for c, n in zip(changes, names, strict=False)
+        )
+        where = " AND ".join(
+            f"{table}.{k}=v.{n}" for k, n in zip(keys, names[len(changes) :], strict=True)
+        )
+        head = f"UPDATE {table} SET {sets} FROM (VALUES "  # noqa: S608
+        found = self._in_bulk(head, f") v WHERE {where}", rows)
+        _check_count(found, len(rows), table)
 
     def upsert(self, table: str, columns: Sequence[str], keys: int, rows: Sequence[Row]) -> None:
-        if rows:
-            with _sqlite_errors():
-                self._connection.executemany(_upsert_sql(table, columns, keys, "?"), rows)
+        head, conflict = _upsert_sql(table, columns, keys)
+        self._in_bulk(f"{head} VALUES ", conflict, rows)
+
+    def _in_bulk(self, head: str, tail: str, rows: Sequence[Row]) -> int:
+        """How many rows were changed."""
+        place = found = 0
+        with _sqlite_errors():
+            while place < len(rows):
+                size = next(s for s in _ROWS_PER_STATEMENT if s <= len(rows) - place)
+                marks = f"({','.join('?' * len(rows[0]))})"
+                sql = f"{head}{','.join([marks] * size)}{tail}"
+                values = list(itertools.chain.from_iterable(rows[place : place + size]))
+                found += self._connection.execute(sql, values).rowcount
+                place += size
+        return found
 
     def close(self) -> None:
         self.rollback()
@@ -248,9 +262,10 @@ class PostgresBackend:
     def upsert(self, table: str, columns: Sequence[str], keys: int, rows: Sequence[Row]) -> None:
         if rows:
             with _pg_errors():
-                self._connection.cursor().executemany(
-                    _upsert_sql(table, columns, keys, "%s").encode(), rows
-                )
+                head, conflict = _upsert_sql(table, columns, keys)
+                marks = ",".join(["%s"] * len(columns))
+                sql = f"{head} VALUES ({marks}) {conflict}"
+                self._connection.cursor().executemany(sql.encode(), rows)
 
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):
@@ -285,12 +300,12 @@ def _array_type(value: Any) -> str:
     return _PG_TYPES.get(type(value), "bigint")
 
 
-def _upsert_sql(table: str, columns: Sequence[str], keys: int, mark: str) -> str:
-    marks = ",".join([mark] * len(columns))
+def _upsert_sql(table: str, columns: Sequence[str], keys: int) -> tuple[str, str]:
+    """What comes before and after the values."""
     sets = ",".join(f"{c}=excluded.{c}" for c in columns[keys:])
     return (
-        f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks}) "  # noqa: S608
-        f"ON CONFLICT ({','.join(columns[:keys])}) DO UPDATE SET {sets}"
+        f"INSERT INTO {table} ({','.join(columns)})",
+        f" ON CONFLICT ({','.join(columns[:keys])}) DO UPDATE SET {sets}",
     )
 
 

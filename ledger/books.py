@@ -1,7 +1,9 @@
 """The books in one database: applies groups of operations, each group in one transaction.
 
-Not thread-safe: it belongs to the writer thread. Everything it remembers between groups can be
-read again from the database, and is after any failure.
+``apply`` does one group at a time. ``judge`` and ``commit`` do the same in two steps, so that one
+thread judges the next group while another commits the last one: ``judge`` reads the database on a
+connection of its own, and what the group in flight has changed out of that group's book. Everything
+remembered between groups can be read again from the database, and is after any failure.
 """
 
 from __future__ import annotations
@@ -36,32 +38,49 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """Where the books go on, and the log's right edge, as of the last commit."""
+class Judged:
+    """A group that was judged and waits for its transaction."""
 
-    numbers: Numbers
-    edge: Edge
+    book: Book
+    outcomes: list[list[Outcome]]
+    now_unix_ms: int
 
 
 class Books:
-    """Owns the writer's connection."""
+    """Owns the writer's connection, and one to read by the side of it."""
 
-    def __init__(self, backend: Backend, terms: Terms, signer: Signer | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        terms: Terms,
+        signer: Signer | None,
+        reader: Backend | None = None,
+    ) -> None:
         self._backend, self._terms, self._signer = backend, terms, signer
+        self._side = reader or backend
         self._cache = Cache()
-        self._state: _State | None = None
+        # Where the next group goes on, whether or not the last one is committed yet.
+        self._numbers: Numbers | None = None
+        self._recent: Book | None = None
+        # The log's right edge as of the last commit.
+        self._edge: Edge | None = None
         self._checkpointed = -1
 
     @property
     def size(self) -> int:
         """Leaves in the log."""
-        return self._current().edge.size
+        return self._current_edge().size
 
     def open(self) -> None:
         """Reads where the books go on. Raises StorageError if they are another market's."""
-        self._forget()
+        self.forget()
         self._claim_market()
         self._current()
+
+    def forget(self) -> None:
+        """Drops everything remembered; nothing may be in flight."""
+        self._cache = Cache()
+        self._numbers, self._recent, self._edge = None, None, None
 
     def apply(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
         """One transaction for all calls. If the database refuses it, each chain gets its own, so
@@ -70,11 +89,52 @@ class Books:
             return self._apply(calls, now_unix_ms)
         except ConstraintViolated:
             log.exception("the database refused a group; applying it one by one")
-            return self._one_by_one(calls, now_unix_ms)
+            return self.one_by_one(calls, now_unix_ms)
+
+    def judge(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Judged | None:
+        """What the calls come to after everything judged so far; None if they must be applied by
+        ``apply``, because they read more than their keys."""
+        group = _segments(calls)
+        if len(group) != 1 or group[0][0][0].kind in ALONE:
+            return None
+        numbers = self._current()
+        snapshot = load(
+            self._side,
+            self._cache,
+            [operation for chain in group[0] for operation in chain],
+            self._terms,
+            numbers,
+            now_unix_ms=now_unix_ms,
+            recent=self._recent,
+        )
+        results, book = run(group[0], snapshot, self._terms)
+        remember(self._cache, book)
+        self._recent = book
+        self._numbers = _after(numbers, book)
+        return Judged(book, _by_call(calls, results), now_unix_ms)
+
+    def commit(self, judged: Judged) -> Committed:
+        """The transaction of a judged group. After an error nothing of it is stored, or nobody
+        knows; what was judged on top of it is void then, and ``forget`` is due."""
+        book = judged.book
+        if not book.applied:
+            return Committed(judged.outcomes)
+        edge = self._current_edge()
+        backend = self._backend
+        backend.begin()
+        try:
+            save(backend, book)
+            edge = self._save_leaves(edge, book.leaves, judged.now_unix_ms)
+            backend.commit()
+        except BaseException:
+            backend.rollback()
+            raise
+        self._edge = edge
+        return Committed(judged.outcomes, tuple(book.leaves), book.snapshot.next_index)
 
     def checkpoint(self, now_unix_ms: int) -> LogState | None:
         """Signs and stores a checkpoint if the log has grown; None if there is nothing to do."""
-        edge = self._current().edge
+        edge = self._current_edge()
         if self._signer is None or edge.size == self._checkpointed:
             return None
         state = LogState(log_origin(self._terms.market_id), edge.size, edge.root(), now_unix_ms)
@@ -92,7 +152,7 @@ class Books:
     def has_due_holds(self, now_unix_ms: int) -> bool:
         """True if some hold has expired and waits for an Expire."""
         return bool(
-            self._backend.query(
+            self._side.query(
                 "SELECT 1 FROM pending WHERE state = 1 AND kind = 1 AND due <= ? LIMIT 1",
                 (now_unix_ms,),
             )
@@ -100,13 +160,13 @@ class Books:
 
     def close(self) -> None:
         self._backend.close()
+        if self._side is not self._backend:
+            self._side.close()
 
     def _apply(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
-        state = self._current()
         outcomes: list[Outcome] = []
-        books: list[Book] = []
         leaves: list[Leaf] = []
-        numbers = state.numbers
+        first = numbers = self._current()
         with _Transaction(self):
             for segment in _segments(calls):
                 operations = [operation for chain in segment for operation in chain]
@@ -124,12 +184,11 @@ class Books:
                     save(self._backend, book)
                     # Later segments of this transaction read through the cache.
                     remember(self._cache, book)
-                    books.append(book)
                     leaves += book.leaves
                     numbers = _after(numbers, book)
-            edge = self._save_leaves(state.edge, leaves, now_unix_ms)
-        self._state = _State(numbers, edge)
-        return Committed(_by_call(calls, outcomes), tuple(leaves), state.numbers.next_index)
+            edge = self._save_leaves(self._current_edge(), leaves, now_unix_ms)
+        self._numbers, self._recent, self._edge = numbers, None, edge
+        return Committed(_by_call(calls, outcomes), tuple(leaves), first.next_index)
 
     def _save_leaves(self, edge: Edge, leaves: list[Leaf], now_unix_ms: int) -> Edge:
         if not leaves:
@@ -144,8 +203,9 @@ class Books:
         self._backend.insert("tile", ("level", "number", "hashes"), tiles)
         return edge
 
-    def _one_by_one(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
-        first = self._current().numbers.next_index
+    def one_by_one(self, calls: Sequence[Sequence[Prepared]], now_unix_ms: int) -> Committed:
+        """A transaction for each chain."""
+        first = self._current().next_index
         outcomes: list[list[Outcome]] = []
         leaves: list[Leaf] = []
         for call in calls:
@@ -161,20 +221,23 @@ class Books:
             outcomes.append(results)
         return Committed(outcomes, tuple(leaves), first)
 
-    def _current(self) -> _State:
-        if self._state is None:
-            self._state = self._read_state()
-        return self._state
+    def _current(self) -> Numbers:
+        if self._numbers is None:
+            query = self._backend.query
+            sequence = query("SELECT COALESCE(MAX(sequence), 0) FROM transfer")[0][0]
+            account = query("SELECT COALESCE(MAX(no), 0) FROM account")[0][0]
+            size = self._current_edge().size
+            self._numbers = Numbers(int(sequence) + 1, size, int(account) + 1)
+        return self._numbers
 
-    def _read_state(self) -> _State:
-        query = self._backend.query
-        row = query("SELECT first_index + leaves FROM bundle ORDER BY first_index DESC LIMIT 1")
-        size = int(row[0][0]) if row else 0
-        sequence = query("SELECT COALESCE(MAX(sequence), 0) FROM transfer")[0][0]
-        account = query("SELECT COALESCE(MAX(no), 0) FROM account")[0][0]
-        edge = TileReader(self._read_tile, self._read_leaves).edge(size)
-        numbers = Numbers(int(sequence) + 1, size, int(account) + 1)
-        return _State(numbers, edge)
+    def _current_edge(self) -> Edge:
+        if self._edge is None:
+            row = self._backend.query(
+                "SELECT first_index + leaves FROM bundle ORDER BY first_index DESC LIMIT 1"
+            )
+            size = int(row[0][0]) if row else 0
+            self._edge = TileReader(self._read_tile, self._read_leaves).edge(size)
+        return self._edge
 
     def _read_tile(self, level: int, number: int) -> bytes | None:
         rows = self._backend.query(
@@ -201,10 +264,6 @@ class Books:
                     "these books belong to another market", hint="Name another database."
                 )
 
-    def _forget(self) -> None:
-        self._cache = Cache()
-        self._state = None
-
 
 class _Transaction:
     """BEGIN … COMMIT; on any error ROLLBACK, and everything remembered is read anew."""
@@ -223,10 +282,10 @@ class _Transaction:
                 return
             except TrueweightError:
                 backend.rollback()
-                self._books._forget()
+                self._books.forget()
                 raise
         backend.rollback()
-        self._books._forget()
+        self._books.forget()
 
 
 def leaf_hashes(rows: Sequence[tuple[int, int, bytes]], first: int, count: int) -> list[bytes]:

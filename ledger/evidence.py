@@ -8,7 +8,7 @@ assignments need no third check: their bytes hash to what both have signed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -78,8 +78,7 @@ class Court:
         return tuple(i for i, roles in self.roles.items() if role in roles)
 
 
-@dataclass(frozen=True, slots=True)
-class LegFacts:
+class LegFacts(NamedTuple):
     """One leg of a checked bill."""
 
     receipt: bytes
@@ -93,8 +92,7 @@ class LegFacts:
     subsidy: int
 
 
-@dataclass(frozen=True, slots=True)
-class CaptureFacts:
+class CaptureFacts(NamedTuple):
     """A checked bill."""
 
     hold_id: bytes

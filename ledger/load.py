@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
@@ -17,6 +18,7 @@ from trueweight.ledger.accounts import (
     node_locked,
 )
 from trueweight.ledger.backend import Backend
+from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, ConvictFacts, RefundFacts
 from trueweight.ledger.values import (
     OPEN,
@@ -57,6 +59,11 @@ _ACCOUNTS = (
 _PENDINGS = f"SELECT {', '.join(PENDING_COLUMNS)} FROM pending"  # noqa: S608
 _LEGS = f"SELECT {', '.join(LEG_COLUMNS)} FROM leg"  # noqa: S608
 _CLAIMS = f"SELECT {', '.join(CLAIM_COLUMNS)} FROM claim"  # noqa: S608
+_SPENDING = ("SELECT api_key_id, limit_nano, spent FROM spending", "api_key_id")
+_NODES = ("SELECT node_id, released, convicted FROM node", "node_id")
+_EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(slots=True)
@@ -69,7 +76,8 @@ class Cache:
     any_claims: bool | None = None
 
     def trim(self) -> None:
-        """Keeps the cache bounded: a full one starts anew."""
+        """Keeps the cache bounded: a full one starts anew. Before the newest group is put in, so
+        that all of that one stays: it may not be in the database yet."""
         if len(self.accounts) > _MAX_CACHED:
             self.accounts.clear()
         if len(self.open_holds) > _MAX_CACHED:
@@ -90,6 +98,9 @@ class Needs:
     digests: set[bytes] = field(default_factory=set)
 
 
+_NOTHING = Book(Snapshot())
+
+
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """Where the books go on."""
@@ -107,44 +118,48 @@ def load(
     numbers: Numbers,
     *,
     now_unix_ms: int,
+    recent: Book | None = None,
 ) -> Snapshot:
-    """Reads, in a few queries, all that the operations may touch."""
+    """Reads, in a few queries, all that the operations may touch. ``recent`` is the last group,
+    whose transaction may still be in flight: what it wrote is taken from it, whether the
+    database shows it already or not, and nothing else changes meanwhile."""
+    last = recent or _NOTHING
     applied = _applied(backend, operations)
+    _overlay(applied, last.applied, {op.id for op in operations})
     needs = _needs(op for op in operations if op.error is None and op.id not in applied)
     special = _special(backend, operations[0], terms, needs, now_unix_ms)
     pendings = _pendings(backend, cache, needs)
+    _overlay(pendings, last.pendings, needs.pendings)
     for pending in pendings.values():
-        needs.accounts.update((pending.debit, pending.credit))
+        needs.accounts.add(pending.debit)
+        needs.accounts.add(pending.credit)
         if pending.api_key_id:
             needs.spending.add(pending.api_key_id)
     legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
+    _overlay(legs, last.legs, needs.legs)
     needs.claims.update(leg.hold_id for leg in legs.values())
     for leg in legs.values():
         needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
+    claims = _claims(backend, needs.claims) if _any_claims(backend, cache) else {}
+    _overlay(claims, last.claims, needs.claims)
+    references = _references(backend, needs.references)
+    _overlay(references, last.references, needs.references)
+    spending = {k: Spending(*row) for k, row in _by_first(backend, _SPENDING, needs.spending)}
+    _overlay(spending, last.spending, needs.spending)
+    nodes = {k: NodeRow(*row) for k, row in _by_first(backend, _NODES, needs.nodes)}
+    _overlay(nodes, last.nodes, needs.nodes)
+    published = {k: row[1] for k, row in _by_first(backend, _EVIDENCE, needs.digests)}
+    _overlay(published, last.published, needs.digests)
     return Snapshot(
         accounts=_accounts(backend, cache, needs.accounts),
         pendings=pendings,
         applied=applied,
         legs=legs,
-        claims=_claims(backend, needs.claims) if _any_claims(backend, cache) else {},
-        references=_references(backend, needs.references),
-        spending={
-            row[0]: Spending(*row)
-            for row in backend.by_keys(
-                "SELECT api_key_id, limit_nano, spent FROM spending", "api_key_id", needs.spending
-            )
-        },
-        nodes={
-            row[0]: NodeRow(*row)
-            for row in backend.by_keys(
-                "SELECT node_id, released, convicted FROM node", "node_id", needs.nodes
-            )
-        },
-        published=dict(
-            _pairs(
-                backend.by_keys("SELECT digest, log_index FROM evidence", "digest", needs.digests)
-            )
-        ),
+        claims=claims,
+        references=references,
+        spending=spending,
+        nodes=nodes,
+        published=published,
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
         next_account=numbers.next_account,
@@ -153,8 +168,16 @@ def load(
     )
 
 
-def _pairs(rows: Iterable[tuple[object, ...]]) -> Iterable[tuple[bytes, int]]:
-    return ((row[0], row[1]) for row in rows)  # type: ignore[misc]
+def _by_first(
+    backend: Backend, select: tuple[str, str], keys: set[Any]
+) -> Iterable[tuple[Any, tuple[Any, ...]]]:
+    return ((row[0], row) for row in backend.by_keys(*select, keys))
+
+
+def _overlay(found: dict[K, V], newer: Mapping[K, V], wanted: set[K]) -> None:
+    if newer:
+        for key in wanted & newer.keys():
+            found[key] = newer[key]
 
 
 def _applied(backend: Backend, operations: Sequence[Prepared]) -> dict[bytes, Applied]:

@@ -65,6 +65,8 @@ def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
         facts = _CHECKS[kind](operation.id, body, caller, court)
     except TrueweightError as error:
         return Prepared(operation.id, body_hash, operation.linked, kind, caller, body, None, error)
+    if kind == "capture":
+        body = None  # its facts say everything, and may come from another process
     return Prepared(operation.id, body_hash, operation.linked, kind, caller, body, facts)
 
 

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from rich.console import Console
 
 from trueweight.ledger.accounts import kind_of
-from trueweight.ledger.fsck import Findings, check
+from trueweight.ledger.findings import Findings
+from trueweight.ledger.fsck import check
 from trueweight.ledger.reader import MAX_PAGE, Reader
 from trueweight.ledger.schema import is_current, make_engine, normal_url, sqlite_path
 from trueweight.protos.errors import InvalidRequest, NotFound, StorageError, Unavailable

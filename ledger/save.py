@@ -33,7 +33,8 @@ def save(backend: Backend, book: Book) -> None:
 
 
 def remember(cache: Cache, book: Book) -> None:
-    """Brings the cache up to what was just committed."""
+    """Brings the cache up to what was just judged."""
+    cache.trim()
     cache.accounts.update((now.id, now) for _, now in book.changed_accounts())
     for pending in book.pendings.values():
         if pending.state == OPEN:
@@ -42,7 +43,6 @@ def remember(cache: Cache, book: Book) -> None:
             cache.open_holds.pop(pending.id, None)
     if book.claims:
         cache.any_claims = True
-    cache.trim()
 
 
 def _save_accounts(backend: Backend, book: Book) -> None:

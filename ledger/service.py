@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TypeVar
 
 from trueweight.ledger.accounts import CLIENT, kind_of, owner_of
@@ -20,12 +19,13 @@ from trueweight.ledger.backend import Backend, open_backend
 from trueweight.ledger.core import Outcome
 from trueweight.ledger.court import court_of, with_key_events
 from trueweight.ledger.evidence import Court
+from trueweight.ledger.pipeline import Answer, Call, Hooks
 from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, prepare
+from trueweight.ledger.prepare_pool import PreparePool
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, migrate, normal_url
-from trueweight.ledger.signature_pool import SignaturePool
 from trueweight.ledger.values import Leaf, Prepared
-from trueweight.ledger.writer import Answer, Call, Hooks, Writer
+from trueweight.ledger.writer import Writer
 from trueweight.protos.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -71,7 +71,7 @@ class Ledger:
         self._engine = make_engine(self._url)
         self._reader = Reader(self._engine)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="ledger-read")
-        self._signatures = SignaturePool(verify_workers)
+        self._checkers = PreparePool(verify_workers)
         self._writer: Writer | None = None
         self._size = 0
         self._grown = asyncio.Event()
@@ -107,7 +107,7 @@ class Ledger:
         """Commits what is queued and lets go of the database."""
         if self._writer is not None:
             await asyncio.to_thread(self._writer.stop)
-        self._signatures.close()
+        self._checkers.close()
         self._pool.shutdown(wait=True)
         self._reader.close()
 
@@ -123,11 +123,8 @@ class Ledger:
             raise InvalidRequest(f"at most {MAX_OPERATIONS} operations at once")
         if not operations:
             return []
-        court = self._court
-        ring = await self._signatures.ring_for(operations, court.ring)
-        if ring is not court.ring:
-            court = replace(court, ring=ring)
-        outcomes = await self.apply_prepared([prepare(op, caller, court) for op in operations])
+        prepared = await self._checkers.prepare(operations, caller, self._court)
+        outcomes = await self.apply_prepared(prepared)
         return [result_of(outcome) for outcome in outcomes]
 
     async def apply_prepared(self, prepared: Sequence[Prepared]) -> list[Outcome]:

@@ -148,8 +148,7 @@ class LegTotal(NamedTuple):
     earned: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """An operation with everything checked that needs no state."""
 
     id: bytes

@@ -1,4 +1,4 @@
-"""The one writer thread: a bounded queue in, groups committed, answers out.
+"""The one writer thread: a bounded queue in, groups judged and sent off to be committed.
 
 While one group is being committed callers queue up and form the next, so that the size of a
 group follows the load without a timer. The thread also keeps the writer's lock, expires holds
@@ -10,15 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 from trueweight.ledger.backend import Backend
-from trueweight.ledger.books import Books, Committed
-from trueweight.ledger.core import Outcome
-from trueweight.ledger.values import Leaf, Prepared, Terms
-from trueweight.protos.errors import OverCapacity, StorageError, TrueweightError, Unavailable
+from trueweight.ledger.books import Books
+from trueweight.ledger.pipeline import Call, Hooks, Pipeline
+from trueweight.ledger.values import Terms
+from trueweight.protos.errors import OverCapacity, TrueweightError, Unavailable
 from trueweight.protos.identity import Signer
 
 log = logging.getLogger(__name__)
@@ -28,30 +26,6 @@ MAX_GROUP = 1_024
 STANDBY_POLL_S = 0.2
 HOUSEKEEPING_MS = 1_000.0
 _RETRY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Operations of one caller and where the answer goes."""
-
-    operations: Sequence[Prepared]
-    answer: Any
-
-
-Answer = tuple[Call, "list[Outcome] | TrueweightError"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the service gives the writer. ``deliver`` and ``committed`` run on the writer thread."""
-
-    open_backend: Callable[[], Backend]
-    now_unix_ms: Callable[[], int]
-    monotonic_ms: Callable[[], float]
-    expire: Callable[[], Prepared]
-    deliver: Callable[[list[Answer]], None]
-    committed: Callable[[int, tuple[Leaf, ...]], None]
-    became_writer: Callable[[], None]
 
 
 class Writer:
@@ -103,10 +77,12 @@ class Writer:
     def _run(self) -> None:
         while not self._stopping:
             backend: Backend | None = None
+            reader: Backend | None = None
             try:
                 backend = self._hooks.open_backend()
                 if backend.acquire():
-                    self._write(backend)
+                    reader = self._hooks.open_backend()
+                    self._write(backend, reader)
                 else:
                     self._pause(STANDBY_POLL_S)
             except TrueweightError as error:
@@ -117,28 +93,40 @@ class Writer:
                 self._pause(_RETRY_S)
             finally:
                 self._fail_queued()
-                if backend is not None:
-                    backend.close()
+                for opened in (backend, reader):
+                    if opened is not None:
+                        opened.close()
 
-    def _write(self, backend: Backend) -> None:
-        books = Books(backend, self._terms, self._signer)
+    def _write(self, backend: Backend, reader: Backend) -> None:
+        books = Books(backend, self._terms, self._signer, reader)
         books.open()
         self._hooks.became_writer()
         self._hooks.committed(books.size, ())
         self._active = True
         log.info("writing the books")
-        while True:
-            calls = self._take()
-            if calls:
-                self._commit(books, calls)
-            elif self._stopping:
-                self._checkpoint(books)
-                return
-            self._keep_house(books)
+        with ThreadPoolExecutor(1, thread_name_prefix="ledger-commit") as committer:
+            pipeline = Pipeline(books, self._hooks, committer, self._nudge)
+            try:
+                self._serve(books, pipeline)
+            finally:
+                pipeline.abandon()
 
-    def _take(self) -> list[Call]:
+    def _serve(self, books: Books, pipeline: Pipeline) -> None:
+        while True:
+            calls = self._take(pipeline)
+            if calls:
+                pipeline.submit(calls)
+            else:
+                pipeline.land()
+                if self._stopping and not self._queue:
+                    books.checkpoint(self._hooks.now_unix_ms())
+                    return
+            self._keep_house(books, pipeline)
+
+    def _take(self, pipeline: Pipeline) -> list[Call]:
+        """The next group, as soon as there is one; empty when the one in flight has landed."""
         with self._wake:
-            if not self._queue and not self._stopping:
+            if not self._queue and not self._stopping and not pipeline.has_landed:
                 self._wake.wait(HOUSEKEEPING_MS / 4000)
             taken: list[Call] = []
             count = 0
@@ -151,34 +139,19 @@ class Writer:
             self._queued -= count
         return taken
 
-    def _commit(self, books: Books, calls: list[Call]) -> None:
-        try:
-            done: Committed = books.apply(
-                [call.operations for call in calls], self._hooks.now_unix_ms()
-            )
-        except TrueweightError as error:
-            # Nothing was applied, or nobody knows (a lost connection): either way the callers
-            # send the same ids again.
-            self._hooks.deliver([(call, error) for call in calls])
-            raise
-        except Exception:
-            failure = StorageError("the ledger failed; nothing was applied")
-            self._hooks.deliver([(call, failure) for call in calls])
-            raise
-        self._hooks.committed(books.size, done.leaves)
-        self._hooks.deliver(list(zip(calls, done.outcomes, strict=True)))
+    def _nudge(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
-    def _keep_house(self, books: Books) -> None:
+    def _keep_house(self, books: Books, pipeline: Pipeline) -> None:
         now = self._hooks.monotonic_ms()
         if now - self._housekept_ms < HOUSEKEEPING_MS:
             return
         self._housekept_ms = now
+        pipeline.land()
         if books.has_due_holds(self._hooks.now_unix_ms()):
             done = books.apply([[self._hooks.expire()]], self._hooks.now_unix_ms())
             self._hooks.committed(books.size, done.leaves)
-        self._checkpoint(books)
-
-    def _checkpoint(self, books: Books) -> None:
         books.checkpoint(self._hooks.now_unix_ms())
 
     def _pause(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trueweight.ledger import fsck as fsck_module
 from trueweight.ledger.leaves import MAX_MOVEMENTS, encode_batches, encode_movement
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.service import Ledger
@@ -305,6 +306,15 @@ def closed_books(databases, finished_books):
 def test_fsck_finds_that(closed_books, world, what):
     tamper(closed_books, (TAMPERINGS[what], {}))
     assert not fsck(closed_books, world).clean
+
+
+def test_two_processes_find_what_one_finds(closed_books, world, monkeypatch):
+    tamper(closed_books, (TAMPERINGS["a balance is raised"], {}))
+    tamper(closed_books, (TAMPERINGS["a kinds mask hides a leaf"], {}))
+    one = fsck(closed_books, world)
+    monkeypatch.setattr(fsck_module, "_WORTH_A_PROCESS", 1)
+    two = fsck(closed_books, world)
+    assert (one.problems, one.counts) == (two.problems, two.counts) and len(one.problems) > 1
 
 
 def test_fsck_finds_any_changed_leaf_even_with_tiles_and_roots_recomputed(closed_books, world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,6 +225,39 @@ def test_key_rotation_and_revocation(node):
 def test_malformed_keys_and_signatures(sizes):
     with pytest.raises(BadSignature):
         check_signature(bytes(sizes[0]), bytes(sizes[1]), b"message")
+
+
+ORDER = 2**252 + 27742317777372353535851937790883648493
+# Points that make signatures over any message hold with a careless verifier.
+SMALL_ORDER = (
+    (1).to_bytes(32, "little"),  # the neutral element
+    bytes(32),  # order 4
+    (2**255 - 20).to_bytes(32, "little"),  # order 2
+    (2**255 - 18).to_bytes(32, "little"),  # the neutral element, not canonical
+)
+
+
+@pytest.mark.parametrize("key", SMALL_ORDER)
+@pytest.mark.parametrize("r", SMALL_ORDER)
+def test_attack_keys_of_small_order_sign_nothing(key, r):
+    with pytest.raises(BadSignature):
+        check_signature(key, r + bytes(32), b"message")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=80), st.binary(min_size=32, max_size=32), st.integers(0, 767))
+def test_a_signature_holds_for_its_own_key_and_message_only(message, seed, flipped):
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    public, signature = public_bytes(key), key.sign(message)
+    check_signature(public, signature, message)
+    wrong = bytearray(signature + public)
+    wrong[flipped // 8] ^= 1 << flipped % 8
+    with pytest.raises(BadSignature):
+        check_signature(bytes(wrong[64:]), bytes(wrong[:64]), message)
+    # S and S + L are the same scalar: only the smaller is canonical.
+    s = int.from_bytes(signature[32:], "little") + ORDER
+    with pytest.raises(BadSignature):
+        check_signature(public, signature[:32] + s.to_bytes(32, "little"), message)
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**32], [2**70], [-(2**70)]])

@@ -1,0 +1,55 @@
+"""What a check of the books finds, and how its two halves read a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+MAX_FINDINGS = 100
+_STEP = 5_000
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Findings:
+    """What is wrong, bounded; and what was looked at."""
+
+    problems: list[str] = field(default_factory=list)
+    more: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, problem: str) -> None:
+        """Notes a problem."""
+        if len(self.problems) < MAX_FINDINGS:
+            self.problems.append(problem)
+        else:
+            self.more += 1
+
+    def include(self, other: Findings) -> None:
+        """Adds what another part of the check has found."""
+        for problem in other.problems:
+            self.add(problem)
+        self.more += other.more
+        self.counts |= other.counts
+
+    @property
+    def clean(self) -> bool:
+        return not self.problems
+
+
+def snapshot(engine: sa.Engine) -> sa.Connection:
+    """A connection that sees one moment, however long the reading takes."""
+    connection = engine.connect()
+    if engine.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN")
+    return connection
+
+
+def stream(connection: sa.Connection, sql: str) -> Iterator[Any]:
+    """Rows of a query of any size."""
+    streaming = connection.execution_options(stream_results=True, yield_per=_STEP)
+    for part in streaming.execute(sa.text(sql)).partitions(_STEP):
+        yield from part

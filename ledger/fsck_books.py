@@ -1,0 +1,188 @@
+"""The books' half of ``fsck``: balances, holds and legs from the transfers alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from trueweight.ledger.accounts import EXTERNAL
+from trueweight.ledger.findings import Findings, snapshot, stream
+from trueweight.ledger.values import (
+    EXPIRE,
+    OPEN,
+    PENDING,
+    POST,
+    REASON_NO,
+    SINGLE,
+    VOID,
+    transfer_id,
+)
+
+_STATE_OF_PHASE = {POST: 2, VOID: 3, EXPIRE: 4}
+_EARNED = (REASON_NO["earning"], REASON_NO["subsidy"])
+
+
+def _no_counters() -> list[int]:
+    return [0, 0, 0, 0]
+
+
+@dataclass
+class _Fold:
+    """Counters recomputed from transfers, by account number."""
+
+    kinds: dict[int, int]
+    counters: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(_no_counters))
+    open: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
+    resolved: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    earned: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+
+def check_books(engine: sa.Engine) -> Findings:
+    """All that needs no leaf."""
+    findings = Findings()
+    with snapshot(engine) as connection:
+        accounts = {r[0]: r for r in connection.execute(sa.text("SELECT * FROM account"))}
+        fold = _Fold({no: row.kind for no, row in accounts.items()})
+        names = {no: row.id for no, row in accounts.items()}
+        _fold_transfers(connection, findings, fold, names)
+        _check_accounts(findings, fold, accounts)
+        _check_pendings(connection, findings, fold, names)
+        _check_legs(connection, findings, fold, names)
+        _check_spending(connection, findings)
+        _check_operations(connection, findings)
+    return findings
+
+
+def _fold_transfers(
+    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+) -> None:
+    counters, earned = fold.counters, fold.earned
+    inside = {no for no, kind in fold.kinds.items() if kind != EXTERNAL}
+    expected = 1
+    for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in stream(
+        connection,
+        "SELECT sequence, operation_id, ordinal, debit, credit, amount, phase, pending_id, reason "
+        "FROM transfer ORDER BY sequence",
+    ):
+        if sequence != expected:
+            findings.add(f"transfers {expected} to {sequence - 1} are missing")
+        expected = sequence + 1
+        debit, credit = counters[debit_no], counters[credit_no]
+        if phase == SINGLE:
+            debit[1] += amount
+            credit[3] += amount
+            if reason in _EARNED:
+                earned[credit_no] += amount
+        elif phase == PENDING:
+            debit[0] += amount
+            credit[2] += amount
+            fold.open[transfer_id(bytes(operation), ordinal)] = (debit_no, credit_no, amount)
+        else:
+            first = fold.open.pop(bytes(pending or b""), None)
+            if first is None or first[:2] != (debit_no, credit_no) or amount > first[2]:
+                findings.add(f"transfer {sequence} resolves no open pending transfer")
+                continue
+            debit[0] -= first[2]
+            debit[1] += amount
+            credit[2] -= first[2]
+            credit[3] += amount
+            fold.resolved[bytes(pending)] = (_STATE_OF_PHASE.get(phase, 0), amount)
+        if debit[3] - debit[1] - debit[0] < 0 and debit_no in inside:
+            findings.add(f"transfer {sequence} overdraws {names.get(debit_no, debit_no)}")
+    findings.counts["transfers"] = expected - 1
+
+
+def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -> None:
+    findings.counts["accounts"] = len(accounts)
+    sums = [0, 0, 0, 0]
+    for no, row in accounts.items():
+        stored = [row.debits_pending, row.debits_posted, row.credits_pending, row.credits_posted]
+        folded = fold.counters.pop(no, [0, 0, 0, 0])
+        if stored != folded:
+            findings.add(f"{row.id} has counters {stored}, its transfers give {folded}")
+        if row.kind != EXTERNAL and stored[3] - stored[1] - stored[0] < 0:
+            findings.add(f"{row.id} is overdrawn")
+        sums = [a + b for a, b in zip(sums, stored, strict=True)]
+    if sums[0] != sums[2] or sums[1] != sums[3]:
+        findings.add(f"debits and credits of all accounts differ: {sums}")
+    for no in fold.counters:
+        findings.add(f"transfers name account number {no}, which does not exist")
+
+
+def _check_pendings(
+    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+) -> None:
+    count = 0
+    for row in stream(connection, "SELECT id, debit, credit, amount, posted, state FROM pending"):
+        count += 1
+        id_, (debit, credit, amount, posted, state) = bytes(row[0]), row[1:]
+        if state == OPEN:
+            first = fold.open.pop(id_, None)
+            seen = first and (names.get(first[0]), names.get(first[1]), first[2], 0)
+            if seen != (debit, credit, amount, posted):
+                findings.add(f"the open hold {id_.hex()} does not follow from its transfer")
+        elif fold.resolved.pop(id_, None) != (state, posted):
+            findings.add(f"the hold {id_.hex()} was not resolved as its row says")
+    for id_ in [*fold.open, *fold.resolved]:
+        findings.add(f"the pending transfer {id_.hex()} has no row")
+    findings.counts["holds"] = count
+
+
+def _check_legs(
+    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+) -> None:
+    """Each receipt leaf has its leg; legs sum to what holds paid and nodes earned."""
+    earned = {names[no]: amount for no, amount in fold.earned.items() if no in names}
+    for node, amount in connection.execute(
+        sa.text("SELECT node_id, SUM(node + subsidy) FROM leg GROUP BY node_id")
+    ):
+        if earned.pop(f"node-locked:{node}", 0) != int(amount):
+            findings.add(f"the receipts of node {node} are not what it earned")
+    for account, amount in earned.items():
+        if amount:
+            findings.add(f"{account} earned {amount} without receipts")
+    wrong = sa.text(
+        "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged FROM leg GROUP BY hold_id) l "
+        "LEFT JOIN pending p ON p.id = l.hold_id AND p.kind = 1 "
+        "WHERE p.id IS NULL OR p.posted <> l.charged"
+    )
+    sums = sa.text(
+        "SELECT (SELECT COALESCE(SUM(charge), 0) FROM leg), "
+        "(SELECT COALESCE(SUM(posted), 0) FROM pending WHERE kind = 1)"
+    )
+    charged, posted = connection.execute(sums).one()
+    if connection.execute(wrong).scalar_one() or charged != posted:
+        findings.add("holds were captured for other sums than their receipts")
+    lost = sa.text(
+        "SELECT COUNT(*) FROM leg l LEFT JOIN evidence e ON e.digest = l.receipt_digest "
+        "WHERE e.log_index IS NULL OR e.log_index <> l.log_index"
+    )
+    if connection.execute(lost).scalar_one():
+        findings.add("settled receipts are not in the log where they should be")
+
+
+def _check_spending(connection: sa.Connection, findings: Findings) -> None:
+    rows = connection.execute(
+        sa.text(
+            "SELECT s.api_key_id, s.spent, COALESCE(SUM(CASE WHEN p.state = 1 THEN p.amount "
+            "ELSE p.posted END), 0) FROM spending s LEFT JOIN pending p "
+            "ON p.api_key_id = s.api_key_id GROUP BY s.api_key_id, s.spent"
+        )
+    )
+    for key, spent, folded in rows:
+        if spent != int(folded):
+            findings.add(f"API key {key} has spent {folded}, its row says {spent}")
+
+
+def _check_operations(connection: sa.Connection, findings: Findings) -> None:
+    count = connection.execute(
+        sa.text(
+            "SELECT COUNT(*) FROM transfer t WHERE ordinal = 0 AND NOT EXISTS "
+            "(SELECT 1 FROM operation o WHERE o.id = t.operation_id)"
+        )
+    ).scalar_one()
+    if count:
+        findings.add(f"{count} transfers belong to operations that were never applied")

@@ -1,0 +1,187 @@
+"""The log's half of ``fsck``: every leaf, tile and checkpoint, and each transfer in its leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+
+from trueweight.ledger import bundle
+from trueweight.ledger.findings import Findings, Progress, snapshot, stream
+from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.tiles import Edge
+from trueweight.ledger.values import REASONS
+from trueweight.protos.checkpoint import log_origin, open_note
+from trueweight.protos.envelope import digest_of
+from trueweight.protos.errors import BadSignature, StorageError
+from trueweight.protos.merkle import leaf_hash
+
+
+def check_log(
+    engine: sa.Engine, market_id: str, ledger_keys: list[bytes] | None, progress: Progress
+) -> Findings:
+    """All that the log says, against what is stored beside it."""
+    findings = Findings()
+    with snapshot(engine) as connection:
+        rows = connection.execute(sa.text("SELECT no, id FROM account"))
+        names = {int(row[0]): str(row[1]) for row in rows}
+        _check_log(connection, findings, _transfer_leaves(connection, findings, names), progress)
+        _check_checkpoints(connection, findings, market_id, ledger_keys)
+    return findings
+
+
+def _transfer_leaves(
+    connection: sa.Connection, findings: Findings, names: dict[int, str]
+) -> Iterator[bytes]:
+    """The leaves that the stored transfers must have, operation by operation."""
+    head: tuple[bytes, int, int] | None = None
+    movements: list[bytes] = []
+    for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in stream(
+        connection,
+        "SELECT sequence, operation_id, ordinal, debit, credit, amount, phase, pending_id, "
+        "reason, created_at FROM transfer ORDER BY sequence",
+    ):
+        if head is None or head[0] != operation:
+            if head is not None:
+                yield from encode_batches(*head, movements)
+            head, movements = (bytes(operation), sequence, at), []
+        if ordinal != len(movements):
+            findings.add(f"transfer {sequence} is not in its place in its operation")
+        movements.append(
+            encode_movement(
+                names.get(debit, "?"),
+                names.get(credit, "?"),
+                amount,
+                phase,
+                bytes(pending or b""),
+                REASONS[reason - 1],
+            )
+        )
+    if head is not None:
+        yield from encode_batches(*head, movements)
+
+
+def _check_log(
+    connection: sa.Connection, findings: Findings, transfers: Iterator[bytes], progress: Progress
+) -> None:
+    """Indices, tiles, checkpointed roots, and each transfer leaf against its transfer."""
+    total = int(
+        connection.execute(sa.text("SELECT COALESCE(SUM(leaves), 0) FROM bundle")).scalar_one()
+    )
+    roots: dict[int, bytes] = {
+        row[0]: row[1] for row in connection.execute(sa.text("SELECT size, root FROM checkpoint"))
+    }
+    tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
+    stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
+    evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
+    sizes = sorted(roots)
+    # A log may have been checkpointed before its first leaf.
+    edge = _extend(findings, Edge(), [], stored, (sizes, roots))
+    for row in stream(
+        connection, "SELECT first_index, leaves, kinds, body FROM bundle ORDER BY first_index"
+    ):
+        if row[0] != edge.size:
+            findings.add(f"leaves {edge.size} to {row[0] - 1} are missing")
+            return
+        leaves = _leaves(findings, row)
+        if leaves is None:
+            return
+        for place, (kind, body) in enumerate(leaves, row[0]):
+            _check_leaf(findings, place, (kind, body), transfers, evidence)
+        edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
+        progress("leaves", edge.size, total)
+    for left in transfers:
+        findings.add(f"transfers have no leaf ({len(left)} bytes)")
+    for row in evidence:
+        findings.add(f"evidence names leaf {row[0]}, which does not exist")
+    for level, number in stored:
+        findings.add(f"tile {level}/{number} covers leaves that do not exist")
+    for size in sizes:
+        findings.add(f"the checkpoint of size {size} is beyond the log")
+    findings.counts["leaves"] = edge.size
+
+
+def _leaves(findings: Findings, row: Any) -> list[tuple[str, bytes]] | None:
+    try:
+        leaves = list(bundle.unpack(row[1], bytes(row[3])))
+    except StorageError:
+        findings.add(f"the bundle at leaf {row[0]} is damaged")
+        return None
+    if bundle.mask_of(kind for kind, _ in leaves) != row[2]:
+        findings.add(f"the bundle at leaf {row[0]} says it has other kinds of leaves")
+    return leaves
+
+
+def _check_leaf(
+    findings: Findings,
+    place: int,
+    leaf: tuple[str, bytes],
+    transfers: Iterator[bytes],
+    evidence: Iterator[Any],
+) -> None:
+    kind, body = leaf
+    if kind == TRANSFER:
+        if next(transfers, b"") != body:
+            findings.add(f"leaf {place} differs from the transfers it records")
+        return
+    row = next(evidence, None)
+    try:
+        digest = digest_of(body)
+    except BadSignature:
+        findings.add(f"leaf {place} is not the {kind} it says")
+        return
+    if row is None or (row[0], bytes(row[1])) != (place, digest):
+        findings.add(f"leaf {place} is not found under its digest")
+
+
+def _extend(
+    findings: Findings,
+    edge: Edge,
+    hashes: list[bytes],
+    stored: dict[tuple[int, int], bytes],
+    checkpoints: tuple[list[int], dict[int, bytes]],
+) -> Edge:
+    sizes, roots = checkpoints
+    done = 0
+    while sizes and sizes[0] <= edge.size + len(hashes) - done:
+        size = sizes.pop(0)
+        step = hashes[done : done + size - edge.size]
+        edge = _check_tiles(findings, edge, step, stored)
+        done += len(step)
+        if edge.root() != bytes(roots[size]):
+            findings.add(f"the log's root at size {size} is not the one that was checkpointed")
+    return _check_tiles(findings, edge, hashes[done:], stored)
+
+
+def _check_tiles(
+    findings: Findings, edge: Edge, hashes: list[bytes], stored: dict[tuple[int, int], bytes]
+) -> Edge:
+    edge, tiles = edge.extend(hashes)
+    for tile in tiles:
+        if stored.pop((tile.level, tile.number), None) != tile.hashes:
+            findings.add(f"tile {tile.level}/{tile.number} does not hold its leaves' hashes")
+    return edge
+
+
+def _check_checkpoints(
+    connection: sa.Connection,
+    findings: Findings,
+    market_id: str,
+    ledger_keys: list[bytes] | None,
+) -> None:
+    rows = connection.execute(sa.text("SELECT size, root, note FROM checkpoint")).fetchall()
+    findings.counts["checkpoints"] = len(rows)
+    if ledger_keys is None:
+        return
+    for size, root, note in rows:
+        for key in ledger_keys:
+            try:
+                state = open_note(note, log_origin(market_id), key)
+            except BadSignature:
+                continue
+            if (state.size, state.root) != (size, bytes(root)):
+                findings.add(f"the checkpoint of size {size} says something else than its row")
+            break
+        else:
+            findings.add(f"the checkpoint of size {size} is not signed by the ledger")

@@ -1,0 +1,141 @@
+"""One group is judged while the one before it is committed: Python and the disk work side by side.
+
+An answer still leaves only after its own group's commit. If a commit fails, what was judged on top
+of it is void: it is judged again, or fails with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+from trueweight.ledger.backend import Backend, ConstraintViolated
+from trueweight.ledger.books import Books, Committed, Judged
+from trueweight.ledger.core import Outcome
+from trueweight.ledger.values import Leaf, Prepared
+from trueweight.protos.errors import StorageError, TrueweightError, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Operations of one caller and where the answer goes."""
+
+    operations: Sequence[Prepared]
+    answer: Any
+
+
+Answer = tuple[Call, "list[Outcome] | TrueweightError"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the service gives the writer. ``deliver`` and ``committed`` run on the writer's threads,
+    never on two at once."""
+
+    open_backend: Callable[[], Backend]
+    now_unix_ms: Callable[[], int]
+    monotonic_ms: Callable[[], float]
+    expire: Callable[[], Prepared]
+    deliver: Callable[[list[Answer]], None]
+    committed: Callable[[int, tuple[Leaf, ...]], None]
+    became_writer: Callable[[], None]
+
+
+class Pipeline:
+    """Belongs to the writer thread; ``committer`` is one other thread."""
+
+    def __init__(
+        self, books: Books, hooks: Hooks, committer: Executor, landed: Callable[[], None]
+    ) -> None:
+        self._books, self._hooks = books, hooks
+        self._committer, self._landed = committer, landed
+        self._flying: tuple[list[Call], Future[None]] | None = None
+
+    @property
+    def has_landed(self) -> bool:
+        """True if a group that was sent off has come to its end, good or bad."""
+        return self._flying is not None and self._flying[1].done()
+
+    def submit(self, calls: list[Call]) -> None:
+        """Judges a group, waits for the one in flight and sends this one off. Every call gets its
+        answer. Raises if the writer must start over."""
+        try:
+            judged = self._judge(calls)
+            if not self.land() or judged is None:
+                # The ground has changed, or they read more than their keys.
+                self._apply(calls, self._books.apply)
+                return
+        except TrueweightError as error:
+            # Nothing was applied, or nobody knows (a lost connection): either way the callers
+            # send the same ids again.
+            self._fail(calls, error)
+            raise
+        except Exception:
+            self._fail(calls, StorageError("the ledger failed; nothing was applied"))
+            raise
+        flying = self._committer.submit(self._commit, calls, judged)
+        self._flying = (calls, flying)
+        flying.add_done_callback(lambda _: self._landed())
+
+    def land(self) -> bool:
+        """Waits for the group in flight. False if the database refused it and it was applied one
+        by one instead. Raises if the writer must start over."""
+        if self._flying is None:
+            return True
+        (calls, flying), self._flying = self._flying, None
+        try:
+            flying.result()
+        except ConstraintViolated:
+            log.exception("the database refused a group; applying it one by one")
+            try:
+                self._books.forget()
+                self._apply(calls, self._books.one_by_one)
+            except TrueweightError as error:
+                self._fail(calls, error)
+                raise
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """After a failure: the callers of a group that will not be judged again hear of it."""
+        if self._flying is None:
+            return
+        (calls, flying), self._flying = self._flying, None
+        if isinstance(flying.exception(), ConstraintViolated):
+            self._fail(calls, Unavailable("the ledger starts over", hint="Send the same again."))
+
+    def _judge(self, calls: list[Call]) -> Judged | None:
+        return self._books.judge([call.operations for call in calls], self._hooks.now_unix_ms())
+
+    def _commit(self, calls: list[Call], judged: Judged) -> None:
+        try:
+            done = self._books.commit(judged)
+        except ConstraintViolated:
+            raise
+        except TrueweightError as error:
+            self._fail(calls, error)
+            raise
+        except Exception:
+            self._fail(calls, StorageError("the ledger failed; nothing was applied"))
+            raise
+        self._answer(calls, done)
+
+    def _apply(
+        self,
+        calls: list[Call],
+        apply: Callable[[Sequence[Sequence[Prepared]], int], Committed],
+    ) -> None:
+        done = apply([call.operations for call in calls], self._hooks.now_unix_ms())
+        self._answer(calls, done)
+
+    def _answer(self, calls: list[Call], done: Committed) -> None:
+        self._hooks.committed(self._books.size, done.leaves)
+        self._hooks.deliver(list(zip(calls, done.outcomes, strict=True)))
+
+    def _fail(self, calls: list[Call], error: TrueweightError) -> None:
+        self._hooks.deliver([(call, error) for call in calls])
