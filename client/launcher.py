@@ -92,6 +92,11 @@ def run(arguments: list[str] | None = None) -> int:
         # The reader went away (a pager, head); what is left in the buffer must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A file or address that cannot be used; the traceback would say no more.
+        where = f" {error.filename!r}" if error.filename else ""
+        click.echo(f"error [OS]: cannot use{where}: {error.strerror or error}", err=True)
+        return os.EX_IOERR
     # Without standalone mode click hands back ctx.exit's code, or what the command returned.
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 

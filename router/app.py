@@ -199,10 +199,10 @@ class Router:
         await self._server.start()
 
     async def _serve_http(self) -> None:
-        host, _, port = self._config.http_address.rpartition(":")
-        host, seats = host or "127.0.0.1", make_seats()
+        host, port = rpc.split_address(self._config.http_address)
+        seats = make_seats()
         self._http = HttpServer(make_app(self.front, seats), seats, error_response)
-        await self._http.start(host, int(port))
+        await self._http.start(host, port)
         self.http_endpoint = f"{host}:{self._http.port}"
 
     async def _replay(self) -> None:

@@ -59,9 +59,24 @@ def router() -> None:
 )
 @option("--allow-synthetic", is_flag=True, help="Give work to synthetic engines (simulation).")
 @option("--min-bond", default="0", help="Credits a node must have staked; 0 asks for none.")
-@option("--transcript-days", default=7.0, help="How long transcripts are kept.")
-@option("--request-timeout", default=600.0, help="Seconds until an answer must be complete.")
-@option("--hold-grace", default=120.0, help="Seconds that a hold outlives its request's deadline.")
+@option(
+    "--transcript-days",
+    default=7.0,
+    type=click.FloatRange(0, 3650),
+    help="How long transcripts are kept.",
+)
+@option(
+    "--request-timeout",
+    default=600.0,
+    type=click.FloatRange(1, 86_400),
+    help="Seconds until an answer must be complete.",
+)
+@option(
+    "--hold-grace",
+    default=120.0,
+    type=click.FloatRange(1, 86_400),
+    help="Seconds that a hold outlives its request's deadline.",
+)
 @log_options
 def serve(  # noqa: PLR0917  (click passes them by name)
     market: Path,
@@ -80,6 +95,8 @@ def serve(  # noqa: PLR0917  (click passes them by name)
 ) -> None:
     """Serves until SIGTERM or Ctrl-C. Prints one JSON line when it is ready."""
     configure_logs(log_level, log_json)
+    for address in (http_address, grpc_address):
+        rpc.split_address(address)
     config = RouterConfig(
         data=data,
         keys=keys,

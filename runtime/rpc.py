@@ -18,6 +18,7 @@ from trueweight.protos.envelope import open_envelope, parse_envelope, parse_payl
 from trueweight.protos.errors import (
     Conflict,
     DeadlineExceeded,
+    InvalidRequest,
     TrueweightError,
     Unauthenticated,
     Unavailable,
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 MAX_CONCURRENT_STREAMS = 4096
+TLS_HANDSHAKE_MS = 10_000
 TOKEN_LIFETIME_MS = 5 * 60_000
 TOKEN_SKEW_MS = 60_000
 MAX_TOKEN_BYTES = 8 * 1024
@@ -67,13 +69,23 @@ def make_server() -> grpc.aio.Server:
             ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.so_reuseport", 0),
+            # Silent strangers do not keep a connection.
+            ("grpc.server_handshake_timeout_ms", TLS_HANDSHAKE_MS),
         ]
     )
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; no host means loopback. Raises InvalidRequest."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InvalidRequest(f"{address[:100]!r} is not HOST:PORT", hint="Write 127.0.0.1:0.")
+    return host or "127.0.0.1", int(port)
+
+
 def listen(server: grpc.aio.Server, address: str, keys: Path) -> str:
     """Binds with the certificate of a key directory; returns host:port with the real port."""
-    host = address.rpartition(":")[0]
+    host, _ = split_address(address)
     try:
         port = server.add_secure_port(address, server_credentials(keys))
     except RuntimeError:
@@ -252,7 +264,10 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> TrueweightError:
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"no answer in time: {message}")
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return Unavailable(f"the server is not reachable: {message}")
+        return Unavailable(
+            f"the server is not reachable: {message}",
+            hint=trailing.get(_HINT_KEY) or "Does it run, at the address of the market file?",
+        )
     if error.code() == grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(message)
     return TrueweightError(message)

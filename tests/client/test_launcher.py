@@ -56,6 +56,32 @@ def test_our_errors_become_one_line_with_what_to_do(failing, trueweight):
     assert (outcome.code, outcome.err) == (1, "error [INSUFFICIENT_FUNDS]: no money\n")
 
 
+def test_a_file_that_cannot_be_used_is_one_line(failing, trueweight):
+    failing(PermissionError(13, "Permission denied", "/root/books"))
+    outcome = trueweight("fail")
+    assert outcome.code == 74
+    assert outcome.err == "error [OS]: cannot use '/root/books': Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--http", "here"), "'here' is not HOST:PORT"),
+        (("--http", "127.0.0.1:99999"), "is not HOST:PORT"),
+        (("--grpc", "127.0.0.1:-1"), "is not HOST:PORT"),
+        (("--transcript-days", "-1"), "--transcript-days"),
+        (("--request-timeout", "0"), "--request-timeout"),
+        (("--min-bond", "much"), "not an amount"),
+        (("--model-dir", "nothing"), "MODEL_ID=DIR"),
+    ],
+)
+def test_a_router_with_wrong_options_says_which(market, trueweight, tmp_path, options, words):
+    who = ("--market", str(market.file), "--keys", str(tmp_path), "--data", str(tmp_path))
+    outcome = trueweight("router", "serve", *who, *options)
+    assert outcome.code == 2
+    assert words in outcome.err
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
 def test_an_interrupt_is_not_a_traceback(failing, trueweight, error):
     failing(error)
