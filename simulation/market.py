@@ -51,6 +51,7 @@ MARKER = "trueweight-run"
 HOST = "127.0.0.1"
 SYNTHETIC_READY_S, VLLM_READY_S = 120.0, 600.0
 REGISTERED_S = 60.0
+STILL_EVERY_S = 15.0
 _CHEATING_NODE = "trueweight.simulation.cheating_node"
 
 
@@ -266,13 +267,24 @@ class LocalMarket:
         await self._run(self._ledger_spec())
         await self._open_the_books()
         self._tell("starting router, nodes and the verifier's reference node")
-        await asyncio.gather(
-            self._run(self._router_spec()),
-            self._verifier_after_reference(),
-            *(self._start_node(p) for p in self.participants.values()),
-        )
+        patience = asyncio.create_task(self._say_who_is_starting())
+        try:
+            await asyncio.gather(
+                self._run(self._router_spec()),
+                self._verifier_after_reference(),
+                *(self._start_node(p) for p in self.participants.values()),
+            )
+        finally:
+            patience.cancel()
         await self.wait_until_serving(len(self.participants))
         self._tell("all nodes are registered at the router")
+
+    async def _say_who_is_starting(self) -> None:
+        """Engines take a minute and more: shows that something goes on, and who is waited for."""
+        while True:
+            await asyncio.sleep(STILL_EVERY_S)
+            waiting = ", ".join(r.spec.name for r in self.supervisor.running if not r.facts)
+            self._tell(f"still starting: {waiting or 'the verifier'}")
 
     def _create(self) -> None:
         settings = self.settings

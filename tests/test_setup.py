@@ -1,0 +1,78 @@
+"""`make setup` where it cannot work says so clearly: other platforms, other Pythons, no network."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+TOOLS = ("bash", "env", "cat", "cut", "date", "dirname", "grep", "sha256sum", "touch", "uname")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What setup reads of a checkout, in a path with a blank, and a PATH with little in it."""
+    top, tools = tmp_path / "a clone", tmp_path / "bin"
+    for path in ("deploy/setup.sh", "requirements/cpu.txt", "pyproject.toml"):
+        (top / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TOP / path, top / path)
+    tools.mkdir()
+    for tool in TOOLS:
+        (tools / tool).symlink_to(shutil.which(tool))
+    return top, tools
+
+
+def script(path, text):
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def setup(clone, **environment):
+    top, tools = clone
+    return subprocess.run(
+        [str(top / "deploy/setup.sh"), "cpu"],
+        env={"PATH": str(tools), "HOME": str(top), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64")])
+def test_other_platforms_are_told_what_is_tested(clone, system, machine):
+    script(clone[1] / "uname", f'[ "$1" = -s ] && echo {system} || echo {machine}')
+    done = setup(clone)
+    assert done.returncode == 1
+    assert f"this is {system} on {machine}" in done.stderr
+    assert "tested on Linux x86-64" in done.stderr
+    assert not (clone[0] / ".venv").exists()
+
+
+def test_no_python_is_told(clone):
+    done = setup(clone)
+    assert done.returncode == 1
+    assert "no Python 3.11 or newer found; install CPython 3.11" in done.stderr
+
+
+def test_another_python_is_tried_with_a_warning(clone):
+    script(clone[1] / "python3.13", 'case "$*" in *"!= (3, 11)"*|-m*) exit 1;; *) exit 0;; esac')
+    done = setup(clone)
+    assert done.returncode == 1
+    assert "no Python 3.11 here" in done.stderr and "not tested" in done.stderr
+    assert "cannot make a virtual environment" in done.stderr
+
+
+def test_no_network_is_told(clone):
+    (clone[1] / "python3.11").symlink_to(sys.executable)
+    (clone[0] / ".venv/bin").mkdir(parents=True)
+    script(clone[0] / ".venv/bin/python", "exit 1")  # pip, without an index
+    done = setup(clone)
+    assert done.returncode == 1
+    assert "the package index cannot be reached; check the network" in done.stderr
+    assert not list((clone[0] / ".venv").glob(".installed-*"))
