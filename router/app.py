@@ -140,8 +140,7 @@ class Router:
             box=box,
             random=random,
         )
-        self.http_endpoint = ""
-        self.grpc_endpoint = ""
+        self.http_endpoint = self.grpc_endpoint = ""
         self._http: HttpServer | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
