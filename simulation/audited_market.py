@@ -20,13 +20,14 @@ from trueweight.protos import transcript_box
 from trueweight.protos.envelope import Opened, digest_of, parse_envelope, parse_payload, seal
 from trueweight.protos.errors import NotFound
 from trueweight.protos.identity import Signer
-from trueweight.protos.money import charge_nano, split_charge
+from trueweight.protos.money import charge_nano
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1 import audit_pb2, ledger_pb2, market_pb2, model_pb2
 from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreRequest, ScoreResponse
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest, OpenTranscriptResponse
+from trueweight.router.billing import ServedLeg, Terms, make_bill
 from trueweight.runtime.clock import Clock, SystemClock
 from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 from trueweight.simulation.ledger_world import ASK_INPUT, ASK_OUTPUT, World
@@ -169,8 +170,8 @@ class AuditedMarket:
             manifest_digest=self.manifest_digest,
             vocabulary_size=self._manifest.vocabulary_size,
         )
-        check_receipt(facts, self.ledger.court.ring, self.market.market_id)
-        await self._capture(opened.message, opened.envelope, receipt, len(tokens))
+        accepted = check_receipt(facts, self.ledger.court.ring, self.market.market_id)
+        await self._capture(ServedLeg(opened, accepted, (), tuple(tokens), len(tokens)))
         digest = digest_of(receipt)
         self.transcripts[digest] = audit_pb2.Transcript(
             assignment_envelope=opened.envelope,
@@ -262,37 +263,11 @@ class AuditedMarket:
             total_us=1_000_000,
         )
 
-    async def _capture(
-        self, order: market_pb2.Assignment, assignment: bytes, receipt: bytes, output: int
-    ) -> None:
-        charge = charge_nano(order.prompt_len, output, ASK_INPUT, ASK_OUTPUT)
-        split = split_charge(charge, self.world.fee_ppm, self.world.pool_ppm)
-        leg = market_pb2.BillLeg(
-            assignment_digest=digest_of(assignment),
-            receipt_digest=digest_of(receipt),
-            node_id=order.node_id,
-            billed_input_tokens=order.prompt_len,
-            billed_output_tokens=output,
-            ask_input_nano_per_mtok=ASK_INPUT,
-            ask_output_nano_per_mtok=ASK_OUTPUT,
-            client_charge_nano=charge,
-            fee_nano=split.fee_nano,
-            pool_nano=split.pool_nano,
-            node_nano=split.node_nano,
-        )
-        bill = market_pb2.Bill(
-            market_id=self.market.market_id,
-            bill_id=self.world.new_id(),
-            request_id=order.request_id,
-            router_id=order.router_id,
-            model_id=MODEL_ID,
-            hold_id=order.hold_id,
-            legs=[leg],
-            charge_nano=charge,
-            issued_at_unix_ms=self.world.now,
-        )
-        operation = self.world.capture_of(bill, [(assignment, receipt)])
-        await self.apply("router", operation)
+    async def _capture(self, leg: ServedLeg) -> None:
+        terms = Terms(self.world.fee_ppm, self.world.pool_ppm)
+        bill = make_bill([leg], terms, bill_id=self.world.new_id(), now_unix_ms=self.world.now)
+        evidence = [(leg.assignment.envelope, leg.receipt.envelope)]
+        await self.apply("router", self.world.capture_of(bill, evidence))
 
 
 async def _run(engine: Engine, order: Order) -> tuple[list[int], EngineFinish | None]:
