@@ -104,6 +104,15 @@ def verify_directory(directory: Path, manifest: Manifest, progress: Progress | N
     return "files match the signed manifest and the OpenSSF signature"
 
 
+def check_model_id(model_id: str) -> None:
+    """Raises InvalidRequest for a name that clients, paths or options could not carry."""
+    printable = model_id.isprintable() and not set(model_id) & {" ", "="}
+    if not 1 <= len(model_id) <= 128 or not printable:
+        raise InvalidRequest('a model id has 1 to 128 printable characters, no blank and no "="')
+    if set(model_id.split("/")) & {"", ".", ".."}:
+        raise InvalidRequest("the parts of a model id are names, not directories")
+
+
 def registry_entry(
     model_id: str, manifest: Opened[Manifest], market_signer: Signer, market: Market, now_ms: int
 ) -> bytes:
@@ -112,8 +121,7 @@ def registry_entry(
         raise InvalidRequest(
             "only the market's own key registers models", hint="Use --keys DIR/keys/market."
         )
-    if not model_id or len(model_id) > 128 or not model_id.isprintable() or " " in model_id:
-        raise InvalidRequest("a model id has 1 to 128 printable characters without blanks")
+    check_model_id(model_id)
     entry = RegistryEntry(
         market_id=market.market_id,
         model_id=model_id,

@@ -53,7 +53,7 @@ def node() -> None:
 @cli.option("--tensor-parallel", default=1, type=click.IntRange(1, 64), help="vllm: workers.")
 @cli.option("--compile/--eager", "compiled", default=False, help="vllm: compile the model.")
 @cli.option(
-    "--start-timeout-s", default=300.0, type=click.FloatRange(1, 7200), help="Engine start."
+    "--start-timeout-s", default=540.0, type=click.FloatRange(1, 7200), help="Engine start."
 )
 @cli.option("--synthetic-speed", default=0.0, type=click.FloatRange(0), help="Tokens/s a request.")
 @cli.option(

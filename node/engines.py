@@ -26,7 +26,7 @@ class EngineChoice:
     kv_cache_mib: int = 256
     tensor_parallel: int = 1
     eager: bool = True
-    start_timeout_s: float = 300.0
+    start_timeout_s: float = 540.0
     synthetic_speed: float = 0.0
     synthetic_noise: float = 0.0
 

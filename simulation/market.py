@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 
 from trueweight.client.market_setup import MarketPlan, create_market
-from trueweight.client.model_files import registry_entry, sign_directory
+from trueweight.client.model_files import check_model_id, registry_entry, sign_directory
 from trueweight.protos.errors import DeadlineExceeded, InvalidRequest, TrueweightError
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import derived_id
@@ -187,7 +187,7 @@ class LocalMarket:
     @property
     def model_directory(self) -> Path:
         """The market's own view of the model's files."""
-        return self.directory / "model" / self.settings.sold_as
+        return self.directory / "model" / self.settings.sold_as.replace("/", "--")
 
     @property
     def registered(self) -> Market:
@@ -290,6 +290,12 @@ class LocalMarket:
         settings = self.settings
         if settings.engine not in ENGINES:
             raise InvalidRequest(f"there is no engine {settings.engine!r}", hint=str(ENGINES))
+        try:
+            check_model_id(settings.sold_as)
+        except InvalidRequest as error:
+            raise InvalidRequest(
+                f"{settings.sold_as!r} cannot be sold: {error.message}", hint="Name it: --model-id."
+            ) from None
         plan = MarketPlan(
             name=self.directory.name,
             endpoints={"ledger": self.addresses.ledger, "router": self.addresses.router_grpc},

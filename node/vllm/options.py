@@ -38,7 +38,7 @@ class VllmOptions:
     enforce_eager: bool = True
     prefix_caching: bool = True
     log_level: str = "WARNING"
-    start_timeout_s: float = 300.0
+    start_timeout_s: float = 540.0
     score_timeout_s: float = 300.0
 
 

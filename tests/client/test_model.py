@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from trueweight.client.market_setup import reissue_market
-from trueweight.client.model_files import open_manifest, paths_of
+from trueweight.client.model_files import check_model_id, open_manifest, paths_of
+from trueweight.protos.errors import InvalidRequest
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.market import load_market
 
@@ -248,3 +249,10 @@ def test_register_and_show_over_a_real_ledger(sign, trueweight, market, model, l
     )
     assert wrong.code == 2
     assert "market's own key" in wrong.err
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a=b", "../up", "a//b", "/a", "a/.", "x" * 129, "a\n"])
+def test_names_that_nothing_could_carry_are_refused(name):
+    check_model_id("org/Model-7B.v1")
+    with pytest.raises(InvalidRequest):
+        check_model_id(name)

@@ -12,6 +12,7 @@ from trueweight.protos.envelope import seal
 from trueweight.protos.errors import (
     BadSignature,
     InsufficientFunds,
+    InvalidRequest,
     TrueweightError,
     Unauthenticated,
     Unavailable,
@@ -19,7 +20,11 @@ from trueweight.protos.errors import (
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.envelope_pb2 import AccessToken
-from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
+from trueweight.protos.v1.ledger_pb2_grpc import (
+    LedgerServicer,
+    LedgerStub,
+    add_LedgerServicer_to_server,
+)
 from trueweight.runtime import rpc
 from trueweight.runtime.clock import ManualClock, SystemClock
 from trueweight.runtime.handshake import check_proof, make_proof, new_nonce
@@ -198,6 +203,35 @@ async def test_attack_server_with_another_certificate_is_not_talked_to(served, t
     with pytest.raises(TrueweightError):
         await client.apply([hold(1)])
     await client.close()
+
+
+async def test_attack_nobody_is_served_without_tls(served):
+    _, _, endpoint = served
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await LedgerStub(channel).GetHold(pb.GetHoldRequest(hold_id=b"x" * 16), timeout=5)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_attack_silent_connections_are_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(rpc, "TLS_HANDSHAKE_MS", 200)
+    ensure_certificate(tmp_path / "bob", SystemClock().now_unix_ms())
+    server = rpc.make_server()
+    endpoint = rpc.listen(server, "127.0.0.1:0", tmp_path / "bob")
+    await server.start()
+    host, _, port = endpoint.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+    await server.stop(0)
+
+
+@pytest.mark.parametrize("address", ["", "here", "here:", "here:port", "h:70000", "h:-1", "h:٣"])
+def test_addresses_that_are_none_are_refused(address):
+    with pytest.raises(InvalidRequest):
+        rpc.split_address(address)
+    assert rpc.split_address(":80") == ("127.0.0.1", 80)
+    assert rpc.split_address("[::1]:80") == ("[::1]", 80)
 
 
 def test_publishing_twice_is_one_operation(alice):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.byte_tokenizer import byte_tokenizer
+from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.simulation import market
 from trueweight.simulation.market import DEMO_MODEL, LocalMarket, MarketSettings
+from trueweight.simulation.random_llama import TINY, write_random_llama
 from trueweight.simulation.supervisor import ProcessSpec, Supervisor
 
 
@@ -34,3 +40,37 @@ def test_no_licence_is_claimed_for_a_foreign_model():
     foreign = MarketSettings(Path("x"), (), (), model=Path("/somewhere/else"))
     assert (ours.sold_under, foreign.sold_under) == ("PSF-2.0", "NOASSERTION")
     assert MarketSettings(Path("x"), (), (), licence="MIT").sold_under == "MIT"
+
+
+def made_of(model, directory, **settings):
+    made = LocalMarket(
+        MarketSettings(directory, (), (), model=model, **settings), Supervisor(directory)
+    )
+    made._create()
+    return made
+
+
+def test_a_foreign_model_is_signed_and_what_it_lacks_is_said_before_anything_starts(tmp_path):
+    foreign = write_random_llama(tmp_path / "Foreign Llama", TINY)
+    with pytest.raises(EngineError) as lacking:
+        made_of(foreign, tmp_path / "a", model_id="foreign")
+    assert "no tokenizer.json" in str(lacking.value) and "save_pretrained" in lacking.value.hint
+    byte_tokenizer().save(str(foreign / "tokenizer.json"))
+    plain = made_of(foreign, tmp_path / "b", model_id="foreign")
+    assert not plain.has_chat
+    assert (tmp_path / "b/model/foreign.manifest").is_file()
+    config = {"chat_template": "{{ messages[0].content }}"}
+    (foreign / "tokenizer_config.json").write_text(json.dumps(config))
+    assert made_of(foreign, tmp_path / "c", model_id="foreign").has_chat
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(InvalidRequest):
+        made_of(broken, tmp_path / "d")
+
+
+async def test_a_name_that_clients_cannot_ask_for_is_refused_before_anything_starts(tmp_path):
+    foreign = write_random_llama(tmp_path / "Foreign Llama", TINY)
+    byte_tokenizer().save(str(foreign / "tokenizer.json"))
+    with pytest.raises(InvalidRequest) as refused:
+        made_of(foreign, tmp_path / "a")
+    assert "--model-id" in refused.value.hint
