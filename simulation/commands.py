@@ -208,9 +208,15 @@ def _print_market(directory: Path, state: background.State, as_json: bool) -> No
         f"Both for your shell:  . {shlex.quote(str(environment))}",
         _curl_line(state),
         f"Logs: {logs}",
-        "End it with: make down",
+        f"End it with: {_down_line(directory)}",
     ):
         click.echo(line)
+
+
+def _down_line(directory: Path) -> str:
+    if directory == (STATE / "up").resolve():
+        return "make down"
+    return f"trueweight simulate down --directory {shlex.quote(str(directory))}"
 
 
 def _curl_line(state: background.State) -> str:

@@ -187,3 +187,11 @@ async def test_everything_is_audited_nobody_is_convicted_and_the_books_balance(k
     observer = await kit.all_audited(within_s=120)
     assert observer.convicted == set()
     assert (await kit.fsck())["transfers"] > 400
+
+
+async def test_no_log_of_any_role_holds_a_key_or_a_prompt(kit):
+    logs = "".join(p.read_text() for p in kit.market.supervisor.log_directory.glob("*.log"))
+    assert "session with node" in logs
+    for secret in (*kit.market.api_keys.values(), "prove it", "def read(path)", "PRIVATE KEY"):
+        assert secret not in logs
+        assert secret.rpartition("-")[2] not in logs
