@@ -84,7 +84,7 @@ def rail_options(function: F) -> F:
 @market_option
 @keys_option
 @database_option
-@option("--listen", default="127.0.0.1:0", help="host:port of the gRPC service; 0 is any port.")
+@option("--listen", default="", help="host:port of the gRPC service; default: the market file's.")
 @option(
     "--http-listen",
     default="",
@@ -120,7 +120,8 @@ def serve(
     public = HttpServer(make_app(books, seats), seats, error_response) if http_listen else None
 
     async def run(stop: asyncio.Event) -> None:
-        server = LedgerServer(books, gate, check_address(listen), keys)
+        address = listen or known.member(Member.LEDGER).endpoint or "127.0.0.1:0"
+        server = LedgerServer(books, gate, check_address(address), keys)
         await _serve(stop, books, server, public, check_address(http_listen) if public else "")
 
     run_async(serve_until_signal(run))

@@ -34,7 +34,7 @@ from trueweight.runtime.cli import (
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import GrpcLedger
-from trueweight.runtime.market import load_market
+from trueweight.runtime.market import Market, load_market
 
 _data_option = path_option("--data", required=True, help="Directory of this router's database.")
 
@@ -49,7 +49,12 @@ def router() -> None:
 @keys_option
 @_data_option
 @option("--http", "http_address", default="127.0.0.1:8000", help="Address of the OpenAI API.")
-@option("--grpc", "grpc_address", default="127.0.0.1:0", help="Address for nodes and verifiers.")
+@option(
+    "--grpc",
+    "grpc_address",
+    default="",
+    help="Address for nodes and verifiers; default: the market file's.",
+)
 @option(
     "--model-dir",
     "model_dirs",
@@ -95,6 +100,8 @@ def serve(  # noqa: PLR0917  (click passes them by name)
 ) -> None:
     """Serves until SIGTERM or Ctrl-C. Prints one JSON line when it is ready."""
     configure_logs(log_level, log_json)
+    known = load_market(market)
+    grpc_address = grpc_address or known.member(Member.ROUTER).endpoint or "127.0.0.1:0"
     for address in (http_address, grpc_address):
         rpc.split_address(address)
     config = RouterConfig(
@@ -108,11 +115,11 @@ def serve(  # noqa: PLR0917  (click passes them by name)
         transcript_days=transcript_days,
         timing=Timing(request_ms=request_timeout * 1000, hold_grace_ms=hold_grace * 1000),
     )
-    run_async(_serve(config, market))
+    run_async(_serve(config, known))
 
 
-async def _serve(config: RouterConfig, market_file: Path) -> None:
-    market, signer = load_market(market_file), load_signer(config.keys)
+async def _serve(config: RouterConfig, market: Market) -> None:
+    signer = load_signer(config.keys)
     if not market.has_role(signer.identity, Member.ROUTER):
         raise InvalidRequest(
             f"the keys in {config.keys} are not those of a router of this market",

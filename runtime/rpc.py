@@ -91,7 +91,10 @@ def listen(server: grpc.aio.Server, address: str, keys: Path) -> str:
     except RuntimeError:
         port = 0
     if port == 0:
-        raise Unavailable(f"cannot listen on {address}", hint="Is the port taken? Use port 0.")
+        raise Unavailable(
+            f"cannot listen on {address}",
+            hint="Is the port taken, or the address another machine's? Name one with port 0.",
+        )
     return f"{host}:{port}"
 
 
