@@ -15,7 +15,7 @@ from trueweight.protos.errors import InvalidRequest, PayloadTooLarge, Trueweight
 from trueweight.protos.ids import ID_BYTES
 from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
 from trueweight.router.front import Front, parse_json
-from trueweight.router.http_body import MAX_BODY_BYTES, Bodies, read_body
+from trueweight.router.http_body import MAX_BODY_BYTES, Bodies
 from trueweight.router.http_errors import error_of_http, error_response
 from trueweight.router.lifecycle import RequestRun
 from trueweight.router.openai_requests import ParsedRequest, parse_chat, parse_completion
@@ -94,8 +94,8 @@ async def _answer(
 ) -> web.StreamResponse:
     front, started = request.app[_FRONT], asyncio.get_running_loop().time()
     key = await front.who(request.headers.get("Authorization"))
-    with request.app[_BODIES].room(request, key.account):
-        parsed = parse(parse_json(await read_body(request)))
+    async with request.app[_BODIES].read(request, key.account) as body:
+        parsed = parse(parse_json(body))
         run = await front.start(parsed, key, _client_nonce(request))
     writer = _Writer(request, front, run, parsed, started)
     try:

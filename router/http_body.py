@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
@@ -19,17 +19,34 @@ MAX_BODIES_BYTES_PER_ACCOUNT = 64 * 1024 * 1024
 
 
 class Bodies:
-    """Reads bodies and knows how many bytes are being read."""
+    """Reads bodies and knows how many bytes of them are in memory."""
 
     def __init__(self) -> None:
         self._total = 0
         self._of: Counter[str] = Counter()
 
-    @contextmanager
-    def room(self, request: web.Request, account: str) -> Iterator[None]:
-        """Room for a body for as long as it is read and parsed. Raises OverCapacity."""
-        # Without a length it may become as long as any.
-        size = min(request.content_length or MAX_BODY_BYTES, MAX_BODY_BYTES)
+    @asynccontextmanager
+    async def read(self, request: web.Request, account: str) -> AsyncIterator[bytes]:
+        """The body, counted until the block is left. Raises OverCapacity, InvalidRequest,
+        HTTPRequestTimeout and HTTPRequestEntityTooLarge."""
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise InvalidRequest("Compressed bodies are not accepted.", hint="Send plain JSON.")
+        _check_size(request.content_length or 0)
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    async for data in request.content.iter_any():
+                        _check_size(len(body) + len(data))
+                        self._take(len(data), account)
+                        body += data
+            except TimeoutError:
+                raise web.HTTPRequestTimeout from None
+            yield bytes(body)
+        finally:
+            self._give(len(body), account)
+
+    def _take(self, size: int, account: str) -> None:
         if (
             self._total + size > MAX_BODIES_BYTES
             or self._of[account] + size > MAX_BODIES_BYTES_PER_ACCOUNT
@@ -37,21 +54,14 @@ class Bodies:
             raise OverCapacity("Too many large requests at once.", hint="Try again in a moment.")
         self._total += size
         self._of[account] += size
-        try:
-            yield
-        finally:
-            self._total -= size
-            self._of[account] -= size
-            if not self._of[account]:
-                del self._of[account]
+
+    def _give(self, size: int, account: str) -> None:
+        self._total -= size
+        self._of[account] -= size
+        if not self._of[account]:
+            del self._of[account]
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The body. Raises HTTPRequestTimeout, HTTPRequestEntityTooLarge, InvalidRequest."""
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise InvalidRequest("Compressed bodies are not accepted.", hint="Send plain JSON.")
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout from None
+def _check_size(size: int) -> None:
+    if size > MAX_BODY_BYTES:
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=size)

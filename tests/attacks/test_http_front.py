@@ -215,9 +215,9 @@ async def test_attack_one_client_cannot_fill_the_memory_with_bodies(bazaar, shop
         port = int(market.router.http_endpoint.rpartition(":")[2])
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-            "Content-Length: 4900\r\n\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n"
         )
-        _, writer = await dial(port, head.encode() + b"{")
+        _, writer = await dial(port, head.encode() + b"1324\r\n" + b"{" * 0x1324 + b"\r\n")
         status = 200
         async with asyncio.timeout(5):
             while status == 200:
