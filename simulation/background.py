@@ -158,6 +158,17 @@ def end_keeper(directory: Path) -> list[str]:
     return remaining
 
 
+def abandon_keeper(keeper: subprocess.Popen[bytes], directory: Path) -> None:
+    """Ends a keeper that this process has just started, also one that has not said a word yet."""
+    keeper.terminate()
+    try:
+        keeper.wait(END_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        keeper.kill()
+        keeper.wait()
+    end_keeper(directory)
+
+
 def _end(keeper: State) -> None:
     if not keeper_is_alive(keeper):
         return

@@ -156,12 +156,13 @@ def _check_same(state: background.State, plan: background.UpPlan) -> None:
 
 
 def _start(directory: Path, plan: background.UpPlan) -> background.State:
+    signal.signal(signal.SIGTERM, _interrupt)
     keeper = background.start_keeper(directory, plan)
     try:
         with Display() as display:
             state = _follow_start(directory, keeper, display)
     except BaseException:
-        background.end_keeper(directory)
+        background.abandon_keeper(keeper, directory)
         raise
     if state.status != background.SERVING:
         background.end_keeper(directory)
@@ -169,6 +170,10 @@ def _start(directory: Path, plan: background.UpPlan) -> background.State:
             "the market did not start", hint=background.failure_text(directory, state)
         )
     return state
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _follow_start(

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from trueweight.simulation.background import read_state
+from trueweight.simulation.market import trueweight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -108,6 +109,23 @@ def test_kill_9_of_the_keeper_takes_the_market_with_it(command, directory, live_
     os.kill(read_state(directory).pid, signal.SIGKILL)
     wait_for(lambda: live_processes(str(directory)) == [], 10, "something outlived the keeper")
     assert command("simulate", "down", "--directory", str(directory)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+)
+def test_a_start_that_is_interrupted_at_once_leaves_nothing(directory, live_processes, ending):
+    """The keeper has not said a word by then."""
+    arguments = ("simulate", "up", "--engine", "synthetic", "--directory", str(directory))
+    starting = subprocess.Popen([*trueweight(), *arguments], stderr=subprocess.DEVNULL)
+    try:
+        keeper = f"background {directory}"
+        wait_for(lambda: live_processes(keeper) != [], 60, "no keeper")
+        os.kill(starting.pid, ending)
+        assert starting.wait(70) == 130
+    finally:
+        starting.kill()
+    assert live_processes(str(directory)) == []
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(command, directory, live_processes, tmp_path):
