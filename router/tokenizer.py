@@ -149,7 +149,8 @@ class ModelTokenizer:
         if segments is not None:
             literals = [i for text, is_user in segments if not is_user for i in self._ids(text)]
             whole = self._ids(rendered)
-            if self._count_specials(whole) == self._count_specials(literals):
+            # Not only their number: a user's text may swallow one of the template's.
+            if self._specials_in(whole) == self._specials_in(literals):
                 return tuple(whole)
             return tuple(
                 token_id
@@ -207,8 +208,8 @@ class ModelTokenizer:
     def _has_control(self, text: str) -> bool:
         return any(content in text for content in self._specials.values())
 
-    def _count_specials(self, ids: Sequence[int]) -> int:
-        return sum(1 for token_id in ids if token_id in self._specials)
+    def _specials_in(self, ids: Sequence[int]) -> list[int]:
+        return [token_id for token_id in ids if token_id in self._specials]
 
 
 def _split(marked: str, opening: str, closing: str) -> list[tuple[str, bool]]:

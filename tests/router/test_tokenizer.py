@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +57,18 @@ def test_attack_control_tokens_in_user_text_stay_plain_text(tokenizer, evil):
 def test_attack_no_mix_of_parts_makes_a_control_token(tokenizer, parts):
     ids = tokenizer.encode_now(chat("".join(parts), "".join(reversed(parts))), DATE)
     assert specials_in(ids) == [0, 2, 4, 2, 4, 3]
+
+
+def test_attack_a_users_text_does_not_swallow_the_templates_control_token(tokenizer_json):
+    document = json.loads(tokenizer_json)
+    hungry = {**document["added_tokens"][0], "id": len(document["model"]["vocab"])}
+    document["added_tokens"].append(hungry | {"content": "!<|"})
+    hungry_one = ModelTokenizer(
+        ModelFiles(json.dumps(document), TEMPLATE, "<|bos|>", "<|eos|>"), 4096
+    )
+    ids = hungry_one.encode_now(chat("hi!"), DATE)
+    assert specials_in(ids) == [0, 2, 4, 3]
+    assert hungry["id"] not in ids
 
 
 def test_attack_control_token_split_over_two_messages(tokenizer_json):
