@@ -27,7 +27,7 @@ up: setup ## Start the market without the cheat and keep it running (MODEL=DIR f
 	@$(TW) simulate up $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 down: ## End the market that `make up` started
-	@$(TW) simulate down $(ARGS)
+	@if [ -x $(TW) ]; then $(TW) simulate down $(ARGS); else echo "No market is up."; fi
 
 check: setup-dev ## Lint, format and strict types over all rooms
 	@.venv/bin/ruff check .
@@ -60,5 +60,5 @@ lock: ## Re-resolve requirements/*.in (needs uv)
 stubs: setup-dev ## Regenerate protos/v1/*_pb2*
 	@deploy/generate_stubs.sh
 
-clean: ## Remove caches and the run directory, keep .venv
+clean: down ## End the market, remove caches and the run directory, keep .venv
 	@rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis .trueweight

@@ -51,9 +51,13 @@ class UpPlan:
     licence: str = ""
     engine_options: tuple[str, ...] = ()
 
+    def to_json(self) -> str:
+        """For ``from_json``; equal plans give equal text."""
+        return json.dumps(asdict(self))
+
     @classmethod
     def from_json(cls, text: str) -> UpPlan:
-        """What ``json.dumps(asdict(plan))`` wrote."""
+        """What ``to_json`` wrote."""
         document = json.loads(text)
         return cls(**{**document, "engine_options": tuple(document["engine_options"])})
 
@@ -128,7 +132,7 @@ def start_keeper(directory: Path, plan: UpPlan) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "trueweight.simulation.background"]
     with (directory / "logs" / KEEPER_LOG).open("ab") as log:
         return subprocess.Popen(
-            [*command, str(directory), json.dumps(asdict(plan))],
+            [*command, str(directory), plan.to_json()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -207,7 +211,7 @@ class Keeper:
             os.getpid(),
             born_at(os.getpid()) or 0,
             model=settings.sold_as,
-            plan=json.dumps(asdict(plan)),
+            plan=plan.to_json(),
         )
         self._deaths: dict[str, list[float]] = {}
         self._restarts: set[asyncio.Task[None]] = set()

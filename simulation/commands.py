@@ -148,7 +148,7 @@ def up(
 
 
 def _check_same(state: background.State, plan: background.UpPlan) -> None:
-    if background.UpPlan.from_json(state.plan) != plan:
+    if state.plan != plan.to_json():
         raise Conflict(
             f"the market is up already, with {state.model!r} and other options",
             hint="End it first: make down.",

@@ -76,3 +76,11 @@ def test_no_network_is_told(clone):
     assert done.returncode == 1
     assert "the package index cannot be reached; check the network" in done.stderr
     assert not list((clone[0] / ".venv").glob(".installed-*"))
+
+
+def test_make_down_where_nothing_is_installed(tmp_path):
+    shutil.copy(TOP / "Makefile", tmp_path)
+    done = subprocess.run(
+        ["make", "down"], cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "No market is up.\n")
