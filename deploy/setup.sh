@@ -71,5 +71,9 @@ uv "${links[@]}" -r "$lock" || pip install --no-deps -r "$lock" ||
 [ "$kind" != gpu ] || .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
   die "the package index gave a torch without CUDA; remove .venv and name another index."
 uv --no-build-isolation -e . || die "installing Trueweight itself failed; see the message above."
+# Beside the environment, not in it: only the tests of the GPU kernels want it, by its interpreter.
+[ "$kind" != dev ] ||
+  uv --target .venv/triton "$(grep -E '^triton==' requirements/gpu.txt)" 2>/dev/null ||
+  say "setup: no Triton for this platform; the tests of the GPU kernels will be skipped."
 touch "$stamp"
 say "setup: done in $(($(date +%s) - started)) s"

@@ -147,12 +147,14 @@ def _is_valid(row):
     return bad == 0
 
 
-@_compiled_sum
+@_compiled
 def _largest(row):
-    best = np.float32(-np.inf)
+    """As integers in the order of the floats, whose maximum the compiler vectorises."""
+    best = np.int32(-0x80000000)
     for token in range(row.size):
-        best = max(best, row[token])
-    return best
+        bits = np.float32(row[token]).view(np.int32)
+        best = max(best, np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @_compiled
@@ -320,8 +322,9 @@ def _pop(heap, size):
 
 
 @_compiled
-def _threshold(scaled, rules, best):
-    """Smallest allowed value of ``scaled``: the highest of the min-p, top-k and top-p cuts."""
+def _threshold(scaled, rules, best, buffer):
+    """Smallest allowed value of ``scaled``: the highest of the min-p, top-k and top-p cuts.
+    ``buffer`` is scratch of the row's length."""
     threshold = np.float32(-np.inf)
     if best == threshold:
         return threshold
@@ -330,7 +333,7 @@ def _threshold(scaled, rules, best):
     if 0 < rules.top_k < scaled.size:
         threshold = max(threshold, _kth_largest(scaled, threshold, rules.top_k))
     if rules.top_p < 1.0:
-        threshold = max(threshold, _top_p_threshold(scaled, threshold, rules.top_p, best))
+        threshold = max(threshold, _top_p_threshold(scaled, threshold, rules.top_p, best, buffer))
     return threshold
 
 
@@ -363,45 +366,77 @@ def _bin(value, best):
     return np.int64(min((best - value) * np.float32(16), np.float32(511)))
 
 
+@_compiled_sum
+def _partial_mass(scaled, lowest, best, start, end):
+    total = np.float32(0)
+    for token in range(start, end):
+        mass = _exponential(scaled[token] - best)
+        total += mass if scaled[token] >= lowest else np.float32(0)
+    return total
+
+
 @_compiled
-def _top_p_threshold(scaled, above, top_p, best):
+def _mass(scaled, lowest, best):
+    """Sum of ``exp(scaled - best)`` not below ``lowest``, in fp64 over vectorised blocks."""
+    total = 0.0
+    for start in range(0, scaled.size, 1024):
+        end = min(start + 1024, scaled.size)
+        total += np.float64(_partial_mass(scaled, lowest, best, start, end))
+    return total
+
+
+@_compiled
+def _head(scaled, lowest, head):
+    """Writes the values not below ``lowest`` to ``head``; how many. Without a branch: which
+    values are kept is as good as random."""
+    size = 0
+    for token in range(scaled.size):
+        head[size] = scaled[token]
+        size += scaled[token] >= lowest
+    return size
+
+
+@_compiled
+def _top_p_threshold(scaled, above, top_p, best, buffer):
     """Value of the last token of the smallest set that holds ``top_p`` of what is ``above``.
 
-    Probabilities are summed in bins by value; only the bin where the sum passes ``top_p`` is put
-    in order.
+    Only the head of the distribution is looked at one by one: probabilities are summed in bins by
+    value, and only the bin where the sum passes ``top_p`` is put in order.
     """
+    above = max(above, np.float32(-3.4028235e38))
+    wanted = top_p * _mass(scaled, above, best)
+    head = buffer[:0]
+    for depth in (4.0, 10.0, 1e9):
+        lowest = max(above, np.float32(best - np.float32(depth)))
+        head = buffer[: _head(scaled, lowest, buffer)]
+        if lowest == above or _mass(head, lowest, best) > wanted * 1.0001:
+            break
     masses = np.zeros(512, np.float64)
     counts = np.zeros(512, np.int64)
-    total = 0.0
-    for token in range(scaled.size):
-        value = scaled[token]
-        if value >= above and value > -np.inf:
-            at = _bin(value, best)
-            mass = np.float64(_exponential(value - best))
-            masses[at] += mass
-            counts[at] += 1
-            total += mass
+    for value in head:
+        at = _bin(value, best)
+        masses[at] += np.float64(_exponential(value - best))
+        counts[at] += 1
     before = 0.0
     crossed = 0
     for at in range(512):
         if counts[at]:
             crossed = at
-            if before + masses[at] >= top_p * total:
+            if before + masses[at] >= wanted:
                 break
             before += masses[at]
     else:
         before -= masses[crossed]
     heap = np.empty((counts[crossed], 2), np.float64)
     size = 0
-    for token in range(scaled.size):
-        value = scaled[token]
-        if value >= above and value > -np.inf and _bin(value, best) == crossed:
+    for value in head:
+        if _bin(value, best) == crossed:
             heap[size, 0] = value
             heap[size, 1] = 0.0
             size += 1
     _heapify(heap, size)
     last = heap[0, 0]
-    while size > 0 and before < top_p * total:
+    while size > 0 and before < wanted:
         last = heap[0, 0]
         before += np.float64(_exponential(np.float32(last) - best))
         _pop(heap, size)
@@ -433,7 +468,7 @@ def sample_row(row, rules, mask, prompt, history, length, seed, scratch, counts)
         return _noisy_best(processed, rules.temperature, state, low, low, scratch[1])[0]
     scaled = scratch[2]
     _scale(processed, rules.temperature, scaled)
-    floor = _threshold(scaled, rules, _largest(scaled))
+    floor = _threshold(scaled, rules, _largest(scaled), scratch[1])
     return _noisy_best(scaled, np.float32(1), state, floor, low, scratch[1])[0]
 
 
@@ -476,7 +511,7 @@ def _cut_margin(scaled, state, rules, claimed, clip, bounds):
     """
     scale = np.float64(rules.temperature)
     best = _largest(scaled)
-    theta = scale * np.float64(_threshold(scaled, rules, best))
+    theta = scale * np.float64(_threshold(scaled, rules, best, bounds))
     top = scale * np.float64(best)
     short = theta - scale * np.float64(scaled[claimed])
     start = max(-max(short, 0.0) / 2, -clip)

@@ -11,7 +11,11 @@ MIB = 1 << 20
 # vLLM's own word for the longest context that model and cache allow.
 FIT_CONTEXT = -1
 
-SAMPLER_PLUGIN = "trueweight.node.vllm.sampler_plugin:CanonicalSampler"
+# By Model Runner: vLLM has two, with interfaces of their own.
+SAMPLER_PLUGINS = {
+    "v1": "trueweight.node.vllm.sampler_plugin:CanonicalSampler",
+    "v2": "trueweight.node.vllm.sampler_v2:CanonicalSampler",
+}
 SCORER_EXTENSION = "trueweight.node.vllm.scorer.ScorerExtension"
 
 
@@ -23,7 +27,8 @@ class VllmOptions:
     ``kv_cache_bytes`` and ``threads`` are per
     worker; 0 leaves them to vLLM (right for GPUs: all memory that is left). ``threads`` sets
     OMP_NUM_THREADS without pinning, so that engines share a machine. ``enforce_eager`` trades a
-    shorter start for slower steps on GPUs; on CPUs the difference is small.
+    shorter start for slower steps on GPUs; on CPUs the difference is small. ``runner`` is vLLM's
+    Model Runner, "v1" or "v2"; empty takes V2 on GPUs and V1 on CPUs, where there is no other.
     """
 
     max_context_tokens: int = 0
@@ -37,12 +42,15 @@ class VllmOptions:
     threads: int = 1
     enforce_eager: bool = True
     prefix_caching: bool = True
+    runner: str = ""
     log_level: str = "WARNING"
     start_timeout_s: float = 540.0
     score_timeout_s: float = 300.0
 
 
-def engine_arguments(model_dir: Path, options: VllmOptions, *, canonical: bool) -> dict[str, Any]:
+def engine_arguments(
+    model_dir: Path, options: VllmOptions, *, canonical: bool, runner: str = "v1"
+) -> dict[str, Any]:
     """Keyword arguments of ``AsyncEngineArgs``.
 
     ``canonical=False`` leaves out sampler and scorer: the bare engine that benchmarks compare with.
@@ -69,18 +77,20 @@ def engine_arguments(model_dir: Path, options: VllmOptions, *, canonical: bool) 
         "trust_remote_code": False,
     }
     if canonical:
-        arguments["logits_processors"] = [SAMPLER_PLUGIN]
+        arguments["logits_processors"] = [SAMPLER_PLUGINS[runner]]
         arguments["worker_extension_cls"] = SCORER_EXTENSION
     return arguments
 
 
-def engine_environment(options: VllmOptions, owner_variable: str) -> dict[str, str]:
+def engine_environment(
+    options: VllmOptions, owner_variable: str, runner: str = "v1"
+) -> dict[str, str]:
     """Variables that the engine's processes need; set before vLLM is imported."""
     variables = {
         owner_variable: str(os.getpid()),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": options.log_level,
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the command's own

@@ -11,10 +11,11 @@ import platform
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trueweight.node.canonical import is_plain
 from trueweight.node.engine import EngineLimits, Score, ScoreJob, SelfTest
 from trueweight.node.vllm.lifeline import OWNER_VARIABLE
 from trueweight.node.vllm.options import VllmOptions, engine_arguments, engine_environment
@@ -50,6 +51,7 @@ class EngineProcess:
         self._release = threading.Event()
         self._keeper: threading.Thread | None = None
         self.kernel_test = SelfTest()
+        self._native = False
 
     @property
     def facts(self) -> EngineFacts:
@@ -77,6 +79,7 @@ class EngineProcess:
             ) from error
         await self._rpc("trueweight_install_scorer")
         self.kernel_test = SelfTest(*await self._rpc("trueweight_check_kernels"))
+        self._native = bool(await self._rpc("trueweight_native_sampler"))
         self._facts = _facts(self._llm, self._options)
 
     def _keep(self, loop: asyncio.AbstractEventLoop, built: asyncio.Future[Any]) -> None:
@@ -97,11 +100,12 @@ class EngineProcess:
         gc.collect()  # vLLM's finaliser fails if the interpreter runs it at its own end
 
     def _build(self) -> Any:
-        os.environ.update(engine_environment(self._options, OWNER_VARIABLE))
+        runner = self._options.runner or _default_runner()
+        os.environ.update(engine_environment(self._options, OWNER_VARIABLE, runner))
         from vllm import AsyncEngineArgs  # noqa: PLC0415 - seconds of import, only when needed
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-        arguments = engine_arguments(self._model_dir, self._options, canonical=True)
+        arguments = engine_arguments(self._model_dir, self._options, canonical=True, runner=runner)
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def close(self) -> None:
@@ -128,8 +132,11 @@ class EngineProcess:
         from vllm.exceptions import VLLMClientError, VLLMError  # noqa: PLC0415
         from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
 
+        native = self._native and not order.score_key and is_plain(order.sampling)
+        order = replace(order, native=native)
         params = SamplingParams(
-            temperature=0.0,
+            temperature=order.sampling.temperature if native else 0.0,
+            seed=order.seed if native else None,
             max_tokens=max_tokens,
             ignore_eos=True,
             stop_token_ids=list(order.sampling.stop_token_ids),
@@ -205,6 +212,12 @@ class EngineProcess:
         """Best effort: the engine bounds what it keeps anyway."""
         with contextlib.suppress(EngineError):
             await self._rpc("trueweight_take_scores", list(keys))
+
+
+def _default_runner() -> str:
+    import torch  # noqa: PLC0415 - seconds of import, and vLLM needs it anyway
+
+    return "v2" if torch.cuda.is_available() else "v1"
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:

@@ -9,13 +9,13 @@ the node takes scores by key, once per batch, and takes them too when it gives u
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trueweight.node.canonical import BlockScorer, Scratch
 from trueweight.node.vllm.grammars import cursor_of, grammars_of
+from trueweight.node.vllm.kept_scores import KeptScores
 from trueweight.node.vllm.self_test import check_kernels
 from trueweight.node.vllm.wire import EngineOrder, pack_score, unpack
 from trueweight.protos.errors import TrueweightError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from trueweight.node.grammar import Grammars
 
 _BLOCK_BYTES = 8 << 20
-_MAX_KEPT = 1024
 
 
 class _Task:
@@ -68,12 +67,12 @@ class _Task:
         return pack_score(self.margins, self.logprobs, self.ranks)
 
 
-class _Scorer:
-    """All requests being scored in one worker."""
+class Scorer:
+    """All requests being scored in one worker of Model Runner V1."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._tasks: OrderedDict[str, _Task] = OrderedDict()
+        self.kept: KeptScores[_Task] = KeptScores()
         vocabulary_size = runner.model_config.get_vocab_size()
         self._scratch = Scratch(vocabulary_size)
         self._grammars = grammars_of(runner.vllm_config)
@@ -96,12 +95,10 @@ class _Scorer:
         order = unpack(request.sampling_params.extra_args)
         if order is None or not order.score_key:
             return None
-        task = self._tasks.get(order.score_key)
+        task = self.kept.get(order.score_key)
         if task is None:
             task = _Task(order, request.prompt_token_ids, self._scratch, self._grammars)
-            self._tasks[order.score_key] = task
-            if len(self._tasks) > _MAX_KEPT:
-                self._tasks.popitem(last=False)
+            self.kept.put(order.score_key, task)
         return task
 
     def _score_chunk(self, task: _Task, hidden: torch.Tensor, computed: int) -> None:
@@ -120,14 +117,15 @@ class _Scorer:
                     task.error = error.message
             position = stop
 
-    @property
-    def kept(self) -> int:
-        return len(self._tasks)
+    def hook(self) -> None:
+        """Watch every step of the runner."""
+        original = self._runner._get_prompt_logprobs_dict
 
-    def take(self, keys: list[str]) -> list[list[bytes] | str]:
-        """Scores by key, forgotten here; a reason instead where there are none."""
-        tasks = [self._tasks.pop(key, None) for key in keys]
-        return [task.packed() if task else "unknown score key" for task in tasks]
+        def observed(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+            self.observe(hidden_states, num_scheduled_tokens)
+            return original(hidden_states, num_scheduled_tokens)
+
+        self._runner._get_prompt_logprobs_dict = observed
 
 
 class ScorerExtension:
@@ -136,30 +134,46 @@ class ScorerExtension:
     model_runner: Any
 
     def trueweight_install_scorer(self) -> bool:
-        """Hook the runner. Once per worker, before the first request."""
+        """Hook the runner, whichever it is. Once per worker, before the first request."""
         runner = self.model_runner
-        scorer = _Scorer(runner)
-        original = runner._get_prompt_logprobs_dict
+        if _is_v2(runner):
+            from trueweight.node.vllm.scorer_v2 import DeviceScorer  # noqa: PLC0415 - Triton
 
-        def observed(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-            scorer.observe(hidden_states, num_scheduled_tokens)
-            return original(hidden_states, num_scheduled_tokens)
-
-        runner._get_prompt_logprobs_dict = observed
-        runner.trueweight_scorer = scorer
+            runner.trueweight_kept = DeviceScorer(runner).kept
+        else:
+            scorer = Scorer(runner)
+            scorer.hook()
+            runner.trueweight_kept = scorer.kept
         return True
 
     def trueweight_check_kernels(self) -> list[int]:
-        """Fused kernels against the reference in this process: positions, equal."""
-        found = check_kernels(self.model_runner.model_config.get_vocab_size())
+        """The kernels of this process against the golden vectors: positions, equal."""
+        runner = self.model_runner
+        if _is_v2(runner):
+            from trueweight.node.vllm.self_test_v2 import check_device  # noqa: PLC0415 - Triton
+
+            found = check_device(runner.req_states.device)
+        else:
+            found = check_kernels(runner.model_config.get_vocab_size())
         return [found.positions, found.equal]
 
+    def trueweight_native_sampler(self) -> bool:
+        """Whether the runner's own seeded sampler gives the golden vectors of plain sampling."""
+        if not _is_v2(self.model_runner):
+            return False
+        from trueweight.node.vllm.self_test_v2 import native_is_canonical  # noqa: PLC0415
+
+        return native_is_canonical(self.model_runner.req_states.device)
+
     def trueweight_take_scores(self, keys: list[str]) -> list[list[bytes] | str]:
-        """See ``_Scorer.take``."""
-        scorer: _Scorer = self.model_runner.trueweight_scorer
-        return scorer.take(keys)
+        """See ``KeptScores.take``."""
+        kept: KeptScores[Any] = self.model_runner.trueweight_kept
+        return kept.take(keys)
 
     def trueweight_kept_scores(self) -> int:
         """How many scores wait to be taken."""
-        scorer: _Scorer = self.model_runner.trueweight_scorer
-        return scorer.kept
+        return len(self.model_runner.trueweight_kept)
+
+
+def _is_v2(runner: Any) -> bool:
+    return hasattr(runner, "prompt_logprobs_worker")

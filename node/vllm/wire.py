@@ -29,7 +29,8 @@ class EngineOrder:
     last token; ``prompt_len`` says where output begins. ``score_key`` is empty for generation;
     otherwise the engine scores from position ``score_from`` (an index into prompt + outputs) and
     ``last_claimed`` is the token after the engine's prompt. ``grammar_source`` is empty without a
-    grammar.
+    grammar. ``native``: vLLM's own seeded sampler does it (Model Runner V2, parameters that it
+    shares with the contract), the plug-in looks away.
     """
 
     sampling: Sampling
@@ -39,12 +40,13 @@ class EngineOrder:
     score_from: int = 0
     last_claimed: int = 0
     grammar_source: bytes = b""
+    native: bool = False
 
     def pack(self) -> dict[str, Any]:
         """The value of ``SamplingParams.extra_args``."""
         fields = [self.seed, self.prompt_len, self.score_key, self.score_from, self.last_claimed]
         sampling = self.sampling.to_proto().SerializeToString()
-        return {_KEY: [sampling, *fields, self.grammar_source]}
+        return {_KEY: [sampling, *fields, self.grammar_source, self.native]}
 
 
 def unpack(extra_args: Mapping[str, Any] | None) -> EngineOrder | None:
