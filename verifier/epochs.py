@@ -67,9 +67,14 @@ class EpochPlan:
 
 
 def open_epoch(
-    plan: EpochPlan, secret: bytes, policy: RatePolicy, standings: Mapping[str, Standing]
+    plan: EpochPlan,
+    secret: bytes,
+    policy: RatePolicy,
+    standings: Mapping[str, Standing],
+    gain_tokens: int = 0,
 ) -> EpochOpen:
-    """The commitment and the frozen rates of an epoch. Nodes at the default rate are left out."""
+    """The commitment, the frozen rates and the power of an epoch. Nodes at the default rate are
+    left out."""
     rates = {node: rate_ppm(policy, standing) for node, standing in standings.items()}
     below = sorted(node for node, rate in rates.items() if rate != PPM)[:MAX_RATES]
     return EpochOpen(
@@ -82,6 +87,7 @@ def open_epoch(
         charge_reference_nano=policy.charge_reference_nano,
         opened_at_unix_ms=plan.now_unix_ms,
         audit_deadline_ms=policy.audit_deadline_ms,
+        gain_tokens=gain_tokens,
     )
 
 

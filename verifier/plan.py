@@ -168,7 +168,9 @@ class Agenda:
         epochs = self.my_epochs
         newest = epochs[-1] if epochs else None
         if newest is None:
-            yield OpenEpoch(1)
+            # The first epoch states the power of the calibrations, so they come first.
+            if next(self.calibration_duties(), None) is None:
+                yield OpenEpoch(1)
             return
         if now_unix_ms >= newest.message.opened_at_unix_ms + self.policy.epoch_ms:
             yield OpenEpoch(newest.message.epoch + 1)

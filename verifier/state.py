@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.envelope import (
     Opened,
     apply_key_event,
@@ -134,7 +135,16 @@ class LogView:
 
     def node(self, node_id: str) -> NodeRecord:
         """The record of a node, made on first use."""
-        return self.nodes.setdefault(node_id, NodeRecord())
+        record = self.nodes.get(node_id)
+        if record is None:
+            record = NodeRecord(unsettled=UnsettledWork(self.convictions_needed))
+            self.nodes[node_id] = record
+        return record
+
+    @property
+    def convictions_needed(self) -> int:
+        """How many verifiers convict."""
+        return max(1, self.market.descriptor.convictions_needed)
 
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
         """The evidence of one verifier against one node that counts, in leaf order."""
@@ -168,8 +178,7 @@ class LogView:
     def convicted(self, node_id: str) -> bool:
         """True once as many verifiers convicted as the market asks for."""
         record = self.nodes.get(node_id)
-        needed = max(1, self.market.descriptor.convictions_needed)
-        return record is not None and len(record.convictions) >= needed
+        return record is not None and len(record.convictions) >= self.convictions_needed
 
     # Handlers, one per kind of leaf.
 
@@ -238,8 +247,11 @@ class LogView:
 
     def _on_bill(self, entry: LogEntry) -> None:
         bill = parse_payload(parse_envelope(entry.body), Bill)
-        for leg in bill.legs[:MAX_LEGS]:
+        # A capture's receipts are the leaves just before its bill, in order.
+        first_receipt = entry.index - len(bill.legs)
+        for number, leg in enumerate(bill.legs[:MAX_LEGS]):
             record = self.node(leg.node_id)
+            record.unsettled.earned(first_receipt + number, leg.client_charge_nano)
             record.charged_nano += leg.client_charge_nano
             record.billed_output_tokens += leg.billed_output_tokens
             known = self.receipts.get(leg.receipt_digest)
@@ -276,6 +288,8 @@ class LogView:
         if not self.may_judge(verdict.verifier_id, verdict.node_id):
             self.verdicts.put(key, VerdictLeaf(leaf, None, OWN_NODE))
             return
+        if (receipt := self.receipts.get(verdict.receipt_digest)) is not None:
+            self.node(receipt.node_id).unsettled.judged(verdict.verifier_id, receipt.index)
         why_not, evidence = evidence_in(self, leaf)
         copied = is_copied(self, leaf)
         if self.first_verdicts.get(verdict.receipt_digest) is None:

@@ -264,7 +264,7 @@ async def test_only_bonded_nodes_get_work(start_market, connect, name, model_id)
     )
     async with start_market(poor, rich, min_bond_nano=5 * 10**9) as market:
         client = await connect(market)
-        await market.router.refresh_bonds()
+        await market.router.refresh_stakes()
         for _ in range(5):
             answer = await client.completions.create(model=model_id, prompt="x", max_tokens=2)
             found = await receipt(market, answer.id, name)
