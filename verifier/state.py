@@ -51,7 +51,13 @@ log = logging.getLogger(__name__)
 # Receipts remembered. A verdict about an older receipt is not evidence any more.
 MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
+MAX_NODES = 100_000
+MAX_MODELS = 10_000
 MAX_LEGS = 256
+MAX_SUSPENSIONS = 16
+# Work that began before its name was withdrawn may end this much later: the longest request (10
+# minutes) and its hold's grace.
+WITHDRAWAL_GRACE_MS = 15 * 60_000
 # Epochs remembered per verifier; audits of older ones cannot be accounted for any more.
 MAX_EPOCHS = 1_000
 # Ignored leaves that are worth a line each; a flood of them is not.
@@ -83,9 +89,12 @@ class LogView:
         self.ring = market.ring
         self.next_index = 0
         self.ignored = 0
+        # Why the last ignored leaf was.
+        self.last_reason = ""
         self.manifests: dict[bytes, Manifest] = {}
         self.models: dict[str, bytes] = {}
-        self._sold: set[tuple[str, bytes]] = set()
+        # When a name stopped standing for weights; None while it does.
+        self._sold_until_ms: dict[tuple[str, bytes], int | None] = {}
         self.calibrations = CalibrationTable()
         self.epochs: dict[str, list[EpochLeaf]] = {}
         self.reveals: dict[tuple[str, int], bytes] = {}
@@ -128,6 +137,7 @@ class LogView:
             handler(entry)
         except TrueweightError as error:
             self.ignored += 1
+            self.last_reason = error.message
             level = logging.WARNING if self.ignored <= MAX_WARNINGS else logging.DEBUG
             log.log(level, "leaf %d (%s) ignored: %s", entry.index, kind, error.message)
             return ""
@@ -137,6 +147,8 @@ class LogView:
         """The record of a node, made on first use."""
         record = self.nodes.get(node_id)
         if record is None:
+            if len(self.nodes) >= MAX_NODES:
+                raise TrueweightError("the log names too many nodes")
             record = NodeRecord(unsettled=UnsettledWork(self.convictions_needed))
             self.nodes[node_id] = record
         return record
@@ -171,9 +183,11 @@ class LogView:
         members = self.market.members(Member.VERIFIER)
         return [m.identity for m in members if self.may_judge(m.identity, node_id)]
 
-    def was_sold(self, model_id: str, manifest_digest: bytes) -> bool:
-        """True if the market ever registered these weights under this name."""
-        return (model_id, manifest_digest) in self._sold
+    def was_sold(self, model_id: str, manifest_digest: bytes, receipt: ReceiptLeaf) -> bool:
+        """True if the name stood for these weights when this receipt's work can have begun."""
+        sold = (model_id, manifest_digest)
+        until_ms = self._sold_until_ms.get(sold, 0)
+        return until_ms is None or receipt.merged_at_unix_ms <= until_ms + WITHDRAWAL_GRACE_MS
 
     def convicted(self, node_id: str) -> bool:
         """True once as many verifiers convicted as the market asks for."""
@@ -190,17 +204,25 @@ class LogView:
         manifest = parse_payload(parse_envelope(leaf.message.manifest_envelope), Manifest)
         if digest_of(leaf.message.manifest_envelope) != leaf.message.manifest_digest:
             raise TrueweightError("the registry entry carries another manifest")
-        self.manifests[leaf.message.manifest_digest] = manifest
-        self._sold.add((leaf.message.model_id, leaf.message.manifest_digest))
-        if leaf.message.revoked:
-            self.models.pop(leaf.message.model_id, None)
-        else:
-            self.models[leaf.message.model_id] = leaf.message.manifest_digest
+        name = leaf.message.model_id
+        sold = (name, leaf.message.manifest_digest)
+        is_new = not leaf.message.revoked and sold not in self._sold_until_ms
+        if is_new and len(self._sold_until_ms) >= MAX_MODELS:
+            raise TrueweightError("the market registered too many models")
+        before = self.models.pop(name, None)
+        if before is not None:
+            self._sold_until_ms[name, before] = entry.merged_at_unix_ms
+        if not leaf.message.revoked:
+            self.manifests[leaf.message.manifest_digest] = manifest
+            self.models[name] = leaf.message.manifest_digest
+            self._sold_until_ms[sold] = None
 
     def _on_calibration(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Calibration)
         if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
             raise TrueweightError("only verifiers and the market calibrate")
+        if opened.message.manifest_digest not in self.manifests:
+            raise TrueweightError("a calibration for weights that nobody registered")
         calibration = read_calibration(opened.message, opened.digest, entry.index)
         if not self.calibrations.add(calibration):
             raise TrueweightError("the calibration's version does not go forward")
@@ -242,8 +264,8 @@ class LogView:
             hold_id=hold_id,
         )
         if self.receipts.get(digest) is None:
-            self.receipts.put(digest, leaf)
             self.node(receipt.node_id).receipts += 1
+            self.receipts.put(digest, leaf)
 
     def _on_bill(self, entry: LogEntry) -> None:
         bill = parse_payload(parse_envelope(entry.body), Bill)
@@ -333,7 +355,8 @@ class LogView:
             raise TrueweightError(OWN_NODE)
         record = self.node(opened.message.node_id)
         record.suspended = not opened.message.lifted
-        if opened.message.conviction_digest and not opened.message.lifted:
+        room = len(record.suspended_for) < MAX_SUSPENSIONS
+        if opened.message.conviction_digest and not opened.message.lifted and room:
             record.suspended_for.add(opened.message.conviction_digest)
 
     def _open_any(self, entry: LogEntry, message_type: type[M]) -> Opened[M]:

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
     Conviction,
@@ -17,6 +17,7 @@ from trueweight.protos.v1.audit_pb2 import (
 )
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Suspension
+from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.verifier.conviction import (
     CLIENT_FREE_WEIGHT,
     Evidence,
@@ -28,7 +29,7 @@ from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
 from trueweight.verifier.owed import accounts
-from trueweight.verifier.state import KINDS, LogView
+from trueweight.verifier.state import KINDS, WITHDRAWAL_GRACE_MS, LogView
 
 WRONG = [3.0] * 50
 MU0 = 400_000
@@ -269,6 +270,26 @@ async def test_one_of_two_verifiers_alone_moves_no_money(make_world, kit):
     assert len(app.service.view.nodes[bad].convictions) == 1
     assert not app.service.view.convicted(bad) and not world.ledger.convicted
     assert not world.ledger.of_kind("suspension", Suspension)
+
+
+async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
+    """Work that was under way may end; what is sold later is the router's fault, not the node's."""
+    node = world.add_node("good")
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    (sold,) = (e for e in world.ledger.entries if e.kind == "registry-entry")
+    entry = RegistryEntry.FromString(parse_envelope(sold.body).payload)
+    entry.revoked = True
+    world.ledger.log_envelope(seal(entry, world.market_signer))
+    world.serve("good", [0.0] * 50)
+    world.clock.advance_ms(WITHDRAWAL_GRACE_MS + 1)
+    world.serve("good", [0.0] * 50)
+    app = world.app()
+    await kit.settle(world, app)
+    outcomes = [v.outcome for v in world.ledger.of_kind("verdict", Verdict)]
+    assert sorted(outcomes) == [Verdict.SCORED, Verdict.MISSING_TRANSCRIPT]
+    assert app.service.view.nodes[node].pooled.wealth.r == 1
+    assert not app.service.view.models
 
 
 # Ownership: a verifier does not judge nodes of its own declared owner.
