@@ -19,6 +19,7 @@ from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.verifier.conviction import (
+    CAPPED_STRIDE,
     CLIENT_FREE_WEIGHT,
     Evidence,
     NodeEvidence,
@@ -371,7 +372,8 @@ def test_attack_a_friendly_client_cannot_own_a_nodes_evidence():
         if number % 20 == 0:
             node = node.add(evidence(number, "client:stranger", sum_x=256 * 5_000_000))
     friend = node.client_weights["client:friend"]
-    assert friend <= CLIENT_FREE_WEIGHT
+    # Half of all, and an eighth of what it offered beyond that.
+    assert friend <= CLIENT_FREE_WEIGHT + (2000 - CLIENT_FREE_WEIGHT) / CAPPED_STRIDE + 1
     assert node.capped_audits > 200 and node.crossed_by is not None
 
 
@@ -385,7 +387,19 @@ def test_attack_a_hostile_client_cannot_convict_a_rival_alone_once_others_are_th
     before = node.wealth.r
     for number in range(600):
         node = node.add(evidence(number, "client:hostile", sum_x=256 * 700_000))
-    assert node.wealth.r - before <= CLIENT_FREE_WEIGHT + 1 + 600 * 0.5
+    beyond = 600 - CLIENT_FREE_WEIGHT
+    assert node.wealth.r - before <= CLIENT_FREE_WEIGHT + 1 + beyond / CAPPED_STRIDE + 600 * 0.5
+
+
+def test_attack_an_accomplices_account_does_not_silence_the_one_real_customer():
+    """The node works well until its customer has used up the free share; then it cheats."""
+    node = NodeEvidence().add(evidence(1, "client:accomplice", tokens=1))
+    for number in range(2, 600):
+        node = node.add(evidence(number, "client:customer"))
+    assert node.state == "clear" and node.capped_audits > 200
+    for number in range(600, 700):
+        node = node.add(evidence(number, "client:customer", sum_x=256 * 31_000_000))
+    assert node.state == "convict"
 
 
 def test_a_single_client_is_never_capped():
