@@ -292,7 +292,10 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
         return
     cli.print_table(
         f"epoch {epoch}",
-        ("verifier", "revealed", DONE, LATE, MISSING, PENDING, "unasked", "copied", "kept"),
+        (
+            *("verifier", "revealed", DONE, LATE, MISSING, PENDING),
+            *("unasked", "copied", "disputed", "kept"),
+        ),
         [
             (
                 entry.verifier_id,
@@ -300,6 +303,7 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
                 *(entry.count(status) for status in (DONE, LATE, MISSING, PENDING)),
                 entry.unasked,
                 entry.copied,
+                len(entry.disputed),
                 entry.kept,
             )
             for entry in found

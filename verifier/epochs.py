@@ -37,6 +37,8 @@ class RatePolicy:
     # A transcript that does not open for this long after the receipt's leaf is missing.
     transcript_patience_ms: int = 60_000
     charge_reference_nano: int = 0
+    # Second opinions on what other verifiers audit.
+    duplicate_ppm: int = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def open_epoch(
         opened_at_unix_ms=plan.now_unix_ms,
         audit_deadline_ms=policy.audit_deadline_ms,
         gain_tokens=gain_tokens,
+        duplicate_rate_ppm=policy.duplicate_ppm,
     )
 
 

@@ -42,6 +42,7 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.conviction import Evidence, NodeEvidence
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_leaf
@@ -182,6 +183,15 @@ class LogView:
         """The market's verifiers that may judge this node."""
         members = self.market.members(Member.VERIFIER)
         return [m.identity for m in members if self.may_judge(m.identity, node_id)]
+
+    def asked_by_another(self, verifier_id: str, receipt: ReceiptLeaf) -> bool:
+        """True if another verifier asked for this receipt while its commitment could be blind."""
+        for judge in self.judges_of(receipt.node_id):
+            request = self.requests.get((judge, receipt.receipt_digest))
+            late_ms = receipt.merged_at_unix_ms + BLIND_WINDOW_MS
+            if judge != verifier_id and request and request.merged_at_unix_ms <= late_ms:
+                return True
+        return False
 
     def was_sold(self, model_id: str, manifest_digest: bytes, receipt: ReceiptLeaf) -> bool:
         """True if the name stood for these weights when this receipt's work can have begun."""

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trueweight.protos.audit import commitment
 from trueweight.protos.deterrence import MAX_LEGS_KEPT, UnsettledWork, needed_nano, needed_rate_ppm
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.money import PPM
-from trueweight.protos.v1.audit_pb2 import EpochReveal, Verdict
+from trueweight.protos.v1.audit_pb2 import EpochOpen, EpochReveal, Verdict
 from trueweight.verifier.deterrence import (
     DETECTABLE_TOKENS,
     KNOWN_CHEATS,
@@ -24,17 +25,19 @@ from trueweight.verifier.deterrence import (
     releasable_nano,
     tokens_to_conviction,
 )
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.epochs import RatePolicy, Standing, rate_ppm
 from trueweight.verifier.owed import DONE, LATE, MISSING, account, accounts
 from trueweight.verifier.report import status_rows
 from trueweight.verifier.standing import stake_accounts
+from trueweight.verifier.state import LogView
 
 HONEST = [0.0] * 40
 POLICY = RatePolicy(epoch_ms=60_000, audit_deadline_ms=20_000)
 
 
 async def live(world, kit, until, **settings):
-    app = world.app(policy=POLICY, **settings)
+    app = world.app(**{"policy": POLICY, **settings})
     await kit.drive(world, app, lambda: until(app))
     return app.service.view
 
@@ -117,6 +120,82 @@ async def test_attack_a_verifier_picks_its_own_targets(world, kit):
         view.apply(entry)
     found = account(view, me.identity, 1, world.clock.now_unix_ms())
     assert found.unasked == 1 and not found.kept
+
+
+# Second opinions.
+
+
+def opened(world, number, rate_ppm, duplicate_ppm, secret=b"s" * 32):
+    """An epoch of a verifier in the log, with rates that it would not have chosen."""
+    verifier = world.verifiers[number]
+    epoch = EpochOpen(
+        market_id=world.market_id,
+        verifier_id=verifier.identity,
+        epoch=1,
+        commitment=commitment(secret),
+        default_rate_ppm=rate_ppm,
+        duplicate_rate_ppm=duplicate_ppm,
+        opened_at_unix_ms=world.clock.now_unix_ms(),
+        audit_deadline_ms=POLICY.audit_deadline_ms,
+    )
+    world.ledger.log_envelope(seal(epoch, verifier))
+    directory = world.directory / f"verifier-{number}"
+    directory.mkdir(mode=0o700)
+    (directory / "1.secret").write_bytes(secret)
+
+
+async def test_what_one_verifier_audits_another_owes_a_share_of_blind(make_world, kit):
+    world = make_world(verifier_count=2, convictions_needed=2)
+    node = world.add_node("good")
+    opened(world, 0, PPM, 0)
+    opened(world, 1, 0, 500_000, b"t" * 32)  # nothing of its own choice
+    first, second = world.app(0, policy=POLICY), world.app(1, policy=POLICY)
+    await kit.settle_together(world, [first, second])
+    for _ in range(24):
+        world.serve("good", HONEST)
+    first, second = world.app(0, policy=POLICY), world.app(1, policy=POLICY)
+    await kit.settle_together(world, [first, second])
+    view = first.service.view
+    by = view.nodes[node].by_verifier
+    me, other = (v.identity for v in world.verifiers)
+    assert by[me].wealth.r == 24 and 4 <= by[other].wealth.r <= 20
+    assert not any(v.copied for v in view.verdicts.values())
+    world.clock.advance_ms(BLIND_WINDOW_MS + POLICY.epoch_ms)
+    view = await live(world, kit, lambda app: bool(app.service.view.reveals), number=1)
+    mine = account(view, other, 1, world.clock.now_unix_ms())
+    assert mine.kept and mine.count(DONE) == by[other].wealth.r and not mine.disputed
+
+
+@pytest.mark.parametrize(("sum_x_nano", "disputed"), [(10**9, 0), (25 * 10**9, 1)])
+def test_attack_a_framing_verifier_is_contradicted_by_second_opinions(
+    make_world, sum_x_nano, disputed
+):
+    world = make_world(verifier_count=2)
+    world.add_node("good")
+    for number in (0, 1):
+        opened(world, number, PPM, 0)
+    digest = world.serve("good", HONEST)
+    view = LogView(world.market)
+    for signer, total in zip(world.verifiers, (10**9, sum_x_nano), strict=True):
+        verdict = Verdict(
+            market_id=world.market_id,
+            verifier_id=signer.identity,
+            node_id=world.nodes["good"].identity,
+            epoch=1,
+            receipt_digest=digest,
+            outcome=Verdict.SCORED,
+            sum_x_nano=total,
+            scored_tokens=40,
+        )
+        reveal = EpochReveal(
+            market_id=world.market_id, verifier_id=signer.identity, epoch=1, secret=b"s" * 32
+        )
+        world.ledger.log_envelope(seal(verdict, signer))
+        world.ledger.log_envelope(seal(reveal, signer))
+    for entry in world.ledger.entries:
+        view.apply(entry)
+    found = accounts(view, 1, world.clock.now_unix_ms())
+    assert [len(a.disputed) for a in found] == [disputed] * 2
 
 
 # Deterrence.
