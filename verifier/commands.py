@@ -22,6 +22,7 @@ from trueweight.runtime.market import Market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
 from trueweight.verifier.appeal_commands import appeal, bundle, recheck
+from trueweight.verifier.audit_commands import owed, pay
 from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
@@ -35,7 +36,6 @@ from trueweight.verifier.command_support import (
 )
 from trueweight.verifier.deterrence import KNOWN_CHEATS, read_cheats
 from trueweight.verifier.epochs import RatePolicy
-from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
 from trueweight.verifier.plot import write_png
 from trueweight.verifier.reference import GrpcNode
 from trueweight.verifier.state import LogView
@@ -277,46 +277,5 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
         await node.close()
 
 
-@verifier.command()
-@click.argument("epoch", type=click.IntRange(1))
-@cli.market_option
-@cli.keys_option
-@ledger_option
-@cli.json_option
-def owed(epoch: int, as_json: bool, **options: Any) -> None:
-    """Which audits EPOCH owed, which were done, late or missing, and by whom."""
-    view = read_log(options)
-    found = accounts(view, epoch, SystemClock().now_unix_ms())
-    if as_json:
-        cli.print_json([entry.as_json() for entry in found])
-        return
-    cli.print_table(
-        f"epoch {epoch}",
-        (
-            *("verifier", "revealed", DONE, LATE, MISSING, PENDING),
-            *("unasked", "copied", "disputed", "kept"),
-        ),
-        [
-            (
-                entry.verifier_id,
-                entry.revealed,
-                *(entry.count(status) for status in (DONE, LATE, MISSING, PENDING)),
-                entry.unasked,
-                entry.copied,
-                len(entry.disputed),
-                entry.kept,
-            )
-            for entry in found
-        ],
-    )
-    broken = [a for entry in found for a in entry.audits if a.status in (LATE, MISSING)]
-    if broken:
-        cli.print_table(
-            "late or missing",
-            ("receipt leaf", "node", "status", "delay s"),
-            [(a.receipt_index, a.node_id, a.status, a.delay_ms / 1000) for a in broken[:100]],
-        )
-
-
-for _command in (bundle, recheck, appeal):
+for _command in (owed, pay, bundle, recheck, appeal):
     verifier.add_command(_command)

@@ -13,6 +13,7 @@ from trueweight.protos.envelope import seal
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.money import PPM
 from trueweight.protos.v1.audit_pb2 import EpochOpen, EpochReveal, Verdict
+from trueweight.verifier.audit_commands import pay_one
 from trueweight.verifier.deterrence import (
     DETECTABLE_TOKENS,
     KNOWN_CHEATS,
@@ -27,8 +28,9 @@ from trueweight.verifier.deterrence import (
 )
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.epochs import RatePolicy, Standing, rate_ppm
-from trueweight.verifier.owed import DONE, LATE, MISSING, account, accounts
+from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, account, accounts
 from trueweight.verifier.report import status_rows
+from trueweight.verifier.rewards import payable, reward
 from trueweight.verifier.standing import stake_accounts
 from trueweight.verifier.state import LogView
 
@@ -120,6 +122,34 @@ async def test_attack_a_verifier_picks_its_own_targets(world, kit):
         view.apply(entry)
     found = account(view, me.identity, 1, world.clock.now_unix_ms())
     assert found.unasked == 1 and not found.kept
+
+
+async def test_a_kept_epoch_is_paid_once_per_audit_and_a_broken_one_not_at_all(world, kit):
+    world.add_node("good")
+    await live(world, kit, lambda app: app.service.ready.is_set())
+    for _ in range(3):
+        world.serve("good", HONEST)
+    view = await live(world, kit, revealed(1))
+    me, now = world.verifiers[0].identity, world.clock.now_unix_ms()
+    kept = account(view, me, 1, now)
+    found = payable(view, kept)
+    assert not found.why_not and len(set(found.verdict_digests)) == 3
+    operations = [reward(me, digest, 7) for digest in found.verdict_digests]
+    assert len({op.id for op in operations}) == 3 and operations[0].reward.amount_nano == 7
+    assert await pay_one(world.ledger, found, 7) == 21
+    assert await pay_one(world.ledger, found, 7) == 0 == await pay_one(world.ledger, found, 9)
+    late = replace(kept.audits[0], status=LATE)
+    assert len(payable(view, replace(kept, audits=(late, *kept.audits[1:]))).verdict_digests) == 2
+    for broken in (
+        replace(kept, revealed=False),
+        replace(kept, audits=(replace(late, status=MISSING), *kept.audits[1:])),
+        replace(kept, audits=(replace(late, status=PENDING), *kept.audits[1:])),
+        replace(kept, unasked=1),
+        replace(kept, copied=1),
+        replace(kept, disputed=(7,)),
+    ):
+        refused = payable(view, broken)
+        assert refused.why_not and not refused.verdict_digests
 
 
 # Second opinions.
