@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from trueweight.protos.audit import commitment
 from trueweight.protos.errors import NotFound, StorageError
-from trueweight.protos.v1.audit_pb2 import EpochOpen, NodeRate
+from trueweight.protos.v1.audit_pb2 import AuditRequest, EpochOpen, NodeRate
 from trueweight.verifier.selection import MAX_RATES
 
 SECRET_BYTES = 32
@@ -60,7 +60,7 @@ def rate_ppm(policy: RatePolicy, standing: Standing) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """What identifies a new epoch."""
+    """A verifier's epoch, and what time it is."""
 
     market_id: str
     verifier_id: str
@@ -105,6 +105,22 @@ def wrap_private_key(
     info = _WRAP_INFO + receipt_digest + duplicate_index.to_bytes(4, "little")
     key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(secret)
     return X25519PrivateKey.from_private_bytes(key)
+
+
+def audit_request(
+    context: EpochPlan, wrapping_secret: bytes, assignment_digest: bytes, receipt_digest: bytes
+) -> AuditRequest:
+    """The request that a transcript is opened by, with the key that it is wrapped to."""
+    key = wrap_private_key(wrapping_secret, receipt_digest, 0)
+    return AuditRequest(
+        market_id=context.market_id,
+        verifier_id=context.verifier_id,
+        epoch=context.epoch,
+        assignment_digest=assignment_digest,
+        receipt_digest=receipt_digest,
+        wrap_public_key=key.public_key().public_bytes_raw(),
+        requested_at_unix_ms=context.now_unix_ms,
+    )
 
 
 class SecretStore:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trueweight.protos.errors import NotFound
 from trueweight.protos.evidence import CONVICT, log10_milli
-from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
+from trueweight.protos.v1.audit_pb2 import Conviction, EpochReveal
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
@@ -18,7 +18,7 @@ from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.conviction import change_point_index
 from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
-from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
+from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch
 from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import Publisher
 from trueweight.verifier.standing import power, stakes, standings
@@ -110,16 +110,9 @@ class Worker:
 
     async def _request(self, duty: duties.RequestAudit) -> None:
         receipt = duty.receipt
-        key = wrap_private_key(self.agenda.secrets.wrapping(), receipt.receipt_digest, 0)
-        message = AuditRequest(
-            market_id=self._market_id,
-            verifier_id=self._me,
-            epoch=duty.epoch,
-            assignment_digest=receipt.assignment_digest,
-            receipt_digest=receipt.receipt_digest,
-            wrap_public_key=key.public_key().public_bytes_raw(),
-            requested_at_unix_ms=self.clock.now_unix_ms(),
-        )
+        plan = EpochPlan(self._market_id, self._me, duty.epoch, self.clock.now_unix_ms())
+        secret = self.agenda.secrets.wrapping()
+        message = audit_request(plan, secret, receipt.assignment_digest, receipt.receipt_digest)
         await self.publisher.publish(message, "audit-request", receipt.receipt_digest)
 
     async def _audit(self, duty: duties.PerformAudit) -> None:
