@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,10 @@ from trueweight.client.model_files import (
     sign_directory,
     verify_directory,
 )
-from trueweight.protos.envelope import open_envelope
-from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.envelope import Opened, open_envelope
+from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import Signer
-from trueweight.protos.manifest import Progress
+from trueweight.protos.manifest import Progress, card_sha256
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.cli import (
@@ -130,30 +131,71 @@ def register(model_id: str, manifest: Path, market: Path, keys: Path, as_json: b
 
 
 @model.command()
+@click.argument("model_id")
 @market_option
 @keys_option
 @json_option
-def show(market: Path, keys: Path, as_json: bool) -> None:
-    """List the models that the market sells now, from its log."""
+def revoke(model_id: str, market: Path, keys: Path, as_json: bool) -> None:
+    """Take MODEL_ID off sale: from this leaf of the log on nobody may serve it."""
     known, signer = load_market(market), load_signer(keys)
-    entries = _with_ledger(known, signer, _registry)
-    current: dict[str, dict[str, Any]] = {}
-    for index, body in entries:
-        opened = open_envelope(
-            body, RegistryEntry, known.ring, known.market_id, signer=known.market_id
+
+    async def withdraw(ledger: LedgerPort) -> int:
+        sold = _current(known, await _registry(ledger)).get(model_id)
+        if sold is None:
+            raise NotFound(
+                f"the market does not sell {model_id[:128]!r}", hint="See 'trueweight model show'."
+            )
+        now = SystemClock().now_unix_ms()
+        return await ledger.publish(
+            registry_entry(model_id, sold.manifest, signer, known, now, revoked=True)
         )
-        entry = opened.message
+
+    index = _with_ledger(known, signer, withdraw)
+    _print_facts("revoked", {"model_id": model_id, "log_index": index}, as_json)
+
+
+@model.command()
+@click.argument("model_id", default="")
+@market_option
+@keys_option
+@json_option
+def show(model_id: str, market: Path, keys: Path, as_json: bool) -> None:
+    """List the models that the market sells now, from its log; or tell all about MODEL_ID."""
+    known, signer = load_market(market), load_signer(keys)
+    current = _current(known, _with_ledger(known, signer, _registry))
+    if model_id:
+        if model_id not in current:
+            raise NotFound(f"the market does not sell {model_id[:128]!r}")
+        _print_facts(model_id, current[model_id].facts, as_json)
+        return
+    if as_json:
+        print_json([sold.facts for sold in current.values()])
+        return
+    columns = ("model_id", "licence", "revision", "manifest_digest", "max_context_tokens")
+    rows = [[sold.facts[column] for column in columns] for sold in current.values()]
+    print_table("Models", columns, rows)
+
+
+@dataclass(frozen=True)
+class _Sold:
+    manifest: Opened[Manifest]
+    facts: dict[str, Any]
+
+
+def _current(market: Market, entries: list[tuple[int, bytes]]) -> dict[str, _Sold]:
+    """What is sold after these leaves, by name."""
+    current: dict[str, _Sold] = {}
+    for index, body in entries:
+        entry = open_envelope(
+            body, RegistryEntry, market.ring, market.market_id, signer=market.market_id
+        ).message
         current.pop(entry.model_id, None)
         if not entry.revoked:
-            inner = open_envelope(entry.manifest_envelope, Manifest, known.ring, known.market_id)
+            inner = open_envelope(entry.manifest_envelope, Manifest, market.ring, market.market_id)
             facts = _facts(inner.message, inner.digest, inner.signer)
-            current[entry.model_id] = {"model_id": entry.model_id, "log_index": index, **facts}
-    if as_json:
-        print_json(list(current.values()))
-        return
-    columns = ("model_id", "manifest_digest", "vocabulary_size", "max_context_tokens", "log_index")
-    rows = [[facts[column] for column in columns] for facts in current.values()]
-    print_table("Models", columns, rows)
+            facts = {"model_id": entry.model_id, "log_index": index, **facts}
+            current[entry.model_id] = _Sold(inner, facts)
+    return current
 
 
 async def _registry(ledger: LedgerPort) -> list[tuple[int, bytes]]:
@@ -196,6 +238,9 @@ def _facts(manifest: Manifest, digest: bytes, publisher: str) -> dict[str, Any]:
         "max_context_tokens": manifest.max_context_tokens,
         "eos_token_ids": list(manifest.eos_token_ids),
         "dtype": manifest.dtype,
+        "tokenizer": manifest.tokenizer_path,
+        "chat_template_sha256": manifest.chat_template_sha256.hex(),
+        "model_card_sha256": card_sha256(manifest).hex(),
         "openssf_sha256": manifest.model_signature_sha256.hex(),
     }
 

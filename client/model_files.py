@@ -114,9 +114,16 @@ def check_model_id(model_id: str) -> None:
 
 
 def registry_entry(
-    model_id: str, manifest: Opened[Manifest], market_signer: Signer, market: Market, now_ms: int
+    model_id: str,
+    manifest: Opened[Manifest],
+    market_signer: Signer,
+    market: Market,
+    now_ms: int,
+    *,
+    revoked: bool = False,
 ) -> bytes:
-    """The envelope that sells a manifest under a name. Only the market's key may sign it."""
+    """The envelope that sells a manifest under a name, or takes the name back. Only the market's
+    key may sign it."""
     if market_signer.identity != market.market_id:
         raise InvalidRequest(
             "only the market's own key registers models", hint="Use --keys DIR/keys/market."
@@ -129,6 +136,7 @@ def registry_entry(
         publisher=manifest.signer,
         manifest_envelope=manifest.envelope,
         issued_at_unix_ms=now_ms,
+        revoked=revoked,
     )
     return seal(entry, market_signer)
 

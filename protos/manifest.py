@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from trueweight.protos.errors import InvalidRequest, WeightsRefused
 from trueweight.protos.merkle import CompactRange, leaf_hash
-from trueweight.protos.model_directory import MAX_FILES, list_files, read_facts
+from trueweight.protos.model_directory import CARD, MAX_FILES, check_shards, list_files, read_facts
 from trueweight.protos.v1.model_pb2 import FileEntry, Manifest
 
 CHUNK_BYTES = 1 << 20
@@ -41,9 +41,10 @@ def build_manifest(
     progress: Progress | None = None,
 ) -> Manifest:
     """The manifest of a directory. Reads every byte once. Raises WeightsRefused."""
-    facts = read_facts(directory)
+    facts, paths = read_facts(directory), list_files(directory)
+    check_shards(directory, paths)
     files, tree, count = [], CompactRange(), 0
-    for path, chunks in _all_files(directory, list_files(directory), progress):
+    for path, chunks in _all_files(directory, paths, progress):
         digest, size = hashlib.sha256(), 0
         for chunk in chunks:
             digest.update(chunk)
@@ -72,6 +73,11 @@ def build_manifest(
     )
     check_manifest(manifest)
     return manifest
+
+
+def card_sha256(manifest: Manifest) -> bytes:
+    """Digest of the signed model card; empty if the model has none."""
+    return next((entry.sha256 for entry in manifest.files if entry.path == CARD), b"")
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ MAX_FILES = 100_000
 MAX_JSON_BYTES = 256 * 1024 * 1024
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SHARD_INDEX = ".safetensors.index.json"
+CARD, MAX_CARD_BYTES = "README.md", 64 * 1024
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -81,6 +83,35 @@ def read_facts(directory: Path) -> ModelFacts:
         chat_template_path=template_path,
         chat_template_sha256=hashlib.sha256(template.encode()).digest() if template else b"",
     )
+
+
+def check_shards(directory: Path, files: Iterable[str]) -> None:
+    """Raises WeightsRefused if an index names a shard that the directory lacks: an interrupted
+    download must not become a signed model."""
+    present = set(files)
+    for index in sorted(path for path in present if path.endswith(SHARD_INDEX)):
+        shards = read_json(directory / index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise WeightsRefused(f"{directory / index} names no shards")
+        parent = index.rpartition("/")[0]
+        for shard in sorted({str(name) for name in shards.values()}):
+            if (f"{parent}/{shard}" if parent else shard) not in present:
+                raise WeightsRefused(
+                    f"{directory / index} names {shard[:200]!r}, which is missing",
+                    hint="Download the model again.",
+                )
+
+
+def read_card(directory: Path, sha256: bytes) -> str:
+    """The model card if it is the signed one, cut to ``MAX_CARD_BYTES``; else an empty string."""
+    path = directory / CARD
+    try:
+        data = _read(path) if path.is_file() else b""
+    except (OSError, WeightsRefused):
+        return ""
+    if hashlib.sha256(data).digest() != sha256:
+        return ""
+    return data[:MAX_CARD_BYTES].decode("utf-8", "replace")
 
 
 def read_chat_template(directory: Path) -> tuple[str, str]:

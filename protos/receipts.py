@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trueweight.protos.envelope import Opened, open_envelope
 from trueweight.protos.errors import BadSignature, ReceiptRefused
 from trueweight.protos.identity import KeyRing
@@ -70,12 +73,19 @@ class ReceiptFacts:
     offered: EngineFingerprint | None = None
 
 
+_Ids = NDArray[np.int64]
+
+
 class _Case(NamedTuple):
+    """Token ids as arrays, converted once; None if they are not even 64-bit integers."""
+
     facts: ReceiptFacts
     order: Assignment
     receipt: Receipt
+    prompt: _Ids | None
+    prefix: _Ids | None
     # The signed tokens: the first ``receipt.output_tokens`` of what was received.
-    output: Sequence[int]
+    output: _Ids | None
 
 
 def open_assignment(data: bytes, ring: KeyRing, market_id: str) -> Opened[Assignment]:
@@ -101,7 +111,8 @@ def check_receipt(facts: ReceiptFacts, node_ring: KeyRing, market_id: str) -> Op
     except BadSignature as error:
         raise _refused("signature", error.message) from None
     receipt = opened.message
-    case = _Case(facts, order, receipt, facts.received[: receipt.output_tokens])
+    signed = facts.received[: receipt.output_tokens]
+    case = _Case(facts, order, receipt, *map(_ids, (facts.prompt, facts.prefix, signed)))
     for check in CHECKS[2:]:
         if not check.holds(case):
             raise _refused(check.name, check.meaning)
@@ -120,8 +131,24 @@ def _refused(check: str, meaning: str) -> ReceiptRefused:
 # --- the checks ----------------------------------------------------------------------------
 
 
-def _ids_in_range(ids: Sequence[int], vocabulary_size: int) -> bool:
-    return not ids or (min(ids) >= 0 and max(ids) < vocabulary_size)
+def _ids(ids: Sequence[int]) -> _Ids | None:
+    try:
+        return np.asarray(ids, dtype=np.int64)
+    except (OverflowError, TypeError, ValueError):
+        return None
+
+
+def _ids_in_range(ids: _Ids | None, vocabulary_size: int) -> bool:
+    if ids is None:
+        return False
+    return not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary_size)
+
+
+def _is_digest_of(digest: bytes, ids: _Ids | None, facts: ReceiptFacts) -> bool:
+    """True if these are ids of the vocabulary and the digest is theirs."""
+    if ids is None or not _ids_in_range(ids, facts.vocabulary_size):
+        return False
+    return token_digest(facts.salt, ids) == digest
 
 
 def _prompt_matches(case: _Case) -> bool:
@@ -129,8 +156,7 @@ def _prompt_matches(case: _Case) -> bool:
     return (
         len(facts.salt) == SALT_BYTES
         and len(facts.prompt) == order.prompt_len
-        and _ids_in_range(facts.prompt, facts.vocabulary_size)
-        and token_digest(facts.salt, facts.prompt) == order.prompt_digest
+        and _is_digest_of(order.prompt_digest, case.prompt, facts)
     )
 
 
@@ -138,12 +164,9 @@ def _prefix_matches(case: _Case) -> bool:
     facts, order = case.facts, case.order
     if len(facts.prefix) != order.prefix_len:
         return False
-    if not facts.prefix and not order.prefix_digest:
+    if not len(facts.prefix) and not order.prefix_digest:
         return True
-    return (
-        _ids_in_range(facts.prefix, facts.vocabulary_size)
-        and token_digest(facts.salt, facts.prefix) == order.prefix_digest
-    )
+    return _is_digest_of(order.prefix_digest, case.prefix, facts)
 
 
 def _not_under_reported(case: _Case) -> bool:
@@ -156,17 +179,17 @@ def _not_under_reported(case: _Case) -> bool:
 
 def _stop_index(case: _Case) -> int | None:
     """Index of the first output token that ends the output. Stop ids count from min_tokens on."""
-    stops = frozenset(case.order.sampling.stop_token_ids)
-    first = max(0, case.order.sampling.min_tokens - case.order.prefix_len - 1)
-    for index in range(first, len(case.output)):
-        if case.output[index] in stops:
-            return index
-    return None
+    if case.output is None:
+        return None
+    sampling = case.order.sampling
+    first = max(0, sampling.min_tokens - case.order.prefix_len - 1)
+    found = np.flatnonzero(np.isin(case.output[first:], list(sampling.stop_token_ids)))
+    return first + int(found[0]) if found.size else None
 
 
 def _nothing_after_eos(case: _Case) -> bool:
     index = _stop_index(case)
-    return index is None or index == len(case.output) - 1
+    return index is None or index == case.receipt.output_tokens - 1
 
 
 def _eos_agrees(case: _Case) -> bool:
@@ -273,7 +296,7 @@ CHECKS: tuple[Check, ...] = (
           lambda c: _ids_in_range(c.output, c.facts.vocabulary_size)),
     # 13
     Check("output_digest", "the digest is that of the tokens that were sent",
-          lambda c: c.receipt.output_digest == token_digest(c.facts.salt, c.output)),
+          lambda c: _is_digest_of(c.receipt.output_digest, c.output, c.facts)),
     # 14
     Check("finish_reason", "it gives a known reason",
           lambda c: c.receipt.finish_reason in

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 SALT_BYTES = 16
 _TAG = b"trueweight/tokens/v1\x00"
 
 
-def token_digest(salt: bytes, token_ids: Sequence[int]) -> bytes:
+def token_digest(salt: bytes, token_ids: Sequence[int] | NDArray[np.int64]) -> bytes:
     """SHA-256(tag, 16-byte salt, ids as little-endian u32). Raises ValueError if out of range."""
     if len(salt) != SALT_BYTES:
         raise ValueError(f"a salt has {SALT_BYTES} bytes")

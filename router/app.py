@@ -20,6 +20,7 @@ from trueweight.router.api_keys import KeyGate
 from trueweight.router.billing import Terms
 from trueweight.router.catalog import Catalog
 from trueweight.router.connections import Connections
+from trueweight.router.exposure import Exposure
 from trueweight.router.fleet import Fleet
 from trueweight.router.front import Front
 from trueweight.router.http import make_app
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 STORE_FILE = "router.sqlite"
 SWEEP_EVERY_MS = 60_000.0
-BONDS_EVERY_MS = 5_000.0
+STAKES_EVERY_MS, STAKES_LEAST_MS = 5_000.0, 200.0
 FOLLOW_AGAIN_MS = 500.0
 DAY_MS = 24 * 60 * 60 * 1000
 
@@ -99,9 +100,14 @@ class Router:
         keys = Keys(market.market_id, market.ring)
         allow = AllowList().with_synthetic() if config.allow_synthetic else AllowList()
         judges = Judges(market, keys)
-        self.fleet = Fleet(self._clock, allow, config.min_bond_nano, judges.are_enough_for)
+        exposure = Exposure(judges)
+        self.fleet = Fleet(
+            self._clock, allow, config.min_bond_nano, judges=judges, exposure=exposure
+        )
         self.catalog = Catalog(keys, config.model_directories)
-        self._feed = MarketFeed(market, keys, self.catalog, self.fleet, judges)
+        self._feed = MarketFeed(
+            market, keys, self.catalog, self.fleet, judges=judges, exposure=exposure
+        )
         self.journal = Journal(self.store)
         box = TranscriptBox(load_master_key(config.data, random), random)
         self.settler = Settler(
@@ -168,9 +174,8 @@ class Router:
             asyncio.create_task(self._replay()),
             asyncio.create_task(self._follow_forever()),
             asyncio.create_task(self._sweep_forever()),
+            asyncio.create_task(self._stakes_forever()),
         ]
-        if self._config.min_bond_nano:
-            self._tasks.append(asyncio.create_task(self._bonds_forever()))
         for task in self._tasks:
             task.add_done_callback(_report)
         await self._serve_grpc()
@@ -233,22 +238,29 @@ class Router:
                 )
             await self._clock.sleep_ms(SWEEP_EVERY_MS)
 
-    async def _bonds_forever(self) -> None:
+    async def _stakes_forever(self) -> None:
         while True:
             try:
-                await self.refresh_bonds()
+                await self.refresh_stakes()
             except TrueweightError as error:
-                log.warning("bonds are not up to date: %s", error)
-            await self._clock.sleep_ms(BONDS_EVERY_MS)
+                log.warning("stakes are not up to date: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STAKES_EVERY_MS / 1000):
+                    await self.fleet.newcomer.wait()
+            await self._clock.sleep_ms(STAKES_LEAST_MS)
 
-    async def refresh_bonds(self) -> None:
-        """Asks the ledger how much each known node has staked."""
-        records = {f"node-bond:{r.node_id}": r for r in self.fleet.all()}
-        names = list(records)
+    async def refresh_stakes(self) -> None:
+        """Asks the ledger how much each known node has at stake."""
+        self.fleet.newcomer.clear()
+        records = {r.node_id: r for r in self.fleet.all()}
+        names = [f"{kind}:{node}" for node in records for kind in ("node-bond", "node-locked")]
+        held: dict[str, int] = {}
         for start in range(0, len(names), 1000):
             for account in await self._ledger.balances(names[start : start + 1000]):
-                if record := records.get(account.account):
-                    record.bond_nano = int(account.available_nano or 0)
+                held[account.account] = int(account.available_nano or 0)
+        for node_id, record in records.items():
+            record.bond_nano = held.get(f"node-bond:{node_id}", 0)
+            record.locked_nano = held.get(f"node-locked:{node_id}", 0)
         self.fleet.wake()
 
 

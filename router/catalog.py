@@ -11,6 +11,8 @@ from pathlib import Path
 
 from trueweight.protos.envelope import digest_of, open_envelope, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, NotFound, TrueweightError, Unavailable
+from trueweight.protos.manifest import card_sha256
+from trueweight.protos.model_directory import read_card
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.router.keyring import Keys
 from trueweight.router.tokenizer import ModelTokenizer, read_model_files
@@ -31,6 +33,8 @@ class SoldModel:
     registered_unix_ms: int
     log_index: int
     tokenizer: ModelTokenizer | None
+    # The publisher's own words about the model, if this router holds the signed file.
+    card: str = ""
 
 
 class Catalog:
@@ -89,6 +93,7 @@ class Catalog:
             registered_unix_ms=entry.issued_at_unix_ms,
             log_index=log_index,
             tokenizer=tokenizer,
+            card=await self._read_card(entry.model_id, manifest),
         )
         log.info("model %s is sold", entry.model_id)
 
@@ -97,6 +102,13 @@ class Catalog:
         if digest_of(entry.manifest_envelope) != entry.manifest_digest:
             raise BadSignature("a registry entry carries another manifest than it names")
         return parse_payload(parse_envelope(entry.manifest_envelope), Manifest)
+
+    async def _read_card(self, model_id: str, manifest: Manifest) -> str:
+        directory = self._directories.get(model_id)
+        signed = card_sha256(manifest)
+        if directory is None or not signed:
+            return ""
+        return await asyncio.to_thread(read_card, directory, signed)
 
     async def _load(self, model_id: str, manifest: Manifest) -> ModelTokenizer | None:
         directory = self._directories.get(model_id)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from trueweight.router.openai_requests import Preferences
-from trueweight.router.quoting import Prices
+from trueweight.router.quoting import Prices, quote
 
 HOT_WAITING = 8
 HOT_KV_USE_PPM = 800_000
@@ -56,6 +56,8 @@ class NodeView:
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     completed: int = 0
+    # Charges that it may have unsettled in addition; None if nothing is capped.
+    room_nano: int | None = 0
 
     @property
     def is_full(self) -> bool:
@@ -85,6 +87,7 @@ class Ineligible(Enum):
     NOT_ALLOWED = "engine fingerprint not allowed"
     NOT_JUDGED = "too few independent verifiers"
     NOT_BONDED = "bond too small"
+    UNSETTLED = "unsettled work at its cap"
     EXCLUDED = "excluded by the client"
     DISCONNECTED = "not connected"
     LEASE = "lease over"
@@ -123,6 +126,7 @@ def ineligible(node: NodeView, work: Work) -> Ineligible | None:
         (not node.fingerprint_allowed, Ineligible.NOT_ALLOWED),
         (not node.judged, Ineligible.NOT_JUDGED),
         (not node.bonded, Ineligible.NOT_BONDED),
+        (_is_beyond_cap(node, work), Ineligible.UNSETTLED),
         (_is_excluded(node, work.preferences), Ineligible.EXCLUDED),
         (not node.connected, Ineligible.DISCONNECTED),
         (not node.lease_fresh, Ineligible.LEASE),
@@ -238,6 +242,12 @@ def _as_fast_as(node: NodeView, other: NodeView) -> NodeView:
         prefill_tokens_per_s=node.prefill_tokens_per_s or other.prefill_tokens_per_s,
         decode_tokens_per_s=node.decode_tokens_per_s or other.decode_tokens_per_s,
     )
+
+
+def _is_beyond_cap(node: NodeView, work: Work) -> bool:
+    if node.room_nano is None:
+        return False
+    return quote(work.prompt_tokens, work.max_tokens, node.prices).hold_nano > node.room_nano
 
 
 def _is_excluded(node: NodeView, preferences: Preferences) -> bool:

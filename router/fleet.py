@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,8 @@ from trueweight.protos.errors import InvalidRequest, OverCapacity
 from trueweight.protos.v1.market_pb2 import Offer
 from trueweight.router.breaker import Breaker, Measured
 from trueweight.router.choosing import NodeView
+from trueweight.router.exposure import Exposure
+from trueweight.router.judges import Judges
 from trueweight.router.node_session import NodeSession
 from trueweight.router.offers import AllowList
 from trueweight.router.quoting import Prices
@@ -41,7 +43,10 @@ class NodeRecord:
     measured: Measured = field(default_factory=Measured)
     in_flight: int = 0
     tokens_in_flight: int = 0
+    charge_in_flight_nano: int = 0
+    # -1: not asked yet.
     bond_nano: int = -1
+    locked_nano: int = 0
 
     @property
     def node_id(self) -> str:
@@ -54,18 +59,21 @@ class NodeRecord:
 
 
 class Fleet:
-    """All nodes. ``min_bond_nano`` 0 means that no bond is asked for. ``has_judges`` tells whether
-    enough verifiers may judge a node."""
+    """All nodes. ``min_bond_nano`` 0 means that no bond is asked for."""
 
     def __init__(
         self,
         clock: Clock,
         allow: AllowList,
         min_bond_nano: int = 0,
-        has_judges: Callable[[str], bool] = lambda _: True,
+        *,
+        judges: Judges,
+        exposure: Exposure,
     ) -> None:
         self._clock, self._allow, self._min_bond_nano = clock, allow, min_bond_nano
-        self._has_judges = has_judges
+        self._judges, self._exposure = judges, exposure
+        # Set when a node came whose stake was not asked for yet.
+        self.newcomer = asyncio.Event()
         self._nodes: dict[str, NodeRecord] = {}
         self._suspended: set[str] = set()
         # Share of audited answers that stood, by node; nodes without audits are absent.
@@ -79,6 +87,7 @@ class Fleet:
             self._make_room()
             record = NodeRecord(offer, envelope, self._clock.monotonic_ms())
             self._nodes[offer.node_id] = record
+            self.newcomer.set()
         elif offer.issued_at_unix_ms < record.offer.issued_at_unix_ms:
             raise InvalidRequest("a newer offer of this node is known", hint="Sign a new one.")
         record.offer, record.offer_envelope = offer, envelope
@@ -117,7 +126,7 @@ class Fleet:
             return "the node is suspended; see the log for the reason"
         if reason := self._allow.refusal(record.offer.fingerprint):
             return reason
-        if not self._has_judges(record.node_id):
+        if not self._judges.are_enough_for(record.node_id):
             return "too few verifiers are independent of its declared owner"
         if not self._is_bonded(record):
             return f"its bond is below {self._min_bond_nano} nanocredits"
@@ -135,10 +144,11 @@ class Fleet:
         return found
 
     @contextmanager
-    def place(self, record: NodeRecord, tokens: int) -> Iterator[None]:
+    def place(self, record: NodeRecord, tokens: int, charge_nano: int = 0) -> Iterator[None]:
         """Counts a request in flight for as long as the block runs, whatever happens in it."""
         record.in_flight += 1
         record.tokens_in_flight += tokens
+        record.charge_in_flight_nano += charge_nano
         record.measured = record.measured.with_in_flight(record.in_flight)
         record.breaker = record.breaker.started()
         try:
@@ -146,6 +156,7 @@ class Fleet:
         finally:
             record.in_flight -= 1
             record.tokens_in_flight -= tokens
+            record.charge_in_flight_nano -= charge_nano
             self.wake()
 
     async def room(self, timeout_ms: float) -> None:
@@ -195,7 +206,7 @@ class Fleet:
             draining=session.draining if session else False,
             breaker_closed=record.breaker.allows(now),
             suspended=record.node_id in self._suspended,
-            judged=self._has_judges(record.node_id),
+            judged=self._judges.are_enough_for(record.node_id),
             bonded=self._is_bonded(record),
             fingerprint_allowed=not self._allow.refusal(record.offer.fingerprint),
             success=record.measured.success,
@@ -204,7 +215,15 @@ class Fleet:
             prefill_tokens_per_s=record.measured.prefill_tokens_per_s,
             decode_tokens_per_s=record.measured.decode_tokens_per_s,
             completed=record.measured.completed,
+            room_nano=self._room_nano(record, prices),
         )
+
+    def _room_nano(self, record: NodeRecord, prices: Prices) -> int | None:
+        stake = record.bond_nano + record.locked_nano if record.bond_nano >= 0 else -1
+        # An output token comes with about one token of prompt; what was billed says it better.
+        ask = prices.input_nano_per_mtok + prices.output_nano_per_mtok
+        room = self._exposure.room_nano(record.node_id, stake, ask)
+        return None if room is None else room - record.charge_in_flight_nano
 
     def _is_bonded(self, record: NodeRecord) -> bool:
         return self._min_bond_nano == 0 or record.bond_nano >= self._min_bond_nano

@@ -80,7 +80,7 @@ class Front:
     def model(self, model_id: str) -> tuple[SoldModel, dict[str, Any]]:
         """One name. Raises NotFound."""
         model = self.catalog.get(model_id)
-        return model, self._terms_of(model)
+        return model, self._terms_of(model) | {"model_card": model.card}
 
     def health(self) -> dict[str, Any]:
         """State in a few numbers; ``ready`` is true if some node can serve some model."""
@@ -139,6 +139,8 @@ class Front:
             "licence": model.manifest.licence,
             "revision": model.manifest.revision,
             "manifest_digest": model.manifest_digest.hex(),
+            "publisher": model.publisher,
+            "registered_at_leaf": model.log_index,
             "nodes": len(able),
             "ask_input_nano_per_mtok": min(
                 (n.prices.input_nano_per_mtok for n in able), default=None

@@ -288,7 +288,9 @@ class RequestRun:
         )
         self._leg = runner
         self._legs.append(runner.result)
-        with services.fleet.place(node, len(self.plan.prompt) + self.plan.max_tokens):
+        most = quote(len(self.plan.prompt), self.plan.max_tokens, choice.node.prices)
+        tokens = most.prompt_tokens + most.max_tokens
+        with services.fleet.place(node, tokens, most.hold_nano):
             try:
                 return await runner.run(lambda ids: self.answer.take(ids, self._left_ms()))
             finally:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
-from trueweight.protos.envelope import open_envelope
+from trueweight.protos.envelope import open_envelope, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, TrueweightError
-from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
+from trueweight.protos.v1.audit_pb2 import Conviction, EpochOpen, Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
-from trueweight.protos.v1.market_pb2 import Member, Suspension
+from trueweight.protos.v1.market_pb2 import Bill, Member, Suspension
 from trueweight.router.catalog import Catalog
+from trueweight.router.exposure import Exposure
 from trueweight.router.fleet import Fleet
 from trueweight.router.judges import Judges
 from trueweight.router.keyring import Keys
@@ -19,7 +20,10 @@ from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
-KINDS = ("key-event", "registry-entry", "suspension", "conviction", "verdict")
+KINDS = ("key-event", "registry-entry", "suspension", "conviction", "verdict", "epoch-open")
+# At a start, bills further back than this are not read again: a verifier that is so far behind
+# shows in ``verifier owed``.
+RECENT_LEAVES = 200_000
 _VERIFIED = frozenset({Verdict.SCORED})
 _REFUNDED = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT})
 
@@ -28,22 +32,33 @@ class MarketFeed:
     """Applies leaves in order. A leaf that does not hold is skipped, never trusted."""
 
     def __init__(
-        self, market: Market, keys: Keys, catalog: Catalog, fleet: Fleet, judges: Judges
+        self,
+        market: Market,
+        keys: Keys,
+        catalog: Catalog,
+        fleet: Fleet,
+        *,
+        judges: Judges,
+        exposure: Exposure,
     ) -> None:
         self._market, self._keys, self._catalog, self._fleet = market, keys, catalog, fleet
-        self._judges = judges
+        self._judges, self._exposure = judges, exposure
         self._convictions: defaultdict[str, set[str]] = defaultdict(set)
         self.next_index = 0
 
     async def follow(self, ledger: LedgerPort) -> None:
         """Runs until cancelled."""
-        async for entry in ledger.follow_log(self.next_index, KINDS):
+        async for entry in ledger.follow_log(self.next_index, (*KINDS, "bill")):
             await self.apply(entry)
 
     async def catch_up(self, ledger: LedgerPort) -> None:
         """Everything that is in the log now."""
+        tree_size = 2**63
         while True:
-            page = await ledger.read_log(self.next_index, kinds=KINDS)
+            recent = self.next_index >= tree_size - RECENT_LEAVES
+            kinds = (*KINDS, "bill") if recent else KINDS
+            page = await ledger.read_log(self.next_index, kinds=kinds)
+            tree_size = page.tree_size
             for entry in page.entries:
                 await self.apply(entry)
             if page.next_index <= self.next_index or page.next_index >= page.tree_size:
@@ -69,14 +84,27 @@ class MarketFeed:
         elif kind == "conviction":
             self._convict(entry.body)
         elif kind == "verdict":
-            self._note_verdict(entry.body)
+            self._note_verdict(entry.body, entry.index)
+        elif kind == "epoch-open":
+            self._open_epoch(entry.body)
+        elif kind == "bill":
+            # Its signatures were checked at the capture; the ledger is who says that it stands.
+            self._exposure.billed(parse_payload(parse_envelope(entry.body), Bill), entry.index)
 
-    def _note_verdict(self, body: bytes) -> None:
+    def _open_epoch(self, body: bytes) -> None:
+        opened = open_envelope(body, EpochOpen, self._keys.ring, self._market.market_id)
+        if not self._is_verifier(opened.signer) or opened.message.verifier_id != opened.signer:
+            raise BadSignature("an epoch opened by somebody who is no verifier")
+        self._exposure.opened(opened.message)
+
+    def _note_verdict(self, body: bytes, log_index: int) -> None:
         """Answers that were refunded make a node's price per verified answer dearer."""
         opened = open_envelope(body, Verdict, self._keys.ring, self._market.market_id)
         if not self._is_verifier(opened.signer):
             raise BadSignature("a verdict by somebody who is no verifier")
         self._judges.check(opened.signer, opened.message.node_id)
+        if opened.message.verifier_id == opened.signer:
+            self._exposure.judged(opened.message, log_index)
         if opened.message.outcome in _VERIFIED | _REFUNDED:
             self._fleet.note_audit(
                 opened.message.node_id, verified=opened.message.outcome in _VERIFIED

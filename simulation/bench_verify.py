@@ -1,5 +1,6 @@
 """What it costs to check an answer: scoring against a bare prefill of the same tokens, and
-against generating them, alone and 32 at once.
+against generating them, alone and 32 at once; what L0 costs a receipt, and what both come to as a
+share of the market's compute at the floor rate.
 
 Two models: the shipped one and a random Llama of hidden size 1024 made by a fixed recipe. All
 three ways run on the same engine in interleaved rounds. Run as
@@ -22,6 +23,7 @@ from trueweight.node.engine import GenerateJob, ScoreJob
 from trueweight.node.vllm.engine import VllmEngine, VllmOptions
 from trueweight.runtime import cli
 from trueweight.simulation.bench_engines import make_jobs
+from trueweight.simulation.bench_l0 import market_share, measure_l0, say_l0, say_shares
 from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.bench_report import Estimate, estimate, finish, ratios, say
 from trueweight.simulation.random_llama import WIDE, write_random_llama
@@ -118,6 +120,20 @@ async def _collect(engine: VllmEngine, job: GenerateJob) -> tuple[int, ...]:
     return tuple([token async for step in engine.generate(job) for token in step.token_ids])
 
 
+def _shares(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of the shipped and the wide model, as they were measured with many requests at once."""
+    busy = max(CONCURRENCIES)
+    l0_s = figures["l0"][f"{PROMPT_TOKENS}+{OUTPUT_TOKENS}"]["router_s"].median
+    shares = {}
+    for name in ("shipped", "wide"):
+        if name in figures:
+            found = figures[name][f"concurrency_{busy}"]
+            request_s = found["generate_s"].median / busy
+            ratio = found["score_over_generate"].median
+            shares[name] = market_share(ratio, request_s, l0_s)
+    return shares
+
+
 @click.command()
 @cli.path_option("--model", default=None, help="Model directory; the shipped one if not given.")
 @cli.option("--rounds", default=11, type=click.IntRange(9, 1000), help="Interleaved rounds.")
@@ -132,6 +148,10 @@ def main(model: Path | None, rounds: int, wide: bool) -> None:
             say(f"random model, hidden {WIDE.hidden}")
             random_model = write_random_llama(Path(root) / "wide", WIDE)
             figures["wide"] = asyncio.run(measure(random_model, rounds))
+    figures["l0"] = measure_l0()
+    say_l0(figures["l0"])
+    figures["floor_rate_share"] = _shares(figures)
+    say_shares(figures["floor_rate_share"])
     about = {
         "model": directory.name,
         "wide_recipe": asdict(WIDE),

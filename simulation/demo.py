@@ -335,7 +335,7 @@ class Demo:
                     ask_output=plan.ask_output,
                     cheating=plan.cheating,
                     requests=served[node_id],
-                    evidence=verdicts.node_row(view, node_id) if known else None,
+                    evidence=verdicts.row_of(view, node_id) if known else None,
                     steps=explained.steps if explained else (),
                     words=explained.words if explained else "",
                 )

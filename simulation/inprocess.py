@@ -263,14 +263,14 @@ class InProcessMarket:
 
     async def until_connected(self, count: int) -> None:
         """Waits until this many nodes can get work. Raises DeadlineExceeded."""
-        if self.spec.min_bond_nano:
-            await self.router.refresh_bonds()
+        await self.router.refresh_stakes()
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 while self._connected() < count:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise DeadlineExceeded(f"only {self._connected()} of {count} nodes connected") from None
+        await self.router.refresh_stakes()
 
     def _connected(self) -> int:
         records = self.router.fleet.all()

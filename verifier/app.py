@@ -16,6 +16,7 @@ from trueweight.runtime.ledger_port import GrpcLedger, LedgerPort
 from trueweight.runtime.market import Market
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.calibration_file import Measured
+from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat
 from trueweight.verifier.epochs import RatePolicy, SecretStore
 from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.plan import Agenda
@@ -50,6 +51,7 @@ class VerifierApp:
         measured: Sequence[Measured] = (),
         clock: Clock | None = None,
         random: Callable[[int], bytes] = os.urandom,
+        cheats: Sequence[Cheat] = KNOWN_CHEATS,
     ) -> None:
         clock = clock or SystemClock()
         view = LogView(market)
@@ -65,7 +67,7 @@ class VerifierApp:
         self.scorer = Scorer(connections.reference)
         auditor = Auditor(view, secrets, connections.transcripts, self.scorer)
         publisher = Publisher(connections.ledger, signer)
-        worker = Worker(agenda, auditor, publisher, connections.ledger, clock)
+        worker = Worker(agenda, auditor, publisher, connections.ledger, clock, cheats=cheats)
         self.service = VerifierService(connections.ledger, worker, clock)
         self._connections = connections
 
@@ -90,6 +92,7 @@ class VerifierConfig:
     reference_id: str = ""
     policy: RatePolicy = field(default_factory=RatePolicy)
     measured: tuple[Measured, ...] = ()
+    cheats: tuple[Cheat, ...] = KNOWN_CHEATS
 
 
 def connect_ledger(market: Market, tokens: rpc.AccessTokens) -> GrpcLedger:
@@ -128,6 +131,7 @@ async def run_verifier(
         policy=config.policy,
         measured=config.measured,
         clock=clock,
+        cheats=config.cheats,
     )
     announcer = asyncio.create_task(_announce(app.service.ready, on_ready))
     try:

@@ -1,17 +1,21 @@
-"""An appeal: every audit that convicted a node, run again on another reference. Publishes nothing.
-
-A verifier can open only the transcripts that it asked for itself, so it re-runs its own verdicts.
+"""An appeal: every audit that convicted a node, run again on another reference, also by another
+verifier than the one that convicted. Publishes requests for transcripts, never a verdict.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from trueweight.protos.errors import TrueweightError
 from trueweight.protos.evidence import Wealth
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
 from trueweight.verifier.audit import Auditor
+from trueweight.verifier.conviction import Evidence
+from trueweight.verifier.epochs import EpochPlan, audit_request
+from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
-from trueweight.verifier.verdicts import EVIDENCE, AuditContext, outcome_name
+from trueweight.verifier.verdicts import EVIDENCE, AuditContext, mean_x, outcome_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +44,55 @@ class Appeal:
         return self.wealth.state == "convict"
 
 
-async def rerun(view: LogView, auditor: Auditor, verifier_id: str, node_id: str) -> Appeal:
-    """Re-runs one verifier's counted audits of a node, in leaf order."""
-    wealth, retried = Wealth(), []
-    for then in view.counted(verifier_id, node_id):
-        verdict = next(
-            v.leaf.message for v in view.verdicts.values() if v.leaf.index == then.verdict_index
+def missing_requests(
+    view: LogView, of_verifier: str, node_id: str, reader: EpochPlan, secret: bytes
+) -> list[AuditRequest]:
+    """What the reader must publish before it may open another's transcripts. The requests name
+    the epoch of the audits that they repeat."""
+    return [
+        audit_request(
+            replace(reader, epoch=verdict.epoch),
+            secret,
+            receipt.assignment_digest,
+            receipt.receipt_digest,
         )
-        receipt = view.receipts.get(verdict.receipt_digest)
-        if receipt is None:
-            continue
-        context = AuditContext(view.market.market_id, verifier_id, verdict.epoch, receipt, 0)
+        for _, verdict, receipt in _counted(view, of_verifier, node_id)
+        if view.requests.get((reader.verifier_id, receipt.receipt_digest)) is None
+    ]
+
+
+async def rerun(
+    view: LogView, auditor: Auditor, of_verifier: str, node_id: str, me: str = ""
+) -> Appeal:
+    """Re-runs one verifier's counted audits of a node, in leaf order, with the transcripts opened
+    to ``me`` (the same verifier if not given)."""
+    wealth, retried = Wealth(), []
+    for then, verdict, receipt in _counted(view, of_verifier, node_id):
+        market_id = view.market.market_id
+        context = AuditContext(market_id, me or of_verifier, verdict.epoch, receipt, 0)
         mean_then = then.sum_x_nano / then.tokens / 1e9
+        error, now = "", Verdict()
         try:
             now = await auditor.run(context, last_try=False)
-        except TrueweightError as error:
-            retried.append(Retried(then.verdict_index, then.tokens, mean_then, 0.0, error.message))
-            continue
-        if now.outcome not in EVIDENCE:
-            reason = f"now {outcome_name(now)}"
-            retried.append(Retried(then.verdict_index, then.tokens, mean_then, 0.0, reason))
+            if now.outcome not in EVIDENCE:
+                error = f"now {outcome_name(now)}"
+        except TrueweightError as found:
+            error = found.message
+        if error:
+            retried.append(Retried(then.verdict_index, then.tokens, mean_then, 0.0, error))
             continue
         wealth = wealth.add(now.sum_x_nano, now.scored_tokens, then.mu0_nano)
-        mean_now = now.sum_x_nano / now.scored_tokens / 1e9
-        retried.append(Retried(then.verdict_index, then.tokens, mean_then, mean_now))
-    own = view.node(node_id).by_verifier.get(verifier_id)
+        retried.append(Retried(then.verdict_index, then.tokens, mean_then, mean_x(now)))
+    own = view.node(node_id).by_verifier.get(of_verifier)
     return Appeal(node_id, own.wealth.value if own else 1.0, wealth, tuple(retried))
+
+
+def _counted(
+    view: LogView, verifier_id: str, node_id: str
+) -> Iterator[tuple[Evidence, Verdict, ReceiptLeaf]]:
+    by_index = {v.leaf.index: v.leaf.message for v in view.verdicts.values()}
+    for evidence in view.counted(verifier_id, node_id):
+        verdict = by_index[evidence.verdict_index]
+        receipt = view.receipts.get(verdict.receipt_digest)
+        if receipt is not None:
+            yield evidence, verdict, receipt

@@ -18,11 +18,11 @@ from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.market import Market, load_market
 from trueweight.verifier.app import access_tokens, connect_ledger
-from trueweight.verifier.appeal import Appeal, rerun
+from trueweight.verifier.appeal import Appeal, missing_requests, rerun
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, read_bundle, write_bundle
 from trueweight.verifier.command_support import at_endpoint, ledger_option, market_of, read_view
-from trueweight.verifier.epochs import SecretStore
+from trueweight.verifier.epochs import EpochPlan, SecretStore
 from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
 from trueweight.verifier.recheck import Replay, replay
 from trueweight.verifier.reference import GrpcNode, Scorer
@@ -119,10 +119,11 @@ async def _recheck(evidence: Bundle, options: dict[str, Any]) -> Replay:
 @cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
 @cli.path_option("--data", required=True, help="The verifier's data directory.")
 @_reference_options
+@cli.option("--of", "of_verifier", default="", help="Whose conviction; default: one's own.")
 @cli.option("--lift", is_flag=True, help="If it is not upheld, publish that the node may work.")
 @cli.json_option
 def appeal(node_id: str, lift: bool, as_json: bool, **options: Any) -> None:
-    """Re-run the audits that convicted NODE_ID on another reference node."""
+    """Re-run the audits that convicted NODE_ID on another reference node, also another's."""
     found = cli.run_async(_appeal(node_id, lift, options))
     facts = {
         "node_id": found.node_id,
@@ -155,8 +156,15 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         if node_id not in view.nodes:
             raise NotFound(f"the log knows no node {node_id}")
         secrets = SecretStore(options["data"], _no_new_secrets)
+        whose, me = options["of_verifier"] or signer.identity, signer.identity
+        reader = EpochPlan(market.market_id, me, 0, SystemClock().now_unix_ms())
+        requests = missing_requests(view, whose, node_id, reader, secrets.wrapping())
+        for request in requests:
+            await ledger.publish(seal(request, signer))
+        if requests:
+            view = await read_view(market, ledger)
         auditor = Auditor(view, secrets, transcripts, scorer)
-        found = await rerun(view, auditor, signer.identity, node_id)
+        found = await rerun(view, auditor, whose, node_id, me)
         if lift:
             if found.upheld or any(r.error for r in found.retried):
                 raise Conflict("the suspension stays: the appeal is upheld or incomplete")

@@ -27,6 +27,7 @@ from trueweight.verifier import verdicts
 from trueweight.verifier.epochs import SecretStore, wrap_private_key
 from trueweight.verifier.leaves import Leaf
 from trueweight.verifier.reference import Scorer
+from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
 from trueweight.verifier.transcripts import TranscriptSource, unseal
 from trueweight.verifier.verdicts import AuditContext, Scored
@@ -70,7 +71,7 @@ class Auditor:
             # The router paid for this receipt, so it had the signed tokens: it withholds them.
             return verdicts.missing_transcript(context)
         try:
-            self._check(transcript, assignment)  # 2
+            self._check(transcript, assignment, context.receipt)  # 2
             sampling = Sampling.from_proto(assignment.message.sampling)  # 3
         except ReceiptRefused as error:
             if error.check in _TRANSCRIPT_CHECKS:
@@ -113,10 +114,12 @@ class Auditor:
             raise TranscriptMissing("the transcript's grammar is not the one that was signed")
         return opened
 
-    def _check(self, transcript: Transcript, assignment: Opened[Assignment]) -> None:
+    def _check(
+        self, transcript: Transcript, assignment: Opened[Assignment], receipt: ReceiptLeaf
+    ) -> None:
         order = assignment.message
         manifest = self.view.manifests.get(order.manifest_digest)
-        known = self.view.was_sold(order.model_id, order.manifest_digest)
+        known = self.view.was_sold(order.model_id, order.manifest_digest, receipt)
         facts = ReceiptFacts(
             assignment=assignment,
             receipt=transcript.receipt_envelope,

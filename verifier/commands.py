@@ -22,6 +22,7 @@ from trueweight.runtime.market import Market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
 from trueweight.verifier.appeal_commands import appeal, bundle, recheck
+from trueweight.verifier.audit_commands import owed, pay
 from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
@@ -33,8 +34,8 @@ from trueweight.verifier.command_support import (
     read_log,
     read_view,
 )
+from trueweight.verifier.deterrence import KNOWN_CHEATS, read_cheats
 from trueweight.verifier.epochs import RatePolicy
-from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
 from trueweight.verifier.plot import write_png
 from trueweight.verifier.reference import GrpcNode
 from trueweight.verifier.state import LogView
@@ -78,6 +79,7 @@ def verifier() -> None:
 @cli.option("--epoch-s", default=600.0, type=click.FloatRange(1, 86_400), help="Epoch length.")
 @cli.option("--newcomer-tokens", default=50_000, type=click.IntRange(0), help="Audited in full.")
 @cli.option("--floor", default=0.02, type=click.FloatRange(0.0001, 1), help="Lowest audit rate.")
+@cli.path_option("--cheats", default=None, help="JSON: what cheats show and save; see the docs.")
 @cli.option("--audit-deadline-s", default=300.0, type=click.FloatRange(1), help="Stated deadline.")
 @cli.log_options
 def run(**options: Any) -> None:
@@ -119,6 +121,7 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
         reference_id=options["reference_id"],
         policy=policy,
         measured=tuple(read_measured(path) for path in options["calibration"]),
+        cheats=read_cheats(options["cheats"]) if options["cheats"] else KNOWN_CHEATS,
     )
 
 
@@ -131,9 +134,12 @@ def status(as_json: bool, **options: Any) -> None:
     """Every node: wealth, state, audit rate, audited tokens, and whether cheating would pay."""
     view, rows = cli.run_async(_status(market_of(options), load_signer(options["keys"])))
     if as_json:
-        cli.print_json([{**asdict(row), "deterred": row.deterred} for row in rows])
+        cli.print_json([asdict(row) for row in rows])
         return
-    titles = "node state wealth rate receipts audits tokens mean_x refunds at_stake needed deterred"
+    titles = (
+        "node state wealth rate receipts audits tokens mean_x refunds "
+        "at_stake needed unsettled cap deterred judges"
+    )
     cli.print_table(
         f"{len(rows)} nodes at leaf {view.next_index}",
         titles.split(),
@@ -149,12 +155,19 @@ def status(as_json: bool, **options: Any) -> None:
                 f"{row.mean_x:.6f}",
                 row.refunds,
                 format_credits(row.at_stake_nano),
-                "unknown" if row.needed_nano is None else format_credits(row.needed_nano),
+                _credits(row.needed_nano),
+                _credits(row.unsettled_nano),
+                _credits(row.cap_nano),
                 {None: "unknown", True: "yes", False: "no"}[row.deterred],
+                f"{row.judges_needed} of {row.judges}",
             )
             for row in rows
         ],
     )
+
+
+def _credits(nano: int | None) -> str:
+    return "unknown" if nano is None else format_credits(nano)
 
 
 async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.NodeRow]]:
@@ -264,42 +277,5 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
         await node.close()
 
 
-@verifier.command()
-@click.argument("epoch", type=click.IntRange(1))
-@cli.market_option
-@cli.keys_option
-@ledger_option
-@cli.json_option
-def owed(epoch: int, as_json: bool, **options: Any) -> None:
-    """Which audits EPOCH owed, which were done, late or missing, and by whom."""
-    view = read_log(options)
-    found = accounts(view, epoch, SystemClock().now_unix_ms())
-    if as_json:
-        cli.print_json([entry.as_json() for entry in found])
-        return
-    cli.print_table(
-        f"epoch {epoch}",
-        ("verifier", "revealed", DONE, LATE, MISSING, PENDING, "unasked", "copied", "kept"),
-        [
-            (
-                entry.verifier_id,
-                entry.revealed,
-                *(entry.count(status) for status in (DONE, LATE, MISSING, PENDING)),
-                entry.unasked,
-                entry.copied,
-                entry.kept,
-            )
-            for entry in found
-        ],
-    )
-    broken = [a for entry in found for a in entry.audits if a.status in (LATE, MISSING)]
-    if broken:
-        cli.print_table(
-            "late or missing",
-            ("receipt leaf", "node", "status", "delay s"),
-            [(a.receipt_index, a.node_id, a.status, a.delay_ms / 1000) for a in broken[:100]],
-        )
-
-
-for _command in (bundle, recheck, appeal):
+for _command in (owed, pay, bundle, recheck, appeal):
     verifier.add_command(_command)

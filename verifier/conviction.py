@@ -18,9 +18,12 @@ from trueweight.protos.evidence import (
 # Nodes needed, and the wealth their median must reach, before noise is blamed on the calibration.
 FREEZE_MIN_NODES = 3
 FREEZE_MEDIAN_WEALTH = 20.0
-# A client's evidence is capped only beyond this many full requests, and then at half of all.
+# A client's evidence is capped only beyond this many full requests, and then at half of all; of
+# what is beyond that every eighth audit still counts. Without that, an accomplice with an account
+# of his own and a single short request would make the evidence of a node's one real customer void.
 CLIENT_FREE_WEIGHT = 256.0
 CLIENT_MAX_SHARE = 0.5
+CAPPED_STRIDE = 8
 MAX_CLIENTS_PER_NODE = 10_000
 
 
@@ -60,6 +63,8 @@ class NodeEvidence:
     last_verdict_index: int = 0
     pairs: Mapping[str, Wealth] = field(default_factory=dict)
     client_weights: Mapping[str, float] = field(default_factory=dict)
+    # Audits beyond a client's share, by client.
+    client_beyond: Mapping[str, int] = field(default_factory=dict)
     # The evidence with which the threshold was first reached.
     crossed_by: Evidence | None = None
 
@@ -71,10 +76,9 @@ class NodeEvidence:
         return "suspect" if self.wealth.value >= SUSPECT else "clear"
 
     def accepts(self, evidence: Evidence) -> bool:
-        """True if the evidence counts: not after the decision, not beyond its client's share.
-
-        Decided before the outcome is looked at, so the wealth stays a supermartingale under
-        honesty."""
+        """True if the evidence counts: not after the decision, not beyond its client's share (but
+        for every eighth). Decided before the outcome is looked at, so the wealth stays a
+        supermartingale under honesty."""
         return self.crossed_by is None and not self._is_capped(evidence)
 
     def add(self, evidence: Evidence) -> NodeEvidence:
@@ -82,8 +86,9 @@ class NodeEvidence:
         decision is made, and what follows cannot take it back (appeals re-run the audits)."""
         if self.crossed_by is not None:
             return self
+        beyond = self._with_beyond(evidence)
         if self._is_capped(evidence):
-            return replace(self, capped_audits=self.capped_audits + 1)
+            return replace(self, capped_audits=self.capped_audits + 1, client_beyond=beyond)
         wealth = self.wealth.add(*evidence.item)
         pair = self.pairs.get(evidence.pair, Wealth()).add(*evidence.item)
         return NodeEvidence(
@@ -94,10 +99,23 @@ class NodeEvidence:
             last_verdict_index=evidence.verdict_index,
             pairs={**self.pairs, evidence.pair: pair},
             client_weights=self._with_client(evidence),
+            client_beyond=beyond,
             crossed_by=evidence if wealth.value >= CONVICT else None,
         )
 
     def _is_capped(self, evidence: Evidence) -> bool:
+        seen = self.client_beyond.get(evidence.client, 0)
+        return self._is_beyond_share(evidence) and seen % CAPPED_STRIDE != CAPPED_STRIDE - 1
+
+    def _with_beyond(self, evidence: Evidence) -> Mapping[str, int]:
+        if not self._is_beyond_share(evidence):
+            return self.client_beyond
+        seen = self.client_beyond.get(evidence.client, 0)
+        return {**self.client_beyond, evidence.client: seen + 1}
+
+    def _is_beyond_share(self, evidence: Evidence) -> bool:
+        # A node's only client is not capped: there is nobody whom it could drown out, and without
+        # its evidence there would be none.
         mine = self.client_weights.get(evidence.client, 0.0) + evidence.weight
         if not evidence.client or mine <= CLIENT_FREE_WEIGHT or len(self.client_weights) < 2:
             return False

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from trueweight.protos.audit import commitment
 from trueweight.protos.errors import NotFound, StorageError
-from trueweight.protos.v1.audit_pb2 import EpochOpen, NodeRate
+from trueweight.protos.v1.audit_pb2 import AuditRequest, EpochOpen, NodeRate
 from trueweight.verifier.selection import MAX_RATES
 
 SECRET_BYTES = 32
@@ -37,6 +37,8 @@ class RatePolicy:
     # A transcript that does not open for this long after the receipt's leaf is missing.
     transcript_patience_ms: int = 60_000
     charge_reference_nano: int = 0
+    # Second opinions on what other verifiers audit.
+    duplicate_ppm: int = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def rate_ppm(policy: RatePolicy, standing: Standing) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """What identifies a new epoch."""
+    """A verifier's epoch, and what time it is."""
 
     market_id: str
     verifier_id: str
@@ -67,9 +69,14 @@ class EpochPlan:
 
 
 def open_epoch(
-    plan: EpochPlan, secret: bytes, policy: RatePolicy, standings: Mapping[str, Standing]
+    plan: EpochPlan,
+    secret: bytes,
+    policy: RatePolicy,
+    standings: Mapping[str, Standing],
+    gain_tokens: int = 0,
 ) -> EpochOpen:
-    """The commitment and the frozen rates of an epoch. Nodes at the default rate are left out."""
+    """The commitment, the frozen rates and the power of an epoch. Nodes at the default rate are
+    left out."""
     rates = {node: rate_ppm(policy, standing) for node, standing in standings.items()}
     below = sorted(node for node, rate in rates.items() if rate != PPM)[:MAX_RATES]
     return EpochOpen(
@@ -82,6 +89,8 @@ def open_epoch(
         charge_reference_nano=policy.charge_reference_nano,
         opened_at_unix_ms=plan.now_unix_ms,
         audit_deadline_ms=policy.audit_deadline_ms,
+        gain_tokens=gain_tokens,
+        duplicate_rate_ppm=policy.duplicate_ppm,
     )
 
 
@@ -96,6 +105,22 @@ def wrap_private_key(
     info = _WRAP_INFO + receipt_digest + duplicate_index.to_bytes(4, "little")
     key = HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(secret)
     return X25519PrivateKey.from_private_bytes(key)
+
+
+def audit_request(
+    context: EpochPlan, wrapping_secret: bytes, assignment_digest: bytes, receipt_digest: bytes
+) -> AuditRequest:
+    """The request that a transcript is opened by, with the key that it is wrapped to."""
+    key = wrap_private_key(wrapping_secret, receipt_digest, 0)
+    return AuditRequest(
+        market_id=context.market_id,
+        verifier_id=context.verifier_id,
+        epoch=context.epoch,
+        assignment_digest=assignment_digest,
+        receipt_digest=receipt_digest,
+        wrap_public_key=key.public_key().public_bytes_raw(),
+        requested_at_unix_ms=context.now_unix_ms,
+    )
 
 
 class SecretStore:

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
 from trueweight.verifier.conviction import Evidence, NodeEvidence
 
@@ -90,3 +91,4 @@ class NodeRecord:
     receipts: int = 0
     charged_nano: int = 0
     billed_output_tokens: int = 0
+    unsettled: UnsettledWork = field(default_factory=UnsettledWork)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_of, owes
 from trueweight.verifier.state import LogView
+from trueweight.verifier.verdicts import agree
 
 DONE, LATE, MISSING, PENDING = "done", "late", "missing", "pending"
 
@@ -30,6 +32,8 @@ class EpochAccount:
 
     ``unasked``: verdicts on receipts that were not owed. ``copied``: verdicts in a market of
     several verifiers without a margin commitment from before the others' margins were known.
+    ``disputed``: verdicts with which another verifier's verdict on the same receipt disagrees by
+    more than two references do; one of the two is wrong, and replaying the bundle tells which.
     """
 
     verifier_id: str
@@ -38,6 +42,7 @@ class EpochAccount:
     audits: tuple[OwedAudit, ...] = ()
     unasked: int = 0
     copied: int = 0
+    disputed: tuple[int, ...] = ()
 
     def count(self, status: str) -> int:
         """Audits of one status."""
@@ -71,18 +76,37 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
             continue
         if not view.may_judge(verifier_id, receipt.node_id):
             continue  # nobody owes audits of his own nodes, and they count for nothing
-        if owes(leaf, secret, receipt):
+        asked = view.asked_by_another(verifier_id, receipt)
+        if owes(leaf, secret, receipt, asked_by_another=asked):
             audits.append(_audit(view, leaf, receipt, now_unix_ms))
         elif view.verdicts.get((verifier_id, receipt.receipt_digest)) is not None:
             unasked += 1
-    copied = sum(
-        1
+    mine = [
+        verdict
         for verdict in view.verdicts.values()
-        if verdict.copied
-        and verdict.leaf.message.verifier_id == verifier_id
-        and verdict.leaf.message.epoch == epoch
+        if verdict.leaf.message.verifier_id == verifier_id and verdict.leaf.message.epoch == epoch
+    ]
+    return EpochAccount(
+        verifier_id,
+        epoch,
+        True,
+        tuple(audits),
+        unasked,
+        copied=sum(1 for verdict in mine if verdict.copied),
+        disputed=tuple(v.leaf.index for v in mine if _is_disputed(view, v)),
     )
-    return EpochAccount(verifier_id, epoch, True, tuple(audits), unasked, copied)
+
+
+def _is_disputed(view: LogView, mine: VerdictLeaf) -> bool:
+    message = mine.leaf.message
+    for judge in view.judges_of(message.node_id):
+        other = view.verdicts.get((judge, message.receipt_digest))
+        if judge == message.verifier_id or other is None:
+            continue
+        evidence = mine.evidence or other.evidence
+        if not agree(message, other.leaf.message, evidence.mu0_nano if evidence else 0):
+            return True
+    return False
 
 
 def _audit(view: LogView, epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: int) -> OwedAudit:

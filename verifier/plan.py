@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.market_pb2 import Member
@@ -74,6 +74,12 @@ class Agenda:
         self._undecided[receipt_digest] = None
         if len(self._undecided) > MAX_RECEIPTS:  # the fold has forgotten it as well
             del self._undecided[next(iter(self._undecided))]
+
+    def on_request(self, receipt_digest: bytes) -> None:
+        """An audit request was folded: if it is another's, a second opinion may be owed."""
+        mine = self.view.verdicts.get((self.verifier_id, receipt_digest))
+        if self.is_blind and mine is None and receipt_digest not in self.owed:
+            self.on_receipt(receipt_digest)
 
     def on_verdict(self, receipt_digest: bytes) -> None:
         """A verdict leaf about this receipt was folded."""
@@ -168,11 +174,16 @@ class Agenda:
         epochs = self.my_epochs
         newest = epochs[-1] if epochs else None
         if newest is None:
-            yield OpenEpoch(1)
+            # The first epoch states the power of the calibrations, so they come first.
+            if next(self.calibration_duties(), None) is None:
+                yield OpenEpoch(1)
             return
         if now_unix_ms >= newest.message.opened_at_unix_ms + self.policy.epoch_ms:
             yield OpenEpoch(newest.message.epoch + 1)
-        for epoch in epochs[:-1]:
+        for epoch, following in pairwise(epochs):
+            opened_ms = following.message.opened_at_unix_ms
+            if self.is_blind and now_unix_ms <= opened_ms + BLIND_WINDOW_MS:
+                continue  # second opinions on its receipts may still be asked for
             if self._may_reveal(epoch.message.epoch):
                 yield RevealEpoch(epoch.message.epoch)
 
@@ -237,7 +248,9 @@ class Agenda:
         if not self.view.may_judge(self.verifier_id, receipt.node_id):
             return False
         try:
-            return owes(epoch, self.secrets.get(epoch.message.epoch), receipt)
+            secret = self.secrets.get(epoch.message.epoch)
+            asked = self.view.asked_by_another(self.verifier_id, receipt)
+            return owes(epoch, secret, receipt, asked_by_another=asked)
         except NotFound:
             self.lost_epochs.add(epoch.message.epoch)
             return False

@@ -20,7 +20,7 @@ from trueweight.protos.errors import BadSignature, InvalidRequest, ReceiptRefuse
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
-from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry, Verdict
+from trueweight.protos.v1.audit_pb2 import Calibration, Verdict
 from trueweight.protos.v1.market_pb2 import Assignment, Member
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.protos.v1.node_pb2 import ScoreItem
@@ -29,10 +29,7 @@ from trueweight.verifier.bundle import Bundle
 from trueweight.verifier.calibration import CalibrationLeaf, read_calibration
 from trueweight.verifier.reference import Scorer
 from trueweight.verifier.selection import ReceiptLeaf
-from trueweight.verifier.verdicts import AuditContext, Scored, scored
-
-# Two honest references differ by rounding: the mean may differ by the null mean or by this share.
-TOLERANCE = 0.2
+from trueweight.verifier.verdicts import AuditContext, Scored, agree, mean_x, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,19 +189,10 @@ async def _score(bundle: Bundle, case: _Case, scorer: Scorer) -> Verdict:
 
 def _compare(case: _Case, found: Verdict) -> Iterator[Step]:
     claimed = case.verdict
-    before, after = _mean(claimed), _mean(found)
+    before, after = mean_x(claimed), mean_x(found)
     entry = case.calibration.entries.get(found.parameter_class) if case.calibration else None
     detail = f"mean clipped margin {before:.6f} claimed, {after:.6f} recomputed"
-    yield Step(6, "margins", _is_close(before, after, entry), detail)
+    yield Step(6, "margins", agree(claimed, found, entry.mu0_nano if entry else 0), detail)
     same = claimed.outcome == found.outcome and claimed.parameter_class == found.parameter_class
     name = Verdict.Outcome.Name
     yield Step(7, "outcome", same, f"{name(claimed.outcome)}, recomputed {name(found.outcome)}")
-
-
-def _mean(verdict: Verdict) -> float:
-    return verdict.sum_x_nano / verdict.scored_tokens / 1e9 if verdict.scored_tokens else 0.0
-
-
-def _is_close(before: float, after: float, entry: CalibrationEntry | None) -> bool:
-    null = entry.mu0_nano / 1e9 if entry else 0.0
-    return abs(before - after) <= max(null, TOLERANCE * max(before, after))

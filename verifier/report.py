@@ -13,7 +13,7 @@ from trueweight.verifier.conviction import NodeEvidence, frozen_pairs
 from trueweight.verifier.deterrence import Stake, deterrence
 from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import PPM
-from trueweight.verifier.standing import null_mean, stakes
+from trueweight.verifier.standing import stakes
 from trueweight.verifier.state import LogView
 from trueweight.verifier.verdicts import REFUNDING
 
@@ -38,11 +38,13 @@ class NodeRow:
     # None where no calibration tells the power of audits.
     at_stake_nano: int
     needed_nano: int | None
-
-    @property
-    def deterred(self) -> bool | None:
-        """True if cheating does not pay, as far as is known."""
-        return None if self.needed_nano is None else self.at_stake_nano >= self.needed_nano
+    # Charges that no verifier has come to yet, and how many routers let there be at a time.
+    unsettled_nano: int
+    cap_nano: int | None
+    deterred: bool | None
+    # Verifiers that may judge the node, and how many of them convict.
+    judges: int
+    judges_needed: int
 
 
 def state_of(view: LogView, node_id: str) -> str:
@@ -58,10 +60,19 @@ def state_of(view: LogView, node_id: str) -> str:
     return record.pooled.state
 
 
-def current_rate(view: LogView, node_id: str) -> float:
-    """The largest rate at which any verifier audits the node now; 0 if no epoch is open."""
-    rates = [epochs[-1].rate_ppm(node_id) for epochs in view.epochs.values() if epochs]
-    return max(rates, default=0) / PPM
+def current_rate_ppm(view: LogView, node_id: str) -> int:
+    """The rate at which as many verifiers as convict audit the node now; 0 if too few do."""
+    rates = sorted(
+        epochs[-1].rate_ppm(node_id)
+        for verifier_id, epochs in view.epochs.items()
+        if epochs and view.may_judge(verifier_id, node_id)
+    )
+    return rates[-view.convictions_needed] if len(rates) >= view.convictions_needed else 0
+
+
+def current_gain_tokens(view: LogView) -> int:
+    """What the best detectable cheat gains, as the newest epochs state it; 0 if unknown."""
+    return max((e[-1].message.gain_tokens for e in view.epochs.values() if e), default=0)
 
 
 def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
@@ -70,24 +81,25 @@ def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
     return sorted(found, key=lambda v: v.leaf.index)
 
 
-NOTHING_AT_STAKE = Stake(0, 0, 0.0)
+NOTHING_AT_STAKE = Stake(0, 0, 0)
 
 
-def node_row(view: LogView, node_id: str, stake: Stake = NOTHING_AT_STAKE) -> NodeRow:
-    """The node's row, from the pooled evidence and, if it was looked up, its stake."""
+def node_row(
+    view: LogView, node_id: str, verdicts: Sequence[VerdictLeaf], stake: Stake = NOTHING_AT_STAKE
+) -> NodeRow:
+    """The node's row, from the pooled evidence, all verdicts about it and its stake."""
     record = view.nodes[node_id]
-    verdicts = verdicts_of(view, node_id)
     counted = [v.evidence for v in verdicts if v.evidence is not None]
     tokens = sum(e.tokens for e in counted)
     total = sum(e.sum_x_nano for e in counted)
-    rate, mu0 = current_rate(view, node_id), null_mean(view)
-    known = mu0 is not None and rate > 0
+    rate_ppm, gain_tokens = current_rate_ppm(view, node_id), current_gain_tokens(view)
+    found = deterrence(stake, rate_ppm, gain_tokens) if gain_tokens and rate_ppm else None
     return NodeRow(
         node_id=node_id,
         state=state_of(view, node_id),
         wealth=record.pooled.wealth.value,
         largest_wealth=record.pooled.largest,
-        rate=rate,
+        rate=rate_ppm / PPM,
         receipts=record.receipts,
         audits=len(verdicts),
         audited_tokens=record.pooled.wealth.tokens,
@@ -96,14 +108,29 @@ def node_row(view: LogView, node_id: str, stake: Stake = NOTHING_AT_STAKE) -> No
         convicted=view.convicted(node_id),
         suspended=record.suspended,
         at_stake_nano=stake.total_nano,
-        needed_nano=deterrence(stake, rate, mu0 or 0.0).needed_nano if known else None,
+        needed_nano=found.needed_nano if found else None,
+        unsettled_nano=record.unsettled.nano,
+        cap_nano=found.cap_nano if found else None,
+        deterred=found.holds if found else None,
+        judges=len(view.judges_of(node_id)),
+        judges_needed=view.convictions_needed,
     )
+
+
+def row_of(view: LogView, node_id: str) -> NodeRow:
+    """One node's row, its stake not looked up."""
+    return node_row(view, node_id, verdicts_of(view, node_id))
 
 
 def status_rows(view: LogView, records: Sequence[AccountRecord] = ()) -> list[NodeRow]:
     """All nodes, the most suspicious first. ``records`` are balances of their stakes."""
     held = stakes(view, records)
-    rows = [node_row(view, node_id, held[node_id]) for node_id in view.nodes]
+    verdicts: dict[str, list[VerdictLeaf]] = {}
+    for verdict in view.verdicts.values():
+        verdicts.setdefault(verdict.leaf.message.node_id, []).append(verdict)
+    rows = [
+        node_row(view, node_id, verdicts.get(node_id, ()), held[node_id]) for node_id in view.nodes
+    ]
     return sorted(rows, key=lambda row: (-row.wealth, row.node_id))
 
 
@@ -212,6 +239,8 @@ def _words(
             f"Convicted by {message.verifier_id} at leaf {conviction.index}: clients are refunded "
             f"for receipts from leaf {message.change_point_index} on."
         )
-    needed = max(1, view.market.descriptor.convictions_needed)
-    lines.append(f"{needed} verifier(s) must agree to convict in this market.")
+    lines.append(
+        f"{view.convictions_needed} of the {len(view.judges_of(node_id))} verifier(s) that may "
+        "judge it must agree to convict; who has a declared owner in common with it may not."
+    )
     return "\n".join(lines)

@@ -67,16 +67,21 @@ def epoch_of(epochs: Sequence[EpochLeaf], receipt_index: int) -> EpochLeaf | Non
     return None
 
 
-def owes(epoch: EpochLeaf, secret: bytes, receipt: ReceiptLeaf) -> bool:
-    """True if the epoch's verifier owes this receipt an audit.
+def owes(
+    epoch: EpochLeaf, secret: bytes, receipt: ReceiptLeaf, *, asked_by_another: bool = False
+) -> bool:
+    """True if the epoch's verifier owes this receipt an audit: by its own rate or, if another
+    verifier asked for it in time, as a second opinion. Who asked cannot tell which it will be.
 
     A receipt without a known bill has full weight: rather one audit too many than a node that
     escapes by claiming for itself.
     """
     reference = epoch.message.charge_reference_nano
     charge = receipt.charge_nano if receipt.charge_nano is not None else reference
-    rate = epoch.rate_ppm(receipt.node_id)
-    return is_owed(secret, receipt.assignment_digest, rate, charge, reference)
+    rate, digest = epoch.rate_ppm(receipt.node_id), receipt.assignment_digest
+    if is_owed(secret, digest, rate, charge, reference):
+        return True
+    return asked_by_another and is_owed(secret, digest, epoch.message.duplicate_rate_ppm, 0, 0)
 
 
 def is_decidable(epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
 from trueweight.protos.errors import TrueweightError
-from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
@@ -92,6 +92,9 @@ class VerifierService:
         kind = self.view.apply(entry)
         if kind == "receipt":
             self.agenda.on_receipt(digest_of(entry.body))
+        elif kind == "audit-request":
+            request = parse_payload(parse_envelope(entry.body), AuditRequest)
+            self.agenda.on_request(request.receipt_digest)
         elif kind == "verdict":
             verdict = parse_payload(parse_envelope(entry.body), Verdict)
             self.agenda.on_verdict(verdict.receipt_digest)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from trueweight.protos.deterrence import needed_rate_ppm
+from trueweight.protos.money import PPM, TOKENS_PER_MTOK
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
-from trueweight.verifier.deterrence import Stake, needed_rate_ppm
+from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, Power, Stake, power_against
 from trueweight.verifier.epochs import Standing
 from trueweight.verifier.state import LogView
-
-PPM = 1_000_000
 
 
 def stake_accounts(node_ids: Sequence[str]) -> list[str]:
@@ -24,9 +24,9 @@ def stakes(view: LogView, records: Sequence[AccountRecord]) -> dict[str, Stake]:
     found = {}
     for node_id, record in view.nodes.items():
         tokens = record.billed_output_tokens
-        price = record.charged_nano / tokens if tokens else 0.0
+        price = -(-record.charged_nano * TOKENS_PER_MTOK // tokens) if tokens else 0
         locked, bond = (balances.get(a, 0) for a in stake_accounts([node_id]))
-        found[node_id] = Stake(max(0, locked), max(0, bond), price)
+        found[node_id] = Stake(max(0, locked), max(0, bond), price, record.unsettled.nano)
     return found
 
 
@@ -38,19 +38,26 @@ def null_mean(view: LogView) -> float | None:
     return statistics.median(means) if means else None
 
 
-def standings(view: LogView, held: Mapping[str, Stake]) -> dict[str, Standing]:
-    """Every known node's standing, from the pooled wealth and what it has at stake."""
+def power(view: LogView, cheats: Sequence[Cheat] = KNOWN_CHEATS) -> Power | None:
+    """The power of the calibrations in force; None if it is unknown."""
     mu0 = null_mean(view)
+    return None if mu0 is None else power_against(mu0, cheats)
+
+
+def standings(view: LogView, held: Mapping[str, Stake], known: Power | None) -> dict[str, Standing]:
+    """Every known node's standing, from the pooled wealth and what it has at stake."""
     return {
         node_id: Standing(
             audited_tokens=record.pooled.wealth.tokens,
             suspect=record.pooled.state != "clear",
-            needed_ppm=_needed(held.get(node_id), mu0),
+            needed_ppm=_needed(held.get(node_id), known),
         )
         for node_id, record in view.nodes.items()
     }
 
 
-def _needed(stake: Stake | None, mu0: float | None) -> int:
+def _needed(stake: Stake | None, known: Power | None) -> int:
     """Where power or stake are unknown, nothing below a full audit deters."""
-    return PPM if stake is None or mu0 is None else needed_rate_ppm(stake, mu0)
+    if stake is None or known is None:
+        return PPM
+    return needed_rate_ppm(stake.total_nano, stake.price_nano_per_mtok, known.gain_tokens)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.envelope import (
     Opened,
     apply_key_event,
@@ -41,6 +42,7 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.conviction import Evidence, NodeEvidence
+from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_leaf
@@ -50,7 +52,13 @@ log = logging.getLogger(__name__)
 # Receipts remembered. A verdict about an older receipt is not evidence any more.
 MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
+MAX_NODES = 100_000
+MAX_MODELS = 10_000
 MAX_LEGS = 256
+MAX_SUSPENSIONS = 16
+# Work that began before its name was withdrawn may end this much later: the longest request (10
+# minutes) and its hold's grace.
+WITHDRAWAL_GRACE_MS = 15 * 60_000
 # Epochs remembered per verifier; audits of older ones cannot be accounted for any more.
 MAX_EPOCHS = 1_000
 # Ignored leaves that are worth a line each; a flood of them is not.
@@ -82,9 +90,12 @@ class LogView:
         self.ring = market.ring
         self.next_index = 0
         self.ignored = 0
+        # Why the last ignored leaf was.
+        self.last_reason = ""
         self.manifests: dict[bytes, Manifest] = {}
         self.models: dict[str, bytes] = {}
-        self._sold: set[tuple[str, bytes]] = set()
+        # When a name stopped standing for weights; None while it does.
+        self._sold_until_ms: dict[tuple[str, bytes], int | None] = {}
         self.calibrations = CalibrationTable()
         self.epochs: dict[str, list[EpochLeaf]] = {}
         self.reveals: dict[tuple[str, int], bytes] = {}
@@ -127,6 +138,7 @@ class LogView:
             handler(entry)
         except TrueweightError as error:
             self.ignored += 1
+            self.last_reason = error.message
             level = logging.WARNING if self.ignored <= MAX_WARNINGS else logging.DEBUG
             log.log(level, "leaf %d (%s) ignored: %s", entry.index, kind, error.message)
             return ""
@@ -134,7 +146,18 @@ class LogView:
 
     def node(self, node_id: str) -> NodeRecord:
         """The record of a node, made on first use."""
-        return self.nodes.setdefault(node_id, NodeRecord())
+        record = self.nodes.get(node_id)
+        if record is None:
+            if len(self.nodes) >= MAX_NODES:
+                raise TrueweightError("the log names too many nodes")
+            record = NodeRecord(unsettled=UnsettledWork(self.convictions_needed))
+            self.nodes[node_id] = record
+        return record
+
+    @property
+    def convictions_needed(self) -> int:
+        """How many verifiers convict."""
+        return max(1, self.market.descriptor.convictions_needed)
 
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
         """The evidence of one verifier against one node that counts, in leaf order."""
@@ -161,15 +184,25 @@ class LogView:
         members = self.market.members(Member.VERIFIER)
         return [m.identity for m in members if self.may_judge(m.identity, node_id)]
 
-    def was_sold(self, model_id: str, manifest_digest: bytes) -> bool:
-        """True if the market ever registered these weights under this name."""
-        return (model_id, manifest_digest) in self._sold
+    def asked_by_another(self, verifier_id: str, receipt: ReceiptLeaf) -> bool:
+        """True if another verifier asked for this receipt while its commitment could be blind."""
+        for judge in self.judges_of(receipt.node_id):
+            request = self.requests.get((judge, receipt.receipt_digest))
+            late_ms = receipt.merged_at_unix_ms + BLIND_WINDOW_MS
+            if judge != verifier_id and request and request.merged_at_unix_ms <= late_ms:
+                return True
+        return False
+
+    def was_sold(self, model_id: str, manifest_digest: bytes, receipt: ReceiptLeaf) -> bool:
+        """True if the name stood for these weights when this receipt's work can have begun."""
+        sold = (model_id, manifest_digest)
+        until_ms = self._sold_until_ms.get(sold, 0)
+        return until_ms is None or receipt.merged_at_unix_ms <= until_ms + WITHDRAWAL_GRACE_MS
 
     def convicted(self, node_id: str) -> bool:
         """True once as many verifiers convicted as the market asks for."""
         record = self.nodes.get(node_id)
-        needed = max(1, self.market.descriptor.convictions_needed)
-        return record is not None and len(record.convictions) >= needed
+        return record is not None and len(record.convictions) >= self.convictions_needed
 
     # Handlers, one per kind of leaf.
 
@@ -181,17 +214,25 @@ class LogView:
         manifest = parse_payload(parse_envelope(leaf.message.manifest_envelope), Manifest)
         if digest_of(leaf.message.manifest_envelope) != leaf.message.manifest_digest:
             raise TrueweightError("the registry entry carries another manifest")
-        self.manifests[leaf.message.manifest_digest] = manifest
-        self._sold.add((leaf.message.model_id, leaf.message.manifest_digest))
-        if leaf.message.revoked:
-            self.models.pop(leaf.message.model_id, None)
-        else:
-            self.models[leaf.message.model_id] = leaf.message.manifest_digest
+        name = leaf.message.model_id
+        sold = (name, leaf.message.manifest_digest)
+        is_new = not leaf.message.revoked and sold not in self._sold_until_ms
+        if is_new and len(self._sold_until_ms) >= MAX_MODELS:
+            raise TrueweightError("the market registered too many models")
+        before = self.models.pop(name, None)
+        if before is not None:
+            self._sold_until_ms[name, before] = entry.merged_at_unix_ms
+        if not leaf.message.revoked:
+            self.manifests[leaf.message.manifest_digest] = manifest
+            self.models[name] = leaf.message.manifest_digest
+            self._sold_until_ms[sold] = None
 
     def _on_calibration(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Calibration)
         if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
             raise TrueweightError("only verifiers and the market calibrate")
+        if opened.message.manifest_digest not in self.manifests:
+            raise TrueweightError("a calibration for weights that nobody registered")
         calibration = read_calibration(opened.message, opened.digest, entry.index)
         if not self.calibrations.add(calibration):
             raise TrueweightError("the calibration's version does not go forward")
@@ -233,13 +274,16 @@ class LogView:
             hold_id=hold_id,
         )
         if self.receipts.get(digest) is None:
-            self.receipts.put(digest, leaf)
             self.node(receipt.node_id).receipts += 1
+            self.receipts.put(digest, leaf)
 
     def _on_bill(self, entry: LogEntry) -> None:
         bill = parse_payload(parse_envelope(entry.body), Bill)
-        for leg in bill.legs[:MAX_LEGS]:
+        # A capture's receipts are the leaves just before its bill, in order.
+        first_receipt = entry.index - len(bill.legs)
+        for number, leg in enumerate(bill.legs[:MAX_LEGS]):
             record = self.node(leg.node_id)
+            record.unsettled.earned(first_receipt + number, leg.client_charge_nano)
             record.charged_nano += leg.client_charge_nano
             record.billed_output_tokens += leg.billed_output_tokens
             known = self.receipts.get(leg.receipt_digest)
@@ -276,6 +320,8 @@ class LogView:
         if not self.may_judge(verdict.verifier_id, verdict.node_id):
             self.verdicts.put(key, VerdictLeaf(leaf, None, OWN_NODE))
             return
+        if (receipt := self.receipts.get(verdict.receipt_digest)) is not None:
+            self.node(receipt.node_id).unsettled.judged(verdict.verifier_id, receipt.index)
         why_not, evidence = evidence_in(self, leaf)
         copied = is_copied(self, leaf)
         if self.first_verdicts.get(verdict.receipt_digest) is None:
@@ -319,7 +365,8 @@ class LogView:
             raise TrueweightError(OWN_NODE)
         record = self.node(opened.message.node_id)
         record.suspended = not opened.message.lifted
-        if opened.message.conviction_digest and not opened.message.lifted:
+        room = len(record.suspended_for) < MAX_SUSPENSIONS
+        if opened.message.conviction_digest and not opened.message.lifted and room:
             record.suspended_for.add(opened.message.conviction_digest)
 
     def _open_any(self, entry: LogEntry, message_type: type[M]) -> Opened[M]:

@@ -17,6 +17,8 @@ REFUNDING = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT, Verdict.MISSING_
 # Outcomes that add to a node's wealth.
 EVIDENCE = frozenset({Verdict.SCORED, Verdict.REFUND})
 MAX_NAME_CHARS = 64
+# Two honest references differ by rounding: the mean may differ by the null mean or by this share.
+TOLERANCE = 0.2
 # ``l0_failure`` of a receipt whose transcript its client had destroyed.
 ERASED = "erased"
 
@@ -104,6 +106,23 @@ def _verdict(context: AuditContext, outcome: Verdict.Outcome) -> Verdict:
         outcome=outcome,
         issued_at_unix_ms=context.now_unix_ms,
     )
+
+
+def mean_x(verdict: Verdict) -> float:
+    """Mean of x over the scored tokens."""
+    return verdict.sum_x_nano / verdict.scored_tokens / 1e9 if verdict.scored_tokens else 0.0
+
+
+def agree(one: Verdict, other: Verdict, mu0_nano: int) -> bool:
+    """True if two references can have come to these verdicts on one receipt. Where one of them did
+    not get to see the transcript, or could not score it, there is nothing to compare."""
+    outcomes = {one.outcome, other.outcome}
+    if Verdict.INVALID_RECEIPT in outcomes and Verdict.MISSING_TRANSCRIPT not in outcomes:
+        return one.l0_failure == other.l0_failure
+    if not (one.scored_tokens and other.scored_tokens):
+        return True
+    before, after = mean_x(one), mean_x(other)
+    return abs(before - after) <= max(mu0_nano / 1e9, TOLERANCE * max(before, after))
 
 
 def outcome_name(verdict: Verdict) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trueweight.protos.errors import NotFound
 from trueweight.protos.evidence import CONVICT, log10_milli
-from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
+from trueweight.protos.v1.audit_pb2 import Conviction, EpochReveal
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort
@@ -15,12 +16,12 @@ from trueweight.verifier import duties
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.conviction import change_point_index
-from trueweight.verifier.deterrence import deterrence, releasable_nano
+from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
-from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key
+from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch
 from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import Publisher
-from trueweight.verifier.standing import null_mean, stakes, standings
+from trueweight.verifier.standing import power, stakes, standings
 from trueweight.verifier.verdicts import AuditContext, outcome_name
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Worker:
     ledger: LedgerPort
     clock: Clock
     reward_ppm: int = 50_000
+    cheats: Sequence[Cheat] = KNOWN_CHEATS
 
     async def do(self, duty: duties.Duty) -> None:
         """Does one duty. Raises errors of the one tree; it may then simply be done again."""
@@ -85,11 +87,13 @@ class Worker:
         now = self.clock.now_unix_ms()
         view = self.agenda.view
         records = await read_stakes(self.ledger, list(view.nodes))
+        known = power(view, self.cheats)
         message = open_epoch(
             EpochPlan(self._market_id, self._me, epoch, now),
             secret,
             self.agenda.policy,
-            standings(view, stakes(view, records)),
+            standings(view, stakes(view, records), known),
+            known.gain_tokens if known else 0,
         )
         await self.publisher.publish(message, "epoch-open", epoch.to_bytes(8, "big"))
 
@@ -106,16 +110,9 @@ class Worker:
 
     async def _request(self, duty: duties.RequestAudit) -> None:
         receipt = duty.receipt
-        key = wrap_private_key(self.agenda.secrets.wrapping(), receipt.receipt_digest, 0)
-        message = AuditRequest(
-            market_id=self._market_id,
-            verifier_id=self._me,
-            epoch=duty.epoch,
-            assignment_digest=receipt.assignment_digest,
-            receipt_digest=receipt.receipt_digest,
-            wrap_public_key=key.public_key().public_bytes_raw(),
-            requested_at_unix_ms=self.clock.now_unix_ms(),
-        )
+        plan = EpochPlan(self._market_id, self._me, duty.epoch, self.clock.now_unix_ms())
+        secret = self.agenda.secrets.wrapping()
+        message = audit_request(plan, secret, receipt.assignment_digest, receipt.receipt_digest)
         await self.publisher.publish(message, "audit-request", receipt.receipt_digest)
 
     async def _audit(self, duty: duties.PerformAudit) -> None:
@@ -193,12 +190,12 @@ class Worker:
 
     async def _release(self, duty: duties.ReleaseEarnings) -> None:
         """Leaves as much at stake as deters at the node's frozen rate."""
-        view, mu0 = self.agenda.view, null_mean(self.agenda.view)
+        view, known = self.agenda.view, power(self.agenda.view, self.cheats)
         records = await read_stakes(self.ledger, [duty.node_id])
         stake = stakes(view, records)[duty.node_id]
-        rate = self.agenda.my_epochs[-1].rate_ppm(duty.node_id) / 1e6
-        if mu0 is not None and rate > 0:
-            amount = releasable_nano(stake, deterrence(stake, rate, mu0).needed_nano)
+        rate = self.agenda.my_epochs[-1].rate_ppm(duty.node_id)
+        if known is not None and rate > 0:
+            amount = releasable_nano(stake, rate, known.gain_tokens)
             if amount > 0:
                 await self.publisher.release(duty, amount)
         self.agenda.note_released(duty)

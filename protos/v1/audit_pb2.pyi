@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EpochOpen(_message.Message):
-    __slots__ = ("market_id", "verifier_id", "epoch", "commitment", "rates", "default_rate_ppm", "charge_reference_nano", "opened_at_unix_ms", "audit_deadline_ms")
+    __slots__ = ("market_id", "verifier_id", "epoch", "commitment", "rates", "default_rate_ppm", "charge_reference_nano", "opened_at_unix_ms", "audit_deadline_ms", "gain_tokens", "duplicate_rate_ppm")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class EpochOpen(_message.Message):
     CHARGE_REFERENCE_NANO_FIELD_NUMBER: _ClassVar[int]
     OPENED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     AUDIT_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    GAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_RATE_PPM_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     verifier_id: str
     epoch: int
@@ -28,7 +30,9 @@ class EpochOpen(_message.Message):
     charge_reference_nano: int
     opened_at_unix_ms: int
     audit_deadline_ms: int
-    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., commitment: _Optional[bytes] = ..., rates: _Optional[_Iterable[_Union[NodeRate, _Mapping]]] = ..., default_rate_ppm: _Optional[int] = ..., charge_reference_nano: _Optional[int] = ..., opened_at_unix_ms: _Optional[int] = ..., audit_deadline_ms: _Optional[int] = ...) -> None: ...
+    gain_tokens: int
+    duplicate_rate_ppm: int
+    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., commitment: _Optional[bytes] = ..., rates: _Optional[_Iterable[_Union[NodeRate, _Mapping]]] = ..., default_rate_ppm: _Optional[int] = ..., charge_reference_nano: _Optional[int] = ..., opened_at_unix_ms: _Optional[int] = ..., audit_deadline_ms: _Optional[int] = ..., gain_tokens: _Optional[int] = ..., duplicate_rate_ppm: _Optional[int] = ...) -> None: ...
 
 class NodeRate(_message.Message):
     __slots__ = ("node_id", "rate_ppm")

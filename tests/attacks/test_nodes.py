@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 
 from trueweight.node import session as node_session
 from trueweight.node.admission import Refused
@@ -12,6 +13,7 @@ from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import EngineError
+from trueweight.protos.v1.audit_pb2 import EpochOpen
 from trueweight.protos.v1.market_pb2 import Offer, OfferedModel
 from trueweight.router import fleet
 from trueweight.router.legs import LegTiming
@@ -123,6 +125,37 @@ async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds
         assert answer["usage"]["cost_nano"] <= 1600 * DEAR // 10**6
         status, answer, _ = await client.post(BODY, "/completions")
         assert status == 200
+
+
+async def test_attack_a_newcomer_works_without_a_stake_or_ahead_of_the_audits(bazaar, shopper):
+    """Once a verifier states the power of its audits, a node without a bond gets nothing, and one
+    with a bond no more than it deters while nobody audits."""
+    nodes = (cheap("bare"), dear("bonded", bond_credits=1))
+    async with bazaar(nodes=nodes, timing=QUICK) as market:
+        client = await shopper(market)
+        assert (await client.post(BODY, "/completions"))[0] == 200
+        verifier = market.signer("verifier")
+        epoch = EpochOpen(
+            market_id=market.market.market_id,
+            verifier_id=verifier.identity,
+            epoch=1,
+            default_rate_ppm=10**6,
+            # At these prices all of the bond but 200,000 nanocredits, a dozen answers.
+            gain_tokens=(10**9 - 200_000) * 10**6 // (2 * 2 * DEAR),
+        )
+        await market.port("verifier").publish(seal(epoch, verifier))
+        served, statuses = [], []
+        async with asyncio.timeout(10):
+            while not statuses or statuses[-1] == 200:
+                await asyncio.sleep(0.1)  # the router follows the log
+                status, _, headers = await client.post(
+                    BODY | {"seed": len(statuses)}, "/completions"
+                )
+                statuses.append(status)
+                if status == 200:
+                    served.append(json.loads(headers["x-trueweight-route"])["node"])
+        assert statuses[-1] == 503 and served
+        assert set(served[2:]) <= {market.nodes["bonded"].node_id}
 
 
 async def test_attack_free_identities_do_not_fill_the_fleet(bazaar, shopper, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -144,6 +145,60 @@ def test_symlinked_weights_sign_and_verify(sign, verify, model, tmp_path):
     assert verify().code == 65
 
 
+@pytest.fixture
+def hub_cache(tmp_path):
+    """A snapshot as huggingface_hub leaves it: links into blobs, shards, tokenizer, template."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a1b2"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    vocabulary = {"model": {"vocab": {f"t{i}": i for i in range(50)}}}
+    files = {
+        "config.json": json.dumps({"vocab_size": 50, "max_position_embeddings": 64}),
+        "generation_config.json": json.dumps({"eos_token_id": [3, 4]}),
+        "tokenizer.json": json.dumps(vocabulary),
+        "chat_template.jinja": "{{ messages }}",
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": dict(zip("ab", shards, strict=True))}
+        ),
+        shards[0]: "1" * 5000,
+        shards[1]: "2" * 5000,
+    }
+    for name, text in files.items():
+        blob = blobs / hashlib.sha256(text.encode()).hexdigest()
+        blob.write_text(text)
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def test_a_sharded_snapshot_in_a_hub_cache(trueweight, market, hub_cache):
+    where = ("--market", market.file, "--json")
+    keys = ("--keys", market.keys("publisher"), "--licence", "MIT")
+    signed = trueweight("model", "sign", hub_cache, *where, *keys)
+    assert signed.code == 0, signed.err
+    facts = signed.json()
+    assert (facts["files"], facts["eos_token_ids"], facts["tokenizer"]) == (
+        7,
+        [3, 4],
+        "tokenizer.json",
+    )
+    assert facts["chat_template_sha256"] == hashlib.sha256(b"{{ messages }}").hexdigest()
+    assert "OpenSSF" in trueweight("model", "verify", hub_cache, *where).json()["checked"]
+    # A link to other bytes, an extra file, a missing shard.
+    shard = hub_cache / "model-00002-of-00002.safetensors"
+    original = shard.readlink()
+    shard.unlink()
+    shard.symlink_to((hub_cache / "model-00001-of-00002.safetensors").readlink())
+    assert "differs from the signed" in trueweight("model", "verify", hub_cache, *where).err
+    shard.unlink()
+    assert "is missing" in trueweight("model", "verify", hub_cache, *where).err
+    refused = trueweight("model", "sign", hub_cache, *where, *keys)
+    assert refused.code == 65 and "which is missing" in refused.err
+    shard.symlink_to(original)
+    (hub_cache / "model-00003-of-00002.safetensors").write_text("3")
+    assert "not in the signed manifest" in trueweight("model", "verify", hub_cache, *where).err
+
+
 def test_without_openssf_it_says_so(sign, verify):
     assert sign("--no-openssf").code == 0
     assert "names no OpenSSF signature" in verify().json()["checked"]
@@ -236,6 +291,17 @@ def test_register_and_show_over_a_real_ledger(sign, trueweight, market, model, l
     assert [(m["model_id"], m["manifest_digest"]) for m in shown] == [
         ("my-id", facts["manifest_digest"])
     ]
+    (model / "README.md").write_text("# About it")
+    again = sign("--revision", "2").json()
+    assert trueweight("model", "register", "my-id", *manifest, *where).code == 0
+    one = trueweight("model", "show", "my-id", *where).json()
+    assert (one["revision"], one["licence"]) == ("2", "Apache-2.0")
+    assert one["manifest_digest"] == again["manifest_digest"] != facts["manifest_digest"]
+    assert one["model_card_sha256"] == hashlib.sha256(b"# About it").hexdigest()
+    assert trueweight("model", "revoke", "my-id", *where).json()["log_index"] > one["log_index"]
+    assert trueweight("model", "show", *where).json() == []
+    for command in ("show", "revoke"):
+        assert trueweight("model", command, "my-id", *where).code == 1
     # Only the market's own key names models.
     wrong = trueweight(
         "model",

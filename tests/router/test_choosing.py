@@ -43,6 +43,7 @@ def node(name="a", **changes):
         bonded=True,
         fingerprint_allowed=True,
         completed=10,
+        room_nano=None,
     )
     return replace(base, **changes)
 
@@ -54,6 +55,9 @@ def node(name="a", **changes):
         ({"fingerprint_allowed": False}, {}, Ineligible.NOT_ALLOWED),
         ({"judged": False}, {}, Ineligible.NOT_JUDGED),
         ({"bonded": False}, {}, Ineligible.NOT_BONDED),
+        # The work costs at most 10,000 + 60,000 nanocredits, and 2 for roundings.
+        ({"room_nano": 70_001}, {}, Ineligible.UNSETTLED),
+        ({"room_nano": 70_002}, {}, None),
         ({"connected": False}, {}, Ineligible.DISCONNECTED),
         ({"lease_fresh": False}, {}, Ineligible.LEASE),
         ({"draining": True}, {}, Ineligible.DRAINING),

@@ -12,12 +12,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from trueweight.node import call_runner
 from trueweight.node.synthetic import Speed
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.errors import NotFound, PermissionDenied, TrueweightError
 from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.transcript_box import WrappedKey, open_data, unwrap_key
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, Transcript, Verdict
 from trueweight.protos.v1.market_pb2 import Suspension
+from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
 from trueweight.protos.v1.router_pb2_grpc import RouterStub
 from trueweight.router.journal import CAPTURED
@@ -49,6 +50,29 @@ def node_of(market, node_id):
 async def receipt(market, answer_id, name):
     request_id = bytes.fromhex(answer_id.rpartition("-")[2])
     return await market.router.front.receipts.read(request_id, f"client:{name}")
+
+
+async def test_a_name_is_sold_and_withdrawn_from_its_leaf_on(start_market, connect, model_id):
+    async with start_market(NodeSpec("a", speed=SLOW)) as market:
+        client = await connect(market)
+        running = asyncio.create_task(client.completions.create(model=model_id, **LONG))
+        await until(lambda: any(r.in_flight for r in market.router.fleet.all()))
+        sold = market.router.catalog.get(model_id)
+        page = await market.port("admin").read_log(sold.log_index, 1)
+        entry = RegistryEntry.FromString(parse_envelope(page.entries[0].body).payload)
+        entry.revoked = True
+        stranger = market.signer("publisher")
+        with pytest.raises(PermissionDenied):
+            await market.port("publisher").publish(seal(entry, stranger))
+        await market.port("market").publish(seal(entry, market.signer("market")))
+        await until(lambda: not market.router.catalog.all())
+        with pytest.raises(openai.NotFoundError):
+            await client.completions.create(model=model_id, **LONG)
+        # Work that was under way is finished and paid.
+        assert (await running).usage.completion_tokens == 120
+        await market.register_model()
+        await until(lambda: bool(market.router.catalog.all()))
+        assert market.router.catalog.get(model_id).log_index > sold.log_index
 
 
 async def test_a_node_lost_mid_stream_is_continued_elsewhere_with_the_same_text(
@@ -264,7 +288,7 @@ async def test_only_bonded_nodes_get_work(start_market, connect, name, model_id)
     )
     async with start_market(poor, rich, min_bond_nano=5 * 10**9) as market:
         client = await connect(market)
-        await market.router.refresh_bonds()
+        await market.router.refresh_stakes()
         for _ in range(5):
             answer = await client.completions.create(model=model_id, prompt="x", max_tokens=2)
             found = await receipt(market, answer.id, name)

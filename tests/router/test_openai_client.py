@@ -14,7 +14,7 @@ from trueweight.protos.envelope import parse_envelope, parse_payload
 from trueweight.protos.grammar import digest_of_source, source_of
 from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.v1.market_pb2 import Assignment
-from trueweight.simulation.inprocess import NodeSpec
+from trueweight.simulation.inprocess import MODEL_DIRECTORY, NodeSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -161,7 +161,10 @@ async def test_models_are_listed_with_prices(market, connect, model_id):
     (listed,) = (await client.models.list()).data
     assert (listed.id, listed.object) == (model_id, "model")
     assert listed.ask_input_nano_per_mtok == 10**8
-    assert (await client.models.retrieve(model_id)).context_length == 2048
+    assert not hasattr(listed, "model_card")
+    one = await client.models.retrieve(model_id)
+    assert (one.context_length, one.licence, one.revision) == (2048, "PSF-2.0", "1")
+    assert one.model_card == (MODEL_DIRECTORY / "README.md").read_text()
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("nothing/here")
 

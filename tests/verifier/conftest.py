@@ -136,6 +136,9 @@ class FakeLedger:
         self.released.append((body.node_id, body.amount_nano, body.below_log_index))
         return _applied(amount_nano=1)
 
+    def _do_reward(self, body):
+        return _applied(amount_nano=body.amount_nano)
+
     def _do_convict(self, body):
         conviction = audit_pb2.Conviction.FromString(parse_envelope(body.conviction).payload)
         if conviction.node_id in self.convicted:

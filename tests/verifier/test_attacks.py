@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
     Conviction,
@@ -17,7 +17,9 @@ from trueweight.protos.v1.audit_pb2 import (
 )
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Suspension
+from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.verifier.conviction import (
+    CAPPED_STRIDE,
     CLIENT_FREE_WEIGHT,
     Evidence,
     NodeEvidence,
@@ -28,7 +30,7 @@ from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
 from trueweight.verifier.owed import accounts
-from trueweight.verifier.state import KINDS, LogView
+from trueweight.verifier.state import KINDS, WITHDRAWAL_GRACE_MS, LogView
 
 WRONG = [3.0] * 50
 MU0 = 400_000
@@ -271,6 +273,26 @@ async def test_one_of_two_verifiers_alone_moves_no_money(make_world, kit):
     assert not world.ledger.of_kind("suspension", Suspension)
 
 
+async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
+    """Work that was under way may end; what is sold later is the router's fault, not the node's."""
+    node = world.add_node("good")
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    (sold,) = (e for e in world.ledger.entries if e.kind == "registry-entry")
+    entry = RegistryEntry.FromString(parse_envelope(sold.body).payload)
+    entry.revoked = True
+    world.ledger.log_envelope(seal(entry, world.market_signer))
+    world.serve("good", [0.0] * 50)
+    world.clock.advance_ms(WITHDRAWAL_GRACE_MS + 1)
+    world.serve("good", [0.0] * 50)
+    app = world.app()
+    await kit.settle(world, app)
+    outcomes = [v.outcome for v in world.ledger.of_kind("verdict", Verdict)]
+    assert sorted(outcomes) == [Verdict.SCORED, Verdict.MISSING_TRANSCRIPT]
+    assert app.service.view.nodes[node].pooled.wealth.r == 1
+    assert not app.service.view.models
+
+
 # Ownership: a verifier does not judge nodes of its own declared owner.
 
 
@@ -350,7 +372,8 @@ def test_attack_a_friendly_client_cannot_own_a_nodes_evidence():
         if number % 20 == 0:
             node = node.add(evidence(number, "client:stranger", sum_x=256 * 5_000_000))
     friend = node.client_weights["client:friend"]
-    assert friend <= CLIENT_FREE_WEIGHT
+    # Half of all, and an eighth of what it offered beyond that.
+    assert friend <= CLIENT_FREE_WEIGHT + (2000 - CLIENT_FREE_WEIGHT) / CAPPED_STRIDE + 1
     assert node.capped_audits > 200 and node.crossed_by is not None
 
 
@@ -364,7 +387,19 @@ def test_attack_a_hostile_client_cannot_convict_a_rival_alone_once_others_are_th
     before = node.wealth.r
     for number in range(600):
         node = node.add(evidence(number, "client:hostile", sum_x=256 * 700_000))
-    assert node.wealth.r - before <= CLIENT_FREE_WEIGHT + 1 + 600 * 0.5
+    beyond = 600 - CLIENT_FREE_WEIGHT
+    assert node.wealth.r - before <= CLIENT_FREE_WEIGHT + 1 + beyond / CAPPED_STRIDE + 600 * 0.5
+
+
+def test_attack_an_accomplices_account_does_not_silence_the_one_real_customer():
+    """The node works well until its customer has used up the free share; then it cheats."""
+    node = NodeEvidence().add(evidence(1, "client:accomplice", tokens=1))
+    for number in range(2, 600):
+        node = node.add(evidence(number, "client:customer"))
+    assert node.state == "clear" and node.capped_audits > 200
+    for number in range(600, 700):
+        node = node.add(evidence(number, "client:customer", sum_x=256 * 31_000_000))
+    assert node.state == "convict"
 
 
 def test_a_single_client_is_never_capped():

@@ -14,10 +14,10 @@ from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
 from trueweight.protos.transcript_box import seal_data, wrap_key
 from trueweight.protos.v1.audit_pb2 import Transcript, Verdict
 from trueweight.protos.v1.router_pb2 import OpenTranscriptResponse
-from trueweight.verifier.appeal import rerun
+from trueweight.verifier.appeal import missing_requests, rerun
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.bundle import Bundle, read_bundle, write_bundle
-from trueweight.verifier.epochs import SecretStore
+from trueweight.verifier.epochs import EpochPlan, SecretStore
 from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
 from trueweight.verifier.recheck import replay
 from trueweight.verifier.reference import Scorer
@@ -139,6 +139,33 @@ async def test_an_appeal_against_a_broken_reference_is_not_upheld(judged):
     world.margins = {key: [0.0] * len(value) for key, value in world.margins.items()}
     found = await rerun(app.service.view, again(world, app), world.verifiers[0].identity, bad)
     assert not found.upheld and found.wealth_then >= 10**6
+
+
+async def test_another_verifier_re_runs_an_appeal_with_transcripts_opened_to_itself(
+    make_world, kit
+):
+    world = make_world(verifier_count=2)
+    bad, (convicting, other) = world.add_node("bad"), (v.identity for v in world.verifiers)
+    await kit.drive(world, (app := world.app()), app.service.ready.is_set)
+    for _ in range(5):
+        world.serve("bad", WRONG)
+    await kit.settle(world, (app := world.app()))
+    secrets = SecretStore(world.directory / "verifier-1", os.urandom)
+    view = app.service.view
+    assert view.node(bad).by_verifier[convicting].state == "convict"
+    auditor = Auditor(view, secrets, world, Scorer(world))
+    refused = await rerun(view, auditor, convicting, bad, other)
+    assert all("request" in r.error for r in refused.retried)
+    reader = EpochPlan(world.market_id, other, 0, 1)
+    requests = missing_requests(view, convicting, bad, reader, secrets.wrapping())
+    assert len(requests) == len(refused.retried)
+    for request in requests:
+        world.ledger.log_envelope(seal(request, world.verifiers[1]))
+    for entry in world.ledger.entries[view.next_index :]:
+        view.apply(entry)
+    assert not missing_requests(view, convicting, bad, reader, secrets.wrapping())
+    found = await rerun(view, auditor, convicting, bad, other)
+    assert found.upheld and not any(r.error for r in found.retried)
 
 
 async def test_an_appeal_says_which_texts_are_gone(judged):
