@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -48,6 +49,7 @@ MAX_OPERATIONS = 1024
 APPLY_TIMEOUT_MS = 15_000
 FOLLOW_WAIT_S = 0.5
 _READ_TIMEOUT_S = 15.0
+_SWITCH_INTERVAL_S = 0.001
 # Who may look into any account.
 _SEES_ALL = frozenset({"router", "verifier", "admin", "market", "ledger", "operator"})
 
@@ -95,6 +97,9 @@ class Ledger:
     async def start(self, wait_ms: float = 10_000) -> None:
         """Migrates the database, starts the writer, waits until it writes (or stands by)."""
         self._loop = asyncio.get_running_loop()
+        # The committing thread comes back from the database some twenty times a group, and would
+        # wait for Python's lock 5 ms each time while the next group is judged.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         await self._loop.run_in_executor(self._pool, migrate, self._engine)
         self._reload_keys()
         self._writer = Writer(self._court.terms, self._signer, self._hooks())
