@@ -22,6 +22,7 @@ from trueweight.runtime.logs import configure
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 ENV_PREFIX = "TRUEWEIGHT"
+_UNFOLDED = 400
 
 
 class _Option(click.Option):
@@ -126,7 +127,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell}" for cell in row))
-    Console().print(table)
+    console = Console()
+    # Into a file or pipe nothing needs to be folded.
+    (console if console.is_terminal else Console(width=_UNFOLDED)).print(table)
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
