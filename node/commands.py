@@ -46,7 +46,7 @@ def node() -> None:
 @cli.path_option("--ready-file", default=None, help="Also write the ready line to this file.")
 @cli.option("--engine", type=click.Choice(ENGINE_NAMES), default="vllm", help="What computes.")
 @cli.option("--capacity", default=0, type=click.IntRange(0, 4096), help="Requests at once.")
-@cli.option("--max-context", default=0, type=click.IntRange(0), help="Tokens; 0: the model's own.")
+@cli.option("--max-context", default=0, type=click.IntRange(0), help="Tokens; 0: what fits.")
 @cli.option("--dtype", default="auto", help="vllm: dtype of the weights.")
 @cli.option("--threads", default=1, type=click.IntRange(0, 512), help="vllm: threads per worker.")
 @cli.option("--kv-cache-mib", default=256, type=click.IntRange(0), help="vllm: 0 leaves it to it.")

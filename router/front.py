@@ -135,7 +135,11 @@ class Front:
     def _terms_of(self, model: SoldModel) -> dict[str, Any]:
         able = self._able(model)
         return {
-            "context_length": model.manifest.max_context_tokens,
+            # A node may hold less than the model allows.
+            "context_length": min(
+                model.manifest.max_context_tokens,
+                max((n.max_context_tokens for n in able), default=2**31),
+            ),
             "licence": model.manifest.licence,
             "revision": model.manifest.revision,
             "manifest_digest": model.manifest_digest.hex(),

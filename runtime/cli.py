@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 import uvloop
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from trueweight.runtime.logs import configure
@@ -22,6 +23,8 @@ from trueweight.runtime.logs import configure
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 ENV_PREFIX = "TRUEWEIGHT"
+_UNFOLDED = 400
+_MANY_COLUMNS = 5
 
 
 class _Option(click.Option):
@@ -126,7 +129,32 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell}" for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        # Into a file or pipe nothing needs to be folded.
+        console = Console(width=_UNFOLDED)
+    elif len(columns) > _MANY_COLUMNS and _width(table, console) > console.width:
+        # Folded to a few letters a column nobody could read it.
+        _print_records(title, columns, rows, console)
+        return
+    console.print(table)
+
+
+def _width(table: Table, console: Console) -> int:
+    options = console.options.update(max_width=_UNFOLDED)
+    return Measurement.get(console, options, table).maximum
+
+
+def _print_records(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console
+) -> None:
+    """One line a value."""
+    console.print(title, style="italic", markup=False)
+    widest = max(len(column) for column in columns)
+    for row in rows:
+        console.print()
+        for column, cell in zip(columns, row, strict=True):
+            console.print(f"{column:<{widest}}  {cell}", markup=False, highlight=False)
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:

@@ -45,7 +45,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line with the time since the start."""
         elapsed = time.monotonic() - self._started
-        self.console.print(f"[dim]{elapsed:6.1f} s[/]  {text}", highlight=False)
+        self.console.print(f"[dim]{elapsed:6.1f} s[/]  {text}", highlight=False, soft_wrap=True)
 
     def count(self, name: str, total: int) -> Counter:
         """A bar in a terminal; elsewhere a line now and then."""
