@@ -198,7 +198,7 @@ def sample_plain_rows(logits, rows, seeds, positions, temperatures, winners, bou
     """Sample ``rows`` of ``logits`` (float32) that have no rule but a temperature.
 
     ``seeds`` int64, ``positions`` int64, ``temperatures`` float32 (0 is greedy) and ``winners``
-    int32 (written) belong to ``rows`` one by one; ``bounds`` is float32 scratch, one row long.
+    int64 (written) belong to ``rows`` one by one; ``bounds`` is float32 scratch, one row long.
     """
     for i in range(rows.size):
         row = logits[rows[i]]

@@ -78,7 +78,7 @@ def _masks(case: GoldenCase) -> _SameMask | None:
 
 def _batch_token(case: GoldenCase) -> int:
     """The kernel that serves all plain rows of a step at once."""
-    winners = np.empty(1, dtype=np.int32)
+    winners = np.empty(1, dtype=np.int64)
     kernels.sample_plain_rows(
         case.logits[None, :], np.zeros(1, np.int64), np.array([case.seed], np.int64),
         np.array([len(case.prompt) + len(case.output) - 1], np.int64),

@@ -87,7 +87,7 @@ def test_plain_batch_kernel_equals_the_reference(logits, seed, pos, temperature)
     count = len(logits)
     sampling = resolve(Sampling(temperature=temperature))
     assert is_plain(sampling)
-    winners = np.zeros(count, dtype=np.int32)
+    winners = np.zeros(count, dtype=np.int64)
     positions = np.array([pos + i for i in range(count)])
     kernels.sample_plain_rows(
         logits, np.arange(count), np.full(count, seed), positions,
