@@ -11,15 +11,18 @@ from trueweight.client.market_setup import (
     KEYS,
     MARKET_FILE,
     ROLES,
+    Changes,
     MarketPlan,
     create_market,
     reissue_market,
 )
+from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime.cli import (
     json_option,
     market_option,
     option,
+    path_option,
     print_json,
     print_table,
 )
@@ -27,6 +30,7 @@ from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.market import Market, load_market
 
 _PPM_PER_PERCENT = 10_000
+_MAX_EVENT_BYTES = 64 * 1024
 
 
 @click.group()
@@ -98,15 +102,32 @@ def show(market: Path, as_json: bool) -> None:
 @option("--ledger-endpoint", default=None, help="New host:port of the ledger.")
 @option("--router-endpoint", default=None, help="New host:port of the router.")
 @option("--verifier-endpoint", default=None, help="New host:port of the verifier.")
+@path_option("--admit-verifier", multiple=True, help="key-event.bin of a verifier to admit.")
+@option("--convictions-needed", default=0, type=click.IntRange(0), help="Verifiers that convict.")
 @json_option
-def reissue(directory: Path, as_json: bool, **endpoints: str | None) -> None:
-    """Sign the market file of DIRECTORY again with other endpoints."""
+def reissue(
+    directory: Path,
+    as_json: bool,
+    admit_verifier: tuple[Path, ...],
+    convictions_needed: int,
+    **endpoints: str | None,
+) -> None:
+    """Sign the market file of DIRECTORY again: other endpoints, more verifiers."""
     changed = {
         name.removesuffix("_endpoint"): value
         for name, value in endpoints.items()
         if value is not None
     }
-    _print(reissue_market(directory, changed, SystemClock()), as_json)
+    events = [_read_event(path) for path in admit_verifier]
+    changes = Changes(changed, events, convictions_needed)
+    _print(reissue_market(directory, changes, SystemClock()), as_json)
+
+
+def _read_event(path: Path) -> bytes:
+    try:
+        return path.read_bytes()[:_MAX_EVENT_BYTES]
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _print(shown: Market, as_json: bool) -> None:

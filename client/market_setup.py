@@ -6,11 +6,11 @@ DIR/keys/<role>/         private; one identity per role
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trueweight.protos.envelope import seal
+from trueweight.protos.envelope import ring_of, seal
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.identity import Signer
 from trueweight.protos.money import PPM
@@ -44,6 +44,8 @@ class MarketPlan:
     verification_pool_ppm: int = 50_000
     settlement_window_ms: int = 3_600_000
     convictions_needed: int = 1
+    # Members whose keys others hold, as they are in the descriptor.
+    guests: Sequence[Member] = ()
 
 
 def create_market(directory: Path, plan: MarketPlan, clock: Clock) -> Market:
@@ -61,22 +63,46 @@ def create_market(directory: Path, plan: MarketPlan, clock: Clock) -> Market:
     return _issue(directory, plan, market, signers, sequence=1, clock=clock)
 
 
-def reissue_market(directory: Path, endpoints: Mapping[str, str], clock: Clock) -> Market:
-    """Signs the descriptor again with other endpoints; everything else stays."""
-    old = load_market(directory / MARKET_FILE).descriptor
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a re-issue changes. ``verifiers`` are key events of identities that others run."""
+
+    endpoints: Mapping[str, str] = field(default_factory=dict)
+    verifiers: Sequence[bytes] = ()
+    convictions_needed: int = 0
+
+
+def reissue_market(directory: Path, changes: Changes, clock: Clock) -> Market:
+    """Signs the descriptor again with these changes; everything else stays."""
+    known_market = load_market(directory / MARKET_FILE)
+    old = known_market.descriptor
+    market = load_signer(directory / KEYS / MARKET_KEYS)
+    signers = {role: load_signer(directory / KEYS / role) for role in ROLES}
+    own = {signer.identity for signer in signers.values()}
+    guests = {m.identity: m for m in old.members if m.identity not in own}
+    for event in changes.verifiers:
+        guest = _verifier(event, known_market.market_id)
+        if guest.identity in own:
+            raise InvalidRequest("this verifier is a member already")
+        guests[guest.identity] = guest
     known = {name: _member(old, role).endpoint for name, role in ROLES.items()}
     plan = MarketPlan(
         name=old.name,
-        endpoints={**known, **endpoints},
+        endpoints={**known, **changes.endpoints},
         fee_ppm=old.fee_ppm,
         verification_pool_ppm=old.verification_pool_ppm,
         settlement_window_ms=old.settlement_window_ms,
-        convictions_needed=old.convictions_needed,
+        convictions_needed=changes.convictions_needed or old.convictions_needed,
+        guests=tuple(guests.values()),
     )
     _check(plan)
-    market = load_signer(directory / KEYS / MARKET_KEYS)
-    signers = {role: load_signer(directory / KEYS / role) for role in ROLES}
     return _issue(directory, plan, market, signers, sequence=old.sequence + 1, clock=clock)
+
+
+def _verifier(key_event: bytes, market_id: str) -> Member:
+    ring = ring_of([key_event], market_id)
+    (identity,) = ring.sequences
+    return Member(identity=identity, role=Member.VERIFIER, key_event=key_event)
 
 
 def _issue(
@@ -104,7 +130,7 @@ def _issue(
     descriptor = MarketDescriptor(
         market_id=market.identity,
         name=plan.name,
-        members=members,
+        members=[*members, *plan.guests],
         fee_ppm=plan.fee_ppm,
         verification_pool_ppm=plan.verification_pool_ppm,
         settlement_window_ms=plan.settlement_window_ms,
@@ -132,6 +158,11 @@ def _check(plan: MarketPlan) -> None:
         )
     if plan.settlement_window_ms < 0 or plan.convictions_needed < 1:
         raise InvalidRequest("the settlement window and the convictions needed are positive")
+    verifiers = 1 + sum(member.role == Member.VERIFIER for member in plan.guests)
+    if plan.convictions_needed > verifiers:
+        raise InvalidRequest(
+            f"{verifiers} verifier(s) cannot make {plan.convictions_needed} convictions"
+        )
     for name, endpoint in plan.endpoints.items():
         _check_endpoint(name, endpoint)
 

@@ -17,8 +17,8 @@ from trueweight.protos.money import format_credits
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
-from trueweight.runtime.keys import load_signer
-from trueweight.runtime.market import Market
+from trueweight.runtime.keys import EVENT, load_or_create, load_signer
+from trueweight.runtime.market import Market, load_market
 from trueweight.verifier import report
 from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
 from trueweight.verifier.appeal_commands import appeal, bundle, recheck
@@ -94,6 +94,24 @@ def run(**options: Any) -> None:
         await run_verifier(config, stop, on_ready)
 
     cli.run_async(cli.serve_until_signal(serve))
+
+
+@verifier.command()
+@cli.market_option
+@cli.keys_option
+@cli.path_option("--operator-keys", default=None, help="Keys of the owner, to declare him.")
+@cli.json_option
+def keys(as_json: bool, **options: Any) -> None:
+    """Make the keys of a verifier, for a market whose owner admits it."""
+    market_id = load_market(options["market"]).market_id
+    directory: Path = options["keys"]
+    signer = load_or_create(directory, market_id, SystemClock(), options["operator_keys"])
+    facts = {"verifier_id": signer.identity, "key_event": str(directory / EVENT)}
+    if as_json:
+        cli.print_json(facts)
+        return
+    cli.print_table("verifier", ("", ""), list(facts.items()))
+    click.echo("Next: the market's owner runs 'trueweight market reissue --admit-verifier FILE'.")
 
 
 def _config(options: dict[str, Any]) -> VerifierConfig:

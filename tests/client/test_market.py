@@ -10,6 +10,7 @@ import pytest
 from trueweight.client.market_setup import (
     ROLES,
     SERVERS,
+    Changes,
     MarketPlan,
     create_market,
     reissue_market,
@@ -57,13 +58,13 @@ def test_an_existing_market_is_not_overwritten(market):
 
 def test_reissue_moves_endpoints_and_keeps_the_rest(market):
     old = load_market(market.file)
-    new = reissue_market(market.path, {"ledger": "10.0.0.1:99"}, ManualClock())
+    new = reissue_market(market.path, Changes({"ledger": "10.0.0.1:99"}), ManualClock())
     assert new.market_id == old.market_id
     assert new.descriptor.sequence == old.descriptor.sequence + 1
     assert new.member(ROLES["ledger"]).endpoint == "10.0.0.1:99"
     assert new.member(ROLES["router"]) == old.member(ROLES["router"])
     assert new.descriptor.fee_ppm == old.descriptor.fee_ppm
-    new = reissue_market(market.path, {"router": "h:1"}, ManualClock())
+    new = reissue_market(market.path, Changes({"router": "h:1"}), ManualClock())
     assert new.member(ROLES["ledger"]).endpoint == "10.0.0.1:99"
 
 
@@ -76,6 +77,7 @@ def test_reissue_moves_endpoints_and_keeps_the_rest(market):
         MarketPlan("x", fee_ppm=600_000, verification_pool_ppm=600_000),
         MarketPlan("x", settlement_window_ms=-1),
         MarketPlan("x", convictions_needed=0),
+        MarketPlan("x", convictions_needed=2),
         MarketPlan("x", endpoints={"ledger": "no-port"}),
         MarketPlan("x", endpoints={"ledger": "host:0"}),
         MarketPlan("x", endpoints={"ledger": "host:70000"}),
@@ -115,3 +117,30 @@ def test_commands(tmp_path, trueweight):
     endpoints = {m["role"]: m["endpoint"] for m in moved.json()["members"]}
     assert endpoints["router"] == "h:5"
     assert endpoints["ledger"] == "127.0.0.1:7411"
+
+
+def test_a_verifier_of_somebody_else_is_admitted_and_stays(tmp_path, trueweight):
+    directory, guest = tmp_path / "m", tmp_path / "guest"
+    market = ("--market", directory / "market.json")
+    assert trueweight("market", "init", directory).code == 0
+    made = trueweight("verifier", "keys", *market, "--keys", guest, "--json").json()
+    again = trueweight("verifier", "keys", *market, "--keys", guest, "--json").json()
+    assert made == again
+    event = ("--admit-verifier", made["key_event"])
+    issued = trueweight("market", "reissue", directory, *event, "--convictions-needed", 2, "--json")
+    assert issued.code == 0, issued.err
+    assert issued.json()["convictions_needed"] == 2
+    moved = trueweight("market", "reissue", directory, "--router-endpoint", "h:5", "--json").json()
+    verifiers = [m["identity"] for m in moved["members"] if m["role"] == "verifier"]
+    assert len(verifiers) == 2 and made["verifier_id"] in verifiers
+    known = load_market(directory / "market.json")
+    assert not known.ring.have_common_owner(*verifiers), "the guest belongs to nobody here"
+    assert known.ring.have_common_owner(known.market_id, known.member(ROLES["verifier"]).identity)
+    for bad in (
+        directory / "market.json",
+        tmp_path / "nowhere",
+        directory / "keys/verifier/key-event.bin",
+    ):
+        assert trueweight("market", "reissue", directory, "--admit-verifier", bad).code != 0
+    three = trueweight("market", "reissue", directory, "--convictions-needed", 3)
+    assert three.code == 2 and "cannot make" in three.err

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from trueweight.client.market_setup import reissue_market
+from trueweight.client.market_setup import Changes, reissue_market
 from trueweight.client.model_files import check_model_id, open_manifest, paths_of
 from trueweight.protos.errors import InvalidRequest
 from trueweight.runtime.clock import SystemClock
@@ -269,7 +269,8 @@ def ledger(market, tmp_path):
     try:
         line = process.stdout.readline()
         assert line, (tmp_path / "ledger.log").read_text()
-        reissue_market(market.path, {"ledger": json.loads(line)["endpoint"]}, SystemClock())
+        endpoints = {"ledger": json.loads(line)["endpoint"]}
+        reissue_market(market.path, Changes(endpoints), SystemClock())
         yield
     finally:
         os.kill(process.pid, signal.SIGTERM)
