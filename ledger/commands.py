@@ -64,6 +64,16 @@ def database_option(function: F) -> F:
     )(function)
 
 
+def archive_option(function: F) -> F:
+    """--archive DIR."""
+    return path_option(
+        "--archive",
+        default=None,
+        envvar="TRUEWEIGHT_LEDGER_ARCHIVE",
+        help="Directory of what 'trueweight ledger archive' moved out of the database.",
+    )(function)
+
+
 def ledger_options(function: F) -> F:
     """Where a running ledger is and who asks."""
     function = option(
@@ -84,6 +94,7 @@ def rail_options(function: F) -> F:
 @market_option
 @keys_option
 @database_option
+@archive_option
 @option("--listen", default="127.0.0.1:0", help="host:port of the gRPC service; 0 is any port.")
 @option(
     "--http-listen",
@@ -102,6 +113,7 @@ def serve(
     market: Path,
     keys: Path,
     database: str,
+    archive: Path | None,
     listen: str,
     http_listen: str,
     verify_workers: int,
@@ -113,7 +125,7 @@ def serve(
     tune_collector()
     clock = SystemClock()
     known, signer = load_market(market), load_signer(keys)
-    books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
+    books = Ledger(known, signer, database, clock, verify_workers=verify_workers, archive=archive)
     ensure_certificate(keys, clock.now_unix_ms())
     gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
     seats = make_seats(MAX_CONNECTIONS)
@@ -179,11 +191,14 @@ def balance(*, accounts: tuple[str, ...], database: str, as_json: bool) -> None:
 @ledger.command()
 @click.argument("account")
 @database_option
+@archive_option
 @option("--limit", default=100, type=click.IntRange(1), help="Most rows, newest last.")
 @json_option
-def statement(*, account: str, database: str, limit: int, as_json: bool) -> None:
+def statement(
+    *, account: str, database: str, archive: Path | None, limit: int, as_json: bool
+) -> None:
     """Transfers of ACCOUNT with its running balance."""
-    rows = reports.statement(database, account, limit)
+    rows = reports.statement(database, account, limit, archive)
     if as_json:
         print_json(rows)
         return
@@ -196,6 +211,7 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
 
 @ledger.command()
 @database_option
+@archive_option
 @path_option(
     "--market",
     default=None,
@@ -203,9 +219,9 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
     help="Market file: also checks checkpoint signatures.",
 )
 @json_option
-def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
+def fsck(*, database: str, archive: Path | None, market: Path | None, as_json: bool) -> None:
     """Recompute all balances, holds and the log; exit status 1 if anything is wrong."""
-    findings = reports.fsck(database, market, show_progress=not as_json)
+    findings = reports.fsck(database, market, show_progress=not as_json, archive=archive)
     facts = {
         "clean": findings.clean,
         **findings.counts,
@@ -225,8 +241,31 @@ def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
     raise SystemExit(0 if findings.clean else 1)
 
 
+@ledger.command("archive")
+@database_option
+@path_option("--to", "directory", required=True, help="Directory for the files; made if missing.")
+@option("--older-than-days", default=90.0, type=click.FloatRange(0), help="What may go.")
+@json_option
+def archive_command(
+    *, database: str, directory: Path, older_than_days: float, as_json: bool
+) -> None:
+    """Move old leaves and transfers out of the database, while the ledger serves."""
+    done = reports.archive(database, directory, older_than_days, SystemClock().now_unix_ms())
+    facts = {
+        "leaves": done.leaves,
+        "transfers": done.transfers,
+        "archived_below": done.below,
+        "file": done.file or "nothing to move",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table("Archived", tuple(facts), [tuple(facts.values())])
+
+
 @ledger.command()
 @database_option
+@archive_option
 @option(
     "--format",
     "form",
@@ -235,9 +274,9 @@ def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
     help="csv, ledger (plain-text double entry) or parquet (needs pyarrow).",
 )
 @path_option("--out", required=True, help="File to write.")
-def export(*, database: str, form: str, out: Path) -> None:
+def export(*, database: str, archive: Path | None, form: str, out: Path) -> None:
     """Write all transfers to a file."""
-    count = reports.export(database, form, out)
+    count = reports.export(database, form, out, archive)
     print_json({"transfers": count, "file": str(out)})
 
 

@@ -14,6 +14,7 @@ import uuid
 import psycopg
 import pytest
 
+from trueweight.ledger.archived import Archive
 from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, migrate, normal_url
 from trueweight.ledger.service import Ledger
@@ -132,6 +133,7 @@ class Bench:
 
     def __init__(self, world, clock, ledger, url):
         self.world, self.clock, self.ledger, self.url = world, clock, ledger, url
+        self.archived = None
 
     def as_(self, role):
         signer = self.world.signers.get(role)
@@ -165,12 +167,13 @@ class Bench:
         return fsck(self.url, self.world)
 
 
-def fsck(url, world):
+def fsck(url, world, archive=None):
     engine = make_engine(normal_url(url))
     signer = world.signers["ledger"]
     keys = [k for who, k in world.market.ring.keys.values() if who == signer.identity]
     try:
-        return check(engine, world.market_id, keys)
+        moved = Archive(archive, world.market_id) if archive else None
+        return check(engine, world.market_id, keys, archive=moved)
     finally:
         engine.dispose()
 
@@ -180,7 +183,7 @@ def start(clock):
     """Starts ledgers; all are closed at the end."""
     started = []
 
-    async def run(world, url, wait_ms=10_000):
+    async def run(world, url, wait_ms=10_000, archive=None):
         from trueweight.runtime.clock import SystemClock
 
         class Clock(SystemClock):
@@ -189,7 +192,7 @@ def start(clock):
             def now_unix_ms(self):
                 return clock.now_unix_ms()
 
-        ledger = Ledger(world.market, world.signers["ledger"], url, Clock())
+        ledger = Ledger(world.market, world.signers["ledger"], url, Clock(), archive=archive)
         started.append(ledger)
         await ledger.start(wait_ms)
         return ledger
@@ -205,5 +208,5 @@ async def bench(world, clock, start, database):
     yield made
     for each in start.started:
         await each.close()
-    found = fsck(database, world)
+    found = fsck(database, world, made.archived)
     assert found.problems == []
