@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from trueweight.protos.conviction import change_point_index
 from trueweight.protos.errors import NotFound
 from trueweight.protos.evidence import CONVICT, log10_milli
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochReveal
@@ -14,7 +15,6 @@ from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.verifier import duties
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.balances import read_stakes
-from trueweight.verifier.conviction import change_point_index
 from trueweight.verifier.deterrence import deterrence, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, open_epoch, wrap_private_key

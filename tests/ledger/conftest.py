@@ -19,6 +19,7 @@ from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, migrate, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.runtime.clock import ManualClock
+from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import START_UNIX_MS, World
 
 
@@ -162,6 +163,21 @@ class Bench:
 
     async def leaves(self, *kinds):
         return list((await self.as_("").read_log(0, 1000, kinds)).entries)
+
+    async def proven_guilty(self, node, by="verifier", reward_ppm=100_000):
+        """Logs audits that convict a node; the operation that does. Needs published key events."""
+        world = self.world
+        client = f"audited-{by}"
+        await self.must("admin", world.deposit(client, 100))
+        guilt = guilt_of(world, node, client, by)
+        await self.must(by, guilt.calibration)
+        await self.must("router", *guilt.holds)
+        first = len(await self.leaves("receipt"))
+        await self.must("router", *guilt.captures)
+        await self.must(by, *guilt.verdicts)
+        receipts = [leaf.index for leaf in (await self.leaves("receipt"))[first:]]
+        conviction = conviction_of(world, node, receipts, by)
+        return convict_by(world, conviction, reward_ppm, by)
 
     def fsck(self):
         return fsck(self.url, self.world)
