@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,12 +14,22 @@ import click
 
 from trueweight.ledger import reports
 from trueweight.ledger import witness as witnessing
+from trueweight.ledger.command_support import (
+    archive_option,
+    database_option,
+    ledger_options,
+    move,
+    new_id,
+    rail_options,
+    with_ledger,
+)
 from trueweight.ledger.connect import connected
+from trueweight.ledger.money_commands import debts, limit, reward, settle
 from trueweight.ledger.public_log import MAX_CONNECTIONS, error_response, make_app
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
-from trueweight.protos.ids import derived_id, uuid7
+from trueweight.protos.ids import derived_id
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -40,7 +50,7 @@ from trueweight.runtime.cli import (
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.http_server import HttpServer, make_seats
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import LedgerPort, raise_refused
+from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import load_market
 from trueweight.runtime.rpc import Authenticator
 from trueweight.runtime.tls import ensure_certificate
@@ -52,42 +62,6 @@ F = TypeVar("F", bound=Callable[..., object])
 @click.group()
 def ledger() -> None:
     """The books: serve them, look at them, move money, check them."""
-
-
-def database_option(function: F) -> F:
-    """--database URL."""
-    return option(
-        "--database",
-        required=True,
-        envvar="TRUEWEIGHT_LEDGER_DATABASE",
-        help="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.",
-    )(function)
-
-
-def archive_option(function: F) -> F:
-    """--archive DIR."""
-    return path_option(
-        "--archive",
-        default=None,
-        envvar="TRUEWEIGHT_LEDGER_ARCHIVE",
-        help="Directory of what 'trueweight ledger archive' moved out of the database.",
-    )(function)
-
-
-def ledger_options(function: F) -> F:
-    """Where a running ledger is and who asks."""
-    function = option(
-        "--ledger", "endpoint", default=None, help="host:port; default: the market's."
-    )(function)
-    return market_option(keys_option(function))
-
-
-def rail_options(function: F) -> F:
-    """Which payment rail brought the money, under which reference."""
-    function = option(
-        "--reference", default="", help="The rail's reference: the same one never counts twice."
-    )(function)
-    return option("--rail", default="manual", help="Where the money came from.")(function)
 
 
 @ledger.command()
@@ -304,7 +278,7 @@ def deposit(
         id=id_,
         deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
     )
-    _move(market, keys, endpoint, operation, as_json)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -333,7 +307,7 @@ def bond(
             node_id=node_id, amount_nano=amount, rail=rail, reference=reference
         ),
     )
-    _move(market, keys, endpoint, operation, as_json)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -356,19 +330,19 @@ def payout(
 ) -> None:
     """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled."""
     start = pb.Operation(
-        id=_new_id(),
+        id=new_id(),
         payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
     )
     operations = [start]
     if settle:
         operations.append(
             pb.Operation(
-                id=_new_id(),
+                id=new_id(),
                 payout_settle=pb.PayoutSettle(payout_id=start.id, paid=True, reference="manual"),
             )
         )
     for operation in operations:
-        _move(market, keys, endpoint, operation, as_json)
+        move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -394,14 +368,14 @@ def release(
         if below is None:
             below = (await port.checkpoint()).size
         return pb.Operation(
-            id=_new_id(),
+            id=new_id(),
             release=pb.Release(
                 node_id=node_id, amount_nano=parse_credits(credits), below_log_index=below
             ),
         )
 
-    operation = _with_ledger(market, keys, endpoint, run)
-    _move(market, keys, endpoint, operation, as_json)
+    operation = with_ledger(market, keys, endpoint, run)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -410,8 +384,8 @@ def release(
 @json_option
 def expire(*, market: Path, keys: Path, endpoint: str | None, limit: int, as_json: bool) -> None:
     """Give back every hold whose time has passed (the ledger does so by itself, too)."""
-    operation = pb.Operation(id=_new_id(), expire=pb.Expire(limit=limit))
-    _move(market, keys, endpoint, operation, as_json)
+    operation = pb.Operation(id=new_id(), expire=pb.Expire(limit=limit))
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -443,43 +417,14 @@ def witness(
     run_async(serve_until_signal(follow))
 
 
-def _move(
-    market: Path, keys: Path, endpoint: str | None, operation: pb.Operation, as_json: bool
-) -> None:
-    async def run(port: LedgerPort) -> pb.Result:
-        return raise_refused((await port.apply([operation]))[0])
-
-    result = _with_ledger(market, keys, endpoint, run)
-    facts = {
-        "id": operation.id.hex(),
-        "status": pb.Result.Status.Name(result.status).lower(),
-        "credits": format_credits(result.amount_nano),
-    }
-    if as_json:
-        print_json(facts)
-    else:
-        kind = (operation.WhichOneof("body") or "").replace("_", " ")
-        print_table(kind, tuple(facts), [tuple(facts.values())])
-
-
-def _with_ledger(
-    market: Path, keys: Path, endpoint: str | None, use: Callable[[LedgerPort], Awaitable[T]]
-) -> T:
-    async def run() -> T:
-        async with connected(market, keys, endpoint) as port:
-            return await use(port)
-
-    return run_async(run())
-
-
-def _new_id() -> bytes:
-    return uuid7(SystemClock().now_unix_ms(), os.urandom(10))
-
-
 def _deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
     """Operation id and reference. The same reference gives the same id, so that a command that is
     run again after a lost answer is a replay."""
     if not reference:
-        id_ = _new_id()
+        id_ = new_id()
         return id_, id_.hex()
     return derived_id("deposit", rail.encode(), reference.encode()), reference
+
+
+for _command in (settle, limit, reward, debts):
+    ledger.add_command(_command)

@@ -162,6 +162,7 @@ def load(
         spending=spending,
         nodes=nodes,
         published=published,
+        judges=_judges(backend, operations, published, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
         next_account=numbers.next_account,
@@ -342,16 +343,33 @@ def _audits(backend: Backend, verifier_id: str, node_id: str) -> list[Audit]:
     return [Audit(*row) for row in rows]
 
 
+def _judges(
+    backend: Backend, operations: Sequence[Prepared], published: Mapping[bytes, int], last: Book
+) -> dict[int, str]:
+    """Whose the verdicts are that are to be rewarded."""
+    wanted = {
+        published[op.body.verdict_digest]
+        for op in operations
+        if op.kind == "reward" and op.error is None and op.body.verdict_digest in published
+    }
+    rows = backend.by_keys("SELECT log_index, verifier_id FROM verdict", "log_index", wanted)
+    found = {row[0]: row[1] for row in rows}
+    return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
+
+
 def _calibrations(backend: Backend, digests: set[bytes]) -> dict[bytes, LoggedCalibration]:
     found = {}
     for digest, index in backend.by_keys(
         "SELECT digest, log_index FROM evidence", "digest", digests
     ):
-        ((first, leaves, body),) = backend.query(
+        rows = backend.query(
             "SELECT first_index, leaves, body FROM bundle WHERE first_index <= ? "
             "ORDER BY first_index DESC LIMIT 1",
             (index,),
         )
+        if not rows or index >= rows[0][0] + rows[0][1]:
+            continue  # published in this very transaction, so after every receipt that counts
+        first, leaves, body = rows[0]
         kind, leaf = list(bundle.unpack(leaves, bytes(body)))[index - first]
         if kind == "calibration":
             found[digest] = LoggedCalibration(index, leaf)

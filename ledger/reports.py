@@ -110,6 +110,22 @@ def statement(
         reader.close()
 
 
+def debts(database: str) -> list[dict[str, Any]]:
+    """What is owed, by creditor and the operation that could not pay it, in nanocredits."""
+    engine = open_engine(database)
+    try:
+        with database_errors(), engine.connect() as connection:
+            rows = connection.execute(
+                sa.text("SELECT operation_id, creditor, amount FROM debt ORDER BY creditor")
+            )
+            return [
+                {"creditor": row[1], "owed": str(row[2]), "operation": bytes(row[0]).hex()}
+                for row in rows
+            ]
+    finally:
+        engine.dispose()
+
+
 def archive(database: str, directory: Path, older_than_days: float, now_unix_ms: int) -> Archived:
     """Moves old history into a directory; see ``trueweight.ledger.archive``."""
     engine = open_engine(database)

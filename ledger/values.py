@@ -184,6 +184,8 @@ class Snapshot:
     # By verifier: its audits of the node that is to be convicted, in leaf order.
     audits: Mapping[str, Sequence[Audit]] = field(default_factory=dict)
     calibrations: Mapping[bytes, LoggedCalibration] = field(default_factory=dict)
+    # Log index of verdicts that are to be rewarded -> whose they are.
+    judges: Mapping[int, str] = field(default_factory=dict)
     next_sequence: int = 1
     next_index: int = 0
     next_account: int = 1

@@ -153,3 +153,15 @@ async def test_the_same_conviction_again_is_a_replay(market):
     (first,) = await market.must("verifier", convict)
     (again,) = await market.must("verifier", convict)
     assert (again.status, again.amount_nano) == (pb.Result.REPLAYED, first.amount_nano)
+
+
+async def test_attack_calibration_verdicts_and_conviction_in_one_call(market):
+    """The calibration is not in any bundle yet when the conviction is judged."""
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    await market.must("router", *guilt.holds)
+    await market.must("router", *guilt.captures)
+    convict = convict_by(world, conviction_of(world, node, [1, 2]))
+    results = await market.do("verifier", guilt.calibration, *guilt.verdicts, convict)
+    assert [r.code for r in results] == ["", "", "", "", "CONFLICT"]
+    await untouched(market)

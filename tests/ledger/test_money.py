@@ -423,6 +423,16 @@ async def test_reward_pays_a_verifier_once_per_verdict(bench):
     await bench.as_("verifier").publish(verdict)
     (himself,) = await bench.do("verifier", pb.Operation(id=world.new_id(), reward=body))
     assert himself.code == "PERMISSION_DENIED"
+    other = pb.Reward(verifier_id="somebody", amount_nano=100, verdict_digest=digest_of(verdict))
+    (anothers,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=other))
+    assert anothers.code == "INVALID_REQUEST"
+    key_event = pb.Reward(
+        verifier_id=world.identity("verifier"),
+        amount_nano=100,
+        verdict_digest=digest_of(world.node[0].key_event),
+    )
+    (no_verdict,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=key_event))
+    assert no_verdict.code == "INVALID_REQUEST"
     await bench.must("admin", pb.Operation(id=world.new_id(), reward=body))
     (twice,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=body))
     assert twice.code == "CONFLICT"
