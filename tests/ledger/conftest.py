@@ -68,6 +68,10 @@ class Databases:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {source}")
         return self._server.replace("/postgres?", f"/{name}?")
 
+    def tool(self, name):
+        """A program of the PostgreSQL that is tested."""
+        return self._process.bin_path / name
+
     def until_up(self):
         """Waits until a database that was killed has recovered."""
         for _ in range(600):
