@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
+from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.values import (
     CAPTURED,
@@ -93,6 +94,7 @@ class Book:
         self.spending: dict[str, Spending] = {}
         self.nodes: dict[str, NodeRow] = {}
         self.published: dict[bytes, int] = {}
+        self.verdicts: dict[int, VerdictRow] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,12 +14,22 @@ import click
 
 from trueweight.ledger import reports
 from trueweight.ledger import witness as witnessing
+from trueweight.ledger.command_support import (
+    archive_option,
+    database_option,
+    ledger_options,
+    move,
+    new_id,
+    rail_options,
+    with_ledger,
+)
 from trueweight.ledger.connect import connected
+from trueweight.ledger.money_commands import debts, limit, reward, settle
 from trueweight.ledger.public_log import MAX_CONNECTIONS, error_response, make_app
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
-from trueweight.protos.ids import derived_id, uuid7
+from trueweight.protos.ids import derived_id
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -40,7 +50,7 @@ from trueweight.runtime.cli import (
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.http_server import HttpServer, make_seats
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import LedgerPort, raise_refused
+from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import load_market
 from trueweight.runtime.rpc import Authenticator
 from trueweight.runtime.tls import ensure_certificate
@@ -54,36 +64,11 @@ def ledger() -> None:
     """The books: serve them, look at them, move money, check them."""
 
 
-def database_option(function: F) -> F:
-    """--database URL."""
-    return option(
-        "--database",
-        required=True,
-        envvar="TRUEWEIGHT_LEDGER_DATABASE",
-        help="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.",
-    )(function)
-
-
-def ledger_options(function: F) -> F:
-    """Where a running ledger is and who asks."""
-    function = option(
-        "--ledger", "endpoint", default=None, help="host:port; default: the market's."
-    )(function)
-    return market_option(keys_option(function))
-
-
-def rail_options(function: F) -> F:
-    """Which payment rail brought the money, under which reference."""
-    function = option(
-        "--reference", default="", help="The rail's reference: the same one never counts twice."
-    )(function)
-    return option("--rail", default="manual", help="Where the money came from.")(function)
-
-
 @ledger.command()
 @market_option
 @keys_option
 @database_option
+@archive_option
 @option("--listen", default="", help="host:port of the gRPC service; default: the market file's.")
 @option(
     "--http-listen",
@@ -102,6 +87,7 @@ def serve(
     market: Path,
     keys: Path,
     database: str,
+    archive: Path | None,
     listen: str,
     http_listen: str,
     verify_workers: int,
@@ -113,7 +99,7 @@ def serve(
     tune_collector()
     clock = SystemClock()
     known, signer = load_market(market), load_signer(keys)
-    books = Ledger(known, signer, database, clock, verify_workers=verify_workers)
+    books = Ledger(known, signer, database, clock, verify_workers=verify_workers, archive=archive)
     ensure_certificate(keys, clock.now_unix_ms())
     gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
     seats = make_seats(MAX_CONNECTIONS)
@@ -180,11 +166,14 @@ def balance(*, accounts: tuple[str, ...], database: str, as_json: bool) -> None:
 @ledger.command()
 @click.argument("account")
 @database_option
+@archive_option
 @option("--limit", default=100, type=click.IntRange(1), help="Most rows, newest last.")
 @json_option
-def statement(*, account: str, database: str, limit: int, as_json: bool) -> None:
+def statement(
+    *, account: str, database: str, archive: Path | None, limit: int, as_json: bool
+) -> None:
     """Transfers of ACCOUNT with its running balance."""
-    rows = reports.statement(database, account, limit)
+    rows = reports.statement(database, account, limit, archive)
     if as_json:
         print_json(rows)
         return
@@ -197,6 +186,7 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
 
 @ledger.command()
 @database_option
+@archive_option
 @path_option(
     "--market",
     default=None,
@@ -204,9 +194,9 @@ def statement(*, account: str, database: str, limit: int, as_json: bool) -> None
     help="Market file: also checks checkpoint signatures.",
 )
 @json_option
-def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
+def fsck(*, database: str, archive: Path | None, market: Path | None, as_json: bool) -> None:
     """Recompute all balances, holds and the log; exit status 1 if anything is wrong."""
-    findings = reports.fsck(database, market, show_progress=not as_json)
+    findings = reports.fsck(database, market, show_progress=not as_json, archive=archive)
     facts = {
         "clean": findings.clean,
         **findings.counts,
@@ -226,8 +216,31 @@ def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
     raise SystemExit(0 if findings.clean else 1)
 
 
+@ledger.command("archive")
+@database_option
+@path_option("--to", "directory", required=True, help="Directory for the files; made if missing.")
+@option("--older-than-days", default=90.0, type=click.FloatRange(0), help="What may go.")
+@json_option
+def archive_command(
+    *, database: str, directory: Path, older_than_days: float, as_json: bool
+) -> None:
+    """Move old leaves and transfers out of the database, while the ledger serves."""
+    done = reports.archive(database, directory, older_than_days, SystemClock().now_unix_ms())
+    facts = {
+        "leaves": done.leaves,
+        "transfers": done.transfers,
+        "archived_below": done.below,
+        "file": done.file or "nothing to move",
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table("Archived", tuple(facts), [tuple(facts.values())])
+
+
 @ledger.command()
 @database_option
+@archive_option
 @option(
     "--format",
     "form",
@@ -236,9 +249,9 @@ def fsck(*, database: str, market: Path | None, as_json: bool) -> None:
     help="csv, ledger (plain-text double entry) or parquet (needs pyarrow).",
 )
 @path_option("--out", required=True, help="File to write.")
-def export(*, database: str, form: str, out: Path) -> None:
+def export(*, database: str, archive: Path | None, form: str, out: Path) -> None:
     """Write all transfers to a file."""
-    count = reports.export(database, form, out)
+    count = reports.export(database, form, out, archive)
     print_json({"transfers": count, "file": str(out)})
 
 
@@ -266,7 +279,7 @@ def deposit(
         id=id_,
         deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
     )
-    _move(market, keys, endpoint, operation, as_json)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -295,7 +308,7 @@ def bond(
             node_id=node_id, amount_nano=amount, rail=rail, reference=reference
         ),
     )
-    _move(market, keys, endpoint, operation, as_json)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -318,19 +331,19 @@ def payout(
 ) -> None:
     """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled."""
     start = pb.Operation(
-        id=_new_id(),
+        id=new_id(),
         payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
     )
     operations = [start]
     if settle:
         operations.append(
             pb.Operation(
-                id=_new_id(),
+                id=new_id(),
                 payout_settle=pb.PayoutSettle(payout_id=start.id, paid=True, reference="manual"),
             )
         )
     for operation in operations:
-        _move(market, keys, endpoint, operation, as_json)
+        move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -356,14 +369,14 @@ def release(
         if below is None:
             below = (await port.checkpoint()).size
         return pb.Operation(
-            id=_new_id(),
+            id=new_id(),
             release=pb.Release(
                 node_id=node_id, amount_nano=parse_credits(credits), below_log_index=below
             ),
         )
 
-    operation = _with_ledger(market, keys, endpoint, run)
-    _move(market, keys, endpoint, operation, as_json)
+    operation = with_ledger(market, keys, endpoint, run)
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -372,8 +385,8 @@ def release(
 @json_option
 def expire(*, market: Path, keys: Path, endpoint: str | None, limit: int, as_json: bool) -> None:
     """Give back every hold whose time has passed (the ledger does so by itself, too)."""
-    operation = pb.Operation(id=_new_id(), expire=pb.Expire(limit=limit))
-    _move(market, keys, endpoint, operation, as_json)
+    operation = pb.Operation(id=new_id(), expire=pb.Expire(limit=limit))
+    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -405,43 +418,14 @@ def witness(
     run_async(serve_until_signal(follow))
 
 
-def _move(
-    market: Path, keys: Path, endpoint: str | None, operation: pb.Operation, as_json: bool
-) -> None:
-    async def run(port: LedgerPort) -> pb.Result:
-        return raise_refused((await port.apply([operation]))[0])
-
-    result = _with_ledger(market, keys, endpoint, run)
-    facts = {
-        "id": operation.id.hex(),
-        "status": pb.Result.Status.Name(result.status).lower(),
-        "credits": format_credits(result.amount_nano),
-    }
-    if as_json:
-        print_json(facts)
-    else:
-        kind = (operation.WhichOneof("body") or "").replace("_", " ")
-        print_table(kind, tuple(facts), [tuple(facts.values())])
-
-
-def _with_ledger(
-    market: Path, keys: Path, endpoint: str | None, use: Callable[[LedgerPort], Awaitable[T]]
-) -> T:
-    async def run() -> T:
-        async with connected(market, keys, endpoint) as port:
-            return await use(port)
-
-    return run_async(run())
-
-
-def _new_id() -> bytes:
-    return uuid7(SystemClock().now_unix_ms(), os.urandom(10))
-
-
 def _deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
     """Operation id and reference. The same reference gives the same id, so that a command that is
     run again after a lost answer is a replay."""
     if not reference:
-        id_ = _new_id()
+        id_ = new_id()
         return id_, id_.hex()
     return derived_id("deposit", rail.encode(), reference.encode()), reference
+
+
+for _command in (settle, limit, reward, debts):
+    ledger.add_command(_command)

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
+from trueweight.ledger.audits import VerdictRow, verdict_row
 from trueweight.ledger.values import Terms
 from trueweight.protos.envelope import (
     Opened,
@@ -127,6 +128,8 @@ class PublishFacts:
     signer: str
     # "<node>:<verifier>" of a conviction, else empty.
     conviction: str = ""
+    # What a verdict says; its log index is not known yet.
+    verdict: VerdictRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,7 @@ class ConvictFacts:
     node_id: str
     verifier_id: str
     change_point: int
+    statement: audit_pb2.Conviction
 
 
 def check_capture(operation_id: bytes, body: ledger_pb2.Capture, court: Court) -> CaptureFacts:
@@ -320,10 +324,12 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
         if getattr(opened.message, name, opened.signer) != opened.signer:
             raise BadSignature(f"the {kind} names another signer")
     _check_no_owner(kind, opened, court)
-    conviction = ""
+    conviction, verdict = "", None
     if isinstance(opened.message, audit_pb2.Conviction):
         conviction = f"{opened.message.node_id}:{opened.signer}"
-    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction)
+    if isinstance(opened.message, audit_pb2.Verdict):
+        verdict = verdict_row(opened.message)
+    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction, verdict)
 
 
 def check_not_owner(caller: str, node_id: str, court: Court) -> None:
@@ -360,9 +366,8 @@ def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -
 
 
 def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> ConvictFacts:
-    """The conviction must be the calling verifier's own and state enough evidence. Whether the
-    verdicts add up to it anybody can recompute from the log; the ledger takes the word of as
-    many verifiers as the market asks for."""
+    """The conviction must be the calling verifier's own and state enough evidence. Whether its
+    verdicts add up to that is recomputed when it is applied (``ledger.audits``)."""
     if body.reward_ppm > 100_000:
         raise InvalidRequest("a challenger's reward is at most 100,000 ppm")
     published = check_publish(body.conviction, court)
@@ -380,7 +385,11 @@ def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> Convic
     if published.signer != caller and "admin" not in court.roles_of(caller):
         raise PermissionDenied("the conviction was signed by another verifier")
     return ConvictFacts(
-        published, conviction.node_id, published.signer, conviction.change_point_index
+        published,
+        conviction.node_id,
+        published.signer,
+        conviction.change_point_index,
+        conviction,
     )
 
 

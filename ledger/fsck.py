@@ -14,11 +14,12 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import sqlalchemy as sa
 
+from trueweight.ledger.archived import Archive
 from trueweight.ledger.findings import Findings, Progress
 from trueweight.ledger.fsck_books import check_books
 from trueweight.ledger.fsck_log import check_log
 from trueweight.ledger.schema import make_engine
-from trueweight.protos.errors import StorageError
+from trueweight.protos.errors import InvalidRequest, StorageError
 
 # Starting a process takes about a second.
 _WORTH_A_PROCESS = 200_000
@@ -29,19 +30,21 @@ def check(
     market_id: str,
     ledger_keys: list[bytes] | None = None,
     progress: Progress = lambda *_: None,
+    archive: Archive | None = None,
 ) -> Findings:
     """All checks. ``ledger_keys`` are public keys that may have signed checkpoints; None skips
-    their signatures."""
+    their signatures. What was archived is checked as if it had never left."""
     findings = Findings()
     with engine.connect() as connection:
+        _check_archive(connection, archive)
         transfers = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
     if transfers < _WORTH_A_PROCESS:
-        findings.include(check_books(engine))
-        findings.include(check_log(engine, market_id, ledger_keys, progress))
+        findings.include(check_books(engine, archive))
+        findings.include(check_log(engine, market_id, ledger_keys, progress, archive))
         return findings
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-        books = other.submit(_check_books, engine.url)
-        log = check_log(engine, market_id, ledger_keys, progress)
+        books = other.submit(_check_books, engine.url, archive)
+        log = check_log(engine, market_id, ledger_keys, progress, archive)
         try:
             findings.include(books.result())
         except BrokenExecutor:
@@ -50,9 +53,19 @@ def check(
     return findings
 
 
-def _check_books(url: sa.URL) -> Findings:
+def _check_archive(connection: sa.Connection, archive: Archive | None) -> None:
+    moved = connection.execute(
+        sa.text("SELECT value FROM meta WHERE key = 'archived_below'")
+    ).scalar()
+    if int(moved or 0) > (archive.below if archive is not None else 0):
+        raise InvalidRequest(
+            f"the leaves below {moved} are in an archive", hint="Name its directory: --archive DIR."
+        )
+
+
+def _check_books(url: sa.URL, archive: Archive | None) -> Findings:
     engine = make_engine(url)
     try:
-        return check_books(engine)
+        return check_books(engine, archive)
     finally:
         engine.dispose()

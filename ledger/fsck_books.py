@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
 from trueweight.ledger.accounts import EXTERNAL
+from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, transfers_of
 from trueweight.ledger.findings import Findings, snapshot, stream
 from trueweight.ledger.values import (
     EXPIRE,
@@ -40,14 +42,15 @@ class _Fold:
     earned: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
 
 
-def check_books(engine: sa.Engine) -> Findings:
+def check_books(engine: sa.Engine, archive: Archive | None = None) -> Findings:
     """All that needs no leaf."""
     findings = Findings()
     with snapshot(engine) as connection:
         accounts = {r[0]: r for r in connection.execute(sa.text("SELECT * FROM account"))}
         fold = _Fold({no: row.kind for no, row in accounts.items()})
         names = {no: row.id for no, row in accounts.items()}
-        _fold_transfers(connection, findings, fold, names)
+        rows = transfers_of(connection, archive, TRANSFER_COLUMNS[:-1])
+        _fold_transfers(rows, findings, fold, names)
         _check_accounts(findings, fold, accounts)
         _check_pendings(connection, findings, fold, names)
         _check_legs(connection, findings, fold, names)
@@ -57,16 +60,12 @@ def check_books(engine: sa.Engine) -> Findings:
 
 
 def _fold_transfers(
-    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+    rows: Iterator[Any], findings: Findings, fold: _Fold, names: dict[int, str]
 ) -> None:
     counters, earned = fold.counters, fold.earned
     inside = {no for no, kind in fold.kinds.items() if kind != EXTERNAL}
     expected = 1
-    for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in stream(
-        connection,
-        "SELECT sequence, operation_id, ordinal, debit, credit, amount, phase, pending_id, reason "
-        "FROM transfer ORDER BY sequence",
-    ):
+    for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in rows:
         if sequence != expected:
             findings.add(f"transfers {expected} to {sequence - 1} are missing")
         expected = sequence + 1

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger import bundle
+from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.tiles import Edge
@@ -19,29 +20,32 @@ from trueweight.protos.merkle import leaf_hash
 
 
 def check_log(
-    engine: sa.Engine, market_id: str, ledger_keys: list[bytes] | None, progress: Progress
+    engine: sa.Engine,
+    market_id: str,
+    ledger_keys: list[bytes] | None,
+    progress: Progress,
+    archive: Archive | None = None,
 ) -> Findings:
     """All that the log says, against what is stored beside it."""
     findings = Findings()
     with snapshot(engine) as connection:
         rows = connection.execute(sa.text("SELECT no, id FROM account"))
         names = {int(row[0]): str(row[1]) for row in rows}
-        _check_log(connection, findings, _transfer_leaves(connection, findings, names), progress)
+        transfers = _transfer_leaves(
+            transfers_of(connection, archive, TRANSFER_COLUMNS), findings, names
+        )
+        _check_log(connection, findings, transfers, progress, archive)
         _check_checkpoints(connection, findings, market_id, ledger_keys)
     return findings
 
 
 def _transfer_leaves(
-    connection: sa.Connection, findings: Findings, names: dict[int, str]
+    rows: Iterator[Any], findings: Findings, names: dict[int, str]
 ) -> Iterator[bytes]:
     """The leaves that the stored transfers must have, operation by operation."""
     head: tuple[bytes, int, int] | None = None
     movements: list[bytes] = []
-    for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in stream(
-        connection,
-        "SELECT sequence, operation_id, ordinal, debit, credit, amount, phase, pending_id, "
-        "reason, created_at FROM transfer ORDER BY sequence",
-    ):
+    for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in rows:
         if head is None or head[0] != operation:
             if head is not None:
                 yield from encode_batches(*head, movements)
@@ -63,7 +67,11 @@ def _transfer_leaves(
 
 
 def _check_log(
-    connection: sa.Connection, findings: Findings, transfers: Iterator[bytes], progress: Progress
+    connection: sa.Connection,
+    findings: Findings,
+    transfers: Iterator[bytes],
+    progress: Progress,
+    archive: Archive | None,
 ) -> None:
     """Indices, tiles, checkpointed roots, and each transfer leaf against its transfer."""
     total = int(
@@ -78,9 +86,7 @@ def _check_log(
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, (sizes, roots))
-    for row in stream(
-        connection, "SELECT first_index, leaves, kinds, body FROM bundle ORDER BY first_index"
-    ):
+    for row in bundles_of(connection, archive):
         if row[0] != edge.size:
             findings.add(f"leaves {edge.size} to {row[0] - 1} are missing")
             return
@@ -104,7 +110,7 @@ def _check_log(
 
 def _leaves(findings: Findings, row: Any) -> list[tuple[str, bytes]] | None:
     try:
-        leaves = list(bundle.unpack(row[1], bytes(row[3])))
+        leaves = list(bundle.unpack(row[1], bytes(row[4])))
     except StorageError:
         findings.add(f"the bundle at leaf {row[0]} is damaged")
         return None

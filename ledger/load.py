@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from trueweight.ledger import bundle
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
     POOL_ACCOUNT,
@@ -17,6 +18,7 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
+from trueweight.ledger.audits import COUNTING, MAX_AUDITS, Audit, LoggedCalibration
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, ConvictFacts, RefundFacts
@@ -160,6 +162,7 @@ def load(
         spending=spending,
         nodes=nodes,
         published=published,
+        judges=_judges(backend, operations, published, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
         next_account=numbers.next_account,
@@ -318,7 +321,59 @@ def _conviction(
         (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
     )
     needs.accounts.update(leg.client for leg in legs)
-    return {"node_legs": legs, "withdrawals": withdrawals}
+    found = {verifier: _audits(backend, verifier, node) for verifier in terms.verifiers}
+    cited = {audit.calibration_digest for audits in found.values() for audit in audits}
+    return {
+        "node_legs": legs,
+        "withdrawals": withdrawals,
+        "audits": found,
+        "calibrations": _calibrations(backend, cited),
+    }
+
+
+def _audits(backend: Backend, verifier_id: str, node_id: str) -> list[Audit]:
+    rows = backend.query(
+        "SELECT v.log_index, v.receipt_digest, v.calibration_digest, v.parameter_class, "
+        "v.sum_x_nano, v.tokens, l.log_index, l.client FROM verdict v "
+        "JOIN leg l ON l.receipt_digest = v.receipt_digest AND l.node_id = v.node_id "
+        "WHERE v.node_id = ? AND v.verifier_id = ? AND v.outcome IN (?, ?) "
+        "AND l.log_index < v.log_index ORDER BY v.log_index LIMIT ?",
+        (node_id, verifier_id, *COUNTING, MAX_AUDITS + 1),
+    )
+    return [Audit(*row) for row in rows]
+
+
+def _judges(
+    backend: Backend, operations: Sequence[Prepared], published: Mapping[bytes, int], last: Book
+) -> dict[int, str]:
+    """Whose the verdicts are that are to be rewarded."""
+    wanted = {
+        published[op.body.verdict_digest]
+        for op in operations
+        if op.kind == "reward" and op.error is None and op.body.verdict_digest in published
+    }
+    rows = backend.by_keys("SELECT log_index, verifier_id FROM verdict", "log_index", wanted)
+    found = {row[0]: row[1] for row in rows}
+    return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
+
+
+def _calibrations(backend: Backend, digests: set[bytes]) -> dict[bytes, LoggedCalibration]:
+    found = {}
+    for digest, index in backend.by_keys(
+        "SELECT digest, log_index FROM evidence", "digest", digests
+    ):
+        rows = backend.query(
+            "SELECT first_index, leaves, body FROM bundle WHERE first_index <= ? "
+            "ORDER BY first_index DESC LIMIT 1",
+            (index,),
+        )
+        if not rows or index >= rows[0][0] + rows[0][1]:
+            continue  # published in this very transaction, so after every receipt that counts
+        first, leaves, body = rows[0]
+        kind, leaf = list(bundle.unpack(leaves, bytes(body)))[index - first]
+        if kind == "calibration":
+            found[digest] = LoggedCalibration(index, leaf)
+    return found
 
 
 def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:

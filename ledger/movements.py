@@ -162,8 +162,12 @@ def payout_settle(book: Book, op: Prepared) -> int:
 def reward(book: Book, op: Prepared) -> int:
     """verification pool -> verifier, once per verdict and verifier."""
     body = op.body
-    if book.published_at(body.verdict_digest) is None:
+    index = book.published_at(body.verdict_digest)
+    if index is None:
         raise NotFound("the verdict is not in the log", hint="Publish it first.")
+    fresh = book.verdicts.get(index)
+    if body.verifier_id != (fresh.verifier_id if fresh else book.snapshot.judges.get(index)):
+        raise InvalidRequest("that is no verdict of this verifier")
     book.claim_reference(
         "reward", f"{body.verifier_id}:{body.verdict_digest.hex()}", "the verdict was rewarded"
     )

@@ -5,14 +5,17 @@ Methods block on the database; the service calls them on its own small pool of t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.accounts import CURRENCY, Account
+from trueweight.ledger.archived import Archive, merged
 from trueweight.ledger.books import leaf_hashes
 from trueweight.ledger.leaves import transfer_record
 from trueweight.ledger.tiles import WIDTH as TILE_WIDTH
@@ -44,8 +47,9 @@ _TRANSFERS = (
 class Reader:
     """Reads through a connection pool. Raises StorageError when the database fails."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: sa.Engine, archive: Path | None = None) -> None:
+        self._engine, self._archive_path = engine, archive
+        self._archive: Archive | None = None
         self._tile_lock = threading.Lock()
         self._connection: sa.Connection | None = None
         self._tiles = TileReader(self._read_tile, self._read_leaves)
@@ -76,6 +80,9 @@ class Reader:
 
     def transfers(self, account: str, after: int, limit: int) -> pb.ListTransfersResponse:
         """Transfers of an account (of all for "") with a higher sequence, oldest first."""
+        archived = self._archived_transfers(account, after, page_size(limit))
+        if archived:
+            return pb.ListTransfersResponse(transfers=archived, next_sequence=archived[-1].sequence)
         where, order = "t.sequence > :after", "ORDER BY t.sequence LIMIT :limit"
         sql = f"{_TRANSFERS} WHERE {where} {order}"
         if account:
@@ -147,7 +154,8 @@ class Reader:
                             index=index, kind=kind, body=leaf, merged_at_unix_ms=merged_at
                         )
                     )
-                place = first + count
+                # A gap of archived bundles may follow one that ends before ``place``.
+                place = max(place, first + count)
             if len(rows) < _BUNDLES_PER_QUERY:
                 break
         return response
@@ -270,12 +278,15 @@ class Reader:
 
     def _bundles(self, place: int, size: int, mask: int) -> Sequence[Any]:
         """Bundles that hold leaves [place, size) of the mask's kinds."""
+        archive = None
+        if not mask or mask & bundle.FREQUENT_MASK:  # the others are never archived
+            archive = self._archive_for("archived_below", place)
         where = ""
         if mask:
             where = "AND (kinds & :mask) <> 0"
             if not mask & bundle.FREQUENT_MASK:
                 where += " AND kinds > 7"  # lets the partial index answer
-        return self._rows(
+        rows = self._rows(
             sa.text(
                 "SELECT first_index, leaves, kinds, merged_at, body FROM bundle "  # noqa: S608
                 "WHERE first_index >= (SELECT COALESCE(MAX(first_index), 0) FROM bundle "
@@ -284,6 +295,47 @@ class Reader:
             ),
             {"place": place, "size": size, "mask": mask, "limit": _BUNDLES_PER_QUERY},
         )
+        if archive is None:
+            return rows
+        both = merged(archive.bundles(place, _BUNDLES_PER_QUERY, mask), rows)
+        return list(itertools.islice(both, _BUNDLES_PER_QUERY))
+
+    def _archive_for(self, mark: str, place: int) -> Archive | None:
+        """The archive if it has something at or after a place. Raises NotFound if it is needed and
+        this ledger does not know where it is."""
+        rows = self._rows(
+            sa.text("SELECT key, value FROM meta WHERE key IN ('market', :mark)"), {"mark": mark}
+        )
+        facts = {row[0]: row[1] for row in rows}
+        end = int(facts.get(mark, 0))
+        if place >= end:
+            return None
+        if self._archive_path is None:
+            raise NotFound(
+                "what is asked for was archived", hint="Start the ledger with --archive DIR."
+            )
+        known = self._archive
+        if known is None or (known.below if mark == "archived_below" else known.sequence) < end:
+            self._archive = known = Archive(self._archive_path, facts["market"])
+        return known
+
+    def _archived_transfers(self, account: str, after: int, limit: int) -> list[pb.TransferRecord]:
+        archive = self._archive_for("archived_sequence", after)
+        if archive is None:
+            return []
+        number = None
+        if account:
+            found = self._rows(sa.text("SELECT no FROM account WHERE id = :id"), {"id": account})
+            if not found:
+                return []
+            number = int(found[0][0])
+        rows = archive.transfers(after, limit, number)
+        statement = sa.text("SELECT no, id FROM account WHERE no IN :numbers").bindparams(
+            sa.bindparam("numbers", expanding=True)
+        )
+        numbers = {no for row in rows for no in row[3:5]}
+        names = {row[0]: row[1] for row in self._rows(statement, {"numbers": list(numbers)})}
+        return [stored_record((*r[:3], names[r[3]], names[r[4]], *r[5:])) for r in rows]
 
     def _with_tiles(self, work: Callable[[], T]) -> T:
         with self._tile_lock, self._engine.connect() as self._connection:

@@ -15,7 +15,10 @@ import rich.progress
 import sqlalchemy as sa
 from rich.console import Console
 
+from trueweight.ledger import archive as archiving
 from trueweight.ledger.accounts import kind_of
+from trueweight.ledger.archive import Archived
+from trueweight.ledger.archived import Archive
 from trueweight.ledger.findings import Findings
 from trueweight.ledger.fsck import check
 from trueweight.ledger.reader import MAX_PAGE, Reader
@@ -30,11 +33,12 @@ _COLUMNS = (
     "sequence", "id", "at", "debit_account", "credit_account", "amount_nano", "currency", "phase",
     "pending_id", "reason", "operation_id",
 )  # fmt: skip
+MS_PER_DAY = 86_400_000
 _PENDING_PHASES = (pb.TransferRecord.POST, pb.TransferRecord.VOID, pb.TransferRecord.EXPIRE)
 
 
-def open_reader(database: str) -> Reader:
-    """A reader of existing books. Raises NotFound or InvalidRequest."""
+def open_engine(database: str) -> sa.Engine:
+    """Existing books of this schema version. Raises NotFound, InvalidRequest or Unavailable."""
     url = normal_url(database)
     if url.get_backend_name() == "sqlite" and not sqlite_path(url).exists():
         raise NotFound(f"there are no books at {sqlite_path(url)}")
@@ -45,7 +49,12 @@ def open_reader(database: str) -> Reader:
         raise InvalidRequest(
             "the database has another schema version", hint="Start 'trueweight ledger serve' on it."
         )
-    return Reader(engine)
+    return engine
+
+
+def open_reader(database: str, archive: Path | None = None) -> Reader:
+    """A reader of existing books and of what was archived from them."""
+    return Reader(open_engine(database), archive)
 
 
 @contextlib.contextmanager
@@ -82,10 +91,12 @@ def balances(database: str, accounts: Sequence[str]) -> list[dict[str, Any]]:
         reader.close()
 
 
-def statement(database: str, account: str, limit: int) -> list[dict[str, Any]]:
+def statement(
+    database: str, account: str, limit: int, archive: Path | None = None
+) -> list[dict[str, Any]]:
     """The last transfers of an account with the balance after each."""
     kind_of(account)
-    reader = open_reader(database)
+    reader = open_reader(database, archive)
     rows: list[dict[str, Any]] = []
     held: dict[bytes, int] = {}
     available = 0
@@ -99,11 +110,43 @@ def statement(database: str, account: str, limit: int) -> list[dict[str, Any]]:
         reader.close()
 
 
-def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Findings:
+def debts(database: str) -> list[dict[str, Any]]:
+    """What is owed, by creditor and the operation that could not pay it, in nanocredits."""
+    engine = open_engine(database)
+    try:
+        with database_errors(), engine.connect() as connection:
+            rows = connection.execute(
+                sa.text("SELECT operation_id, creditor, amount FROM debt ORDER BY creditor")
+            )
+            return [
+                {"creditor": row[1], "owed": str(row[2]), "operation": bytes(row[0]).hex()}
+                for row in rows
+            ]
+    finally:
+        engine.dispose()
+
+
+def archive(database: str, directory: Path, older_than_days: float, now_unix_ms: int) -> Archived:
+    """Moves old history into a directory; see ``trueweight.ledger.archive``."""
+    engine = open_engine(database)
+    try:
+        with database_errors():
+            return archiving.archive(
+                engine, directory, now_unix_ms - round(older_than_days * MS_PER_DAY)
+            )
+    finally:
+        engine.dispose()
+
+
+def fsck(
+    database: str,
+    market_file: Path | None,
+    *,
+    show_progress: bool,
+    archive: Path | None = None,
+) -> Findings:
     """Checks the books of a database; see ``trueweight.ledger.fsck``."""
-    reader = open_reader(database)
-    reader.close()
-    engine = make_engine(normal_url(database))
+    engine = open_engine(database)
     keys: list[bytes] | None = None
     with database_errors(), engine.connect() as connection:
         market_id = str(
@@ -114,10 +157,11 @@ def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Fin
         member = market.member(Member.LEDGER)
         keys = [key for who, key in market.ring.keys.values() if who == member.identity]
         market_id = market.market_id
+    moved = Archive(archive, market_id) if archive is not None else None
     try:
         if not show_progress:
             with database_errors():
-                return check(engine, market_id, keys)
+                return check(engine, market_id, keys, archive=moved)
         with (
             database_errors(),
             rich.progress.Progress(console=Console(stderr=True), transient=True) as bar,
@@ -130,14 +174,15 @@ def fsck(database: str, market_file: Path | None, *, show_progress: bool) -> Fin
                 lambda what, done, total: bar.update(
                     task, description=f"checking {what}", completed=done, total=total
                 ),
+                moved,
             )
     finally:
         engine.dispose()
 
 
-def export(database: str, form: str, out: Path) -> int:
+def export(database: str, form: str, out: Path, archive: Path | None = None) -> int:
     """All transfers as CSV, plain-text double entry, or Parquet; their number."""
-    reader = open_reader(database)
+    reader = open_reader(database, archive)
     try:
         return _EXPORTS[form](_all_transfers(reader, ""), out)
     finally:

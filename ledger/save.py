@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trueweight.ledger.accounts import CURRENCY
+from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.load import (
@@ -99,6 +100,7 @@ def _save_rare(backend: Backend, book: Book) -> None:
     backend.upsert("node", ("node_id", "released", "convicted"), 1, list(book.nodes.values()))
     backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
+    backend.insert("verdict", VerdictRow._fields, list(book.verdicts.values()))
 
 
 def _summed(book: Book) -> list[tuple[bytes, str, int]]:

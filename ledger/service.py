@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from trueweight.ledger.accounts import CLIENT, kind_of, owner_of
@@ -66,12 +67,13 @@ class Ledger:
         random: Callable[[int], bytes] = os.urandom,
         *,
         verify_workers: int = 0,
+        archive: Path | None = None,
     ) -> None:
         self._url = normal_url(database)
         self._signer, self._clock, self._random = signer, clock, random
         self._court = court_of(market)
         self._engine = make_engine(self._url)
-        self._reader = Reader(self._engine)
+        self._reader = Reader(self._engine, archive)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="ledger-read")
         self._checkers = PreparePool(verify_workers)
         self._writer: Writer | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trueweight.ledger import movements
+from trueweight.ledger import audits, movements
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
     POOL_ACCOUNT,
@@ -216,9 +216,7 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
     if row.convicted:
         raise Conflict("the node was convicted before")
     publish_evidence(book, facts.published)
-    judges = sum(
-        book.reference("conviction", f"{facts.node_id}:{v}") is not None for v in terms.verifiers
-    )
+    judges = _judges(book, facts, terms)
     if judges < terms.convictions_needed:
         raise Conflict(
             f"{judges} of {terms.convictions_needed} verifiers have convicted this node",
@@ -240,11 +238,24 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
     return forfeited
 
 
+def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
+    """Verifiers that have published a conviction which their own logged verdicts carry. Raises
+    Conflict or InvalidRequest if the one at hand is none of these."""
+    cases = {
+        verifier: audits.add_up(found, book.snapshot.calibrations)
+        for verifier, found in book.snapshot.audits.items()
+        if book.reference("conviction", f"{facts.node_id}:{verifier}") is not None
+    }
+    mine = cases.get(facts.verifier_id) or audits.add_up((), {})
+    audits.check_statement(facts.statement, mine, only_verifier=len(terms.verifiers) == 1)
+    return sum(case.is_carried for case in cases.values())
+
+
 def _refund_pro_rata(book: Book, facts: ConvictFacts, available: int) -> None:
     legs = [
         leg
         for leg in book.snapshot.node_legs
-        if leg.log_index >= facts.change_point and not leg.refunded
+        if leg.log_index >= facts.change_point and leg.charge and not leg.refunded
     ]
     total = sum(leg.charge for leg in legs)
     pay = min(available, total)
@@ -295,7 +306,10 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
         return known
     if facts.conviction and book.reference("conviction", facts.conviction) is None:
         book.put(book.references, ("conviction", facts.conviction), book.operation_id)
-    return book.append(Leaf(facts.kind, facts.envelope, facts.digest))
+    index = book.append(Leaf(facts.kind, facts.envelope, facts.digest))
+    if facts.verdict is not None:
+        book.put(book.verdicts, index, facts.verdict._replace(log_index=index))
+    return index
 
 
 def _keep_leg(book: Book, leg: Leg) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import Account
+from trueweight.ledger.audits import Audit, LoggedCalibration
 from trueweight.protos.errors import TrueweightError
 
 # Phases of a transfer; the numbers of TransferRecord.Phase.
@@ -180,6 +181,11 @@ class Snapshot:
     node_legs: Sequence[Leg] = ()
     withdrawals: Sequence[Pending] = ()
     leg_total: LegTotal | None = None
+    # By verifier: its audits of the node that is to be convicted, in leaf order.
+    audits: Mapping[str, Sequence[Audit]] = field(default_factory=dict)
+    calibrations: Mapping[bytes, LoggedCalibration] = field(default_factory=dict)
+    # Log index of verdicts that are to be rewarded -> whose they are.
+    judges: Mapping[int, str] = field(default_factory=dict)
     next_sequence: int = 1
     next_index: int = 0
     next_account: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 
@@ -108,7 +109,9 @@ async def claim_forever(
         await clock.sleep_ms(PERIOD_MS)
         now = clock.now_unix_ms()
         try:
-            await confirm_reports(journal, ledger, node_id, now)
+            with contextlib.suppress(TrueweightError):
+                # Only saves claims; whatever is wrong with it, the claims are made.
+                await confirm_reports(journal, ledger, node_id, now)
             kept = await claim_due(journal, ledger, now)
             journal.forget_expired(now - KEEP_MS)
         except StorageError as error:

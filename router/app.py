@@ -34,7 +34,7 @@ from trueweight.router.metrics import Metrics
 from trueweight.router.node_session import SessionIdentity
 from trueweight.router.offers import AllowList
 from trueweight.router.receipts_view import ReceiptsView
-from trueweight.router.reporting import report_captured
+from trueweight.router.reporting import reporter
 from trueweight.router.service import RouterService
 from trueweight.router.settlement import Settlement
 from trueweight.router.settling import Settler
@@ -110,9 +110,7 @@ class Router:
         )
         self.journal = Journal(self.store)
         box = TranscriptBox(load_master_key(config.data, random), random)
-        self.settler = Settler(
-            ledger, self.journal, self._clock, lambda done: report_captured(done, self.fleet)
-        )
+        self.settler = Settler(ledger, self.journal, self._clock, reporter(self.fleet))
         me = SessionIdentity(signer, market.market_id, market.ring, random, self._clock)
         self._connections = Connections(me, self.fleet)
         services = Services(

@@ -5,6 +5,8 @@ A courtesy: what is lost here costs a node one claim that the ledger refuses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
 from trueweight.protos.v1.ledger_pb2 import Operation
 from trueweight.protos.v1.market_pb2 import Assignment
@@ -12,8 +14,12 @@ from trueweight.protos.v1.node_pb2 import Captured
 from trueweight.router.fleet import Fleet
 
 
-def report_captured(operation: Operation, fleet: Fleet) -> None:
-    """Reports every leg of a capture to its node, as far as there is a session with it."""
+def reporter(fleet: Fleet) -> Callable[[Operation], None]:
+    """What reports every leg of a capture to its node, as far as there is a session with it."""
+    return lambda operation: _report(operation, fleet)
+
+
+def _report(operation: Operation, fleet: Fleet) -> None:
     for envelope in operation.capture.assignments:
         # This router's own signature: nothing to check.
         assignment = parse_payload(parse_envelope(envelope), Assignment)

@@ -32,6 +32,7 @@ from trueweight.protos.errors import TrueweightError, Unavailable
 from trueweight.protos.ids import ID_BYTES
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.clock import SystemClock
+from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import START_UNIX_MS, Leg, World
 
 REQUESTS = 40
@@ -139,7 +140,8 @@ class Load:
 
 def make_load() -> Load:
     """Deposits, holds, captures, voids, refunds and a conviction: the same every time."""
-    world = World()
+    # Two verifiers: what a conviction says of log indices is not the same in every run.
+    world = World(verifiers=2)
     router, admin, verifier = (world.identity(r) for r in ("router", "admin", "verifier"))
     first = [(router, world.publish(n.key_event)) for n in world.node]
     first += [(admin, world.deposit(f"c{i}", 20 * CREDIT)) for i in range(4)]
@@ -158,8 +160,21 @@ def make_load() -> Load:
         for i in (0, 7)
     ]
     waves = [first, [(router, h) for h in holds], ends, refunds]
-    waves.append([(verifier, world.convict(world.node[2].identity, 0))])
-    return Load(world, waves)
+    return Load(world, [*waves, *_conviction(world)])
+
+
+def _conviction(world: World) -> list[list[tuple[str, pb.Operation]]]:
+    cheat = world.node[2]
+    router, verifier = world.identity("router"), world.identity("verifier")
+    guilt = guilt_of(world, cheat, "c0")
+    convict = convict_by(world, conviction_of(world, cheat, [1, 2, 3]))
+    return [
+        [(verifier, guilt.calibration)],
+        [(router, hold) for hold in guilt.holds],
+        [(router, capture) for capture in guilt.captures],
+        [(verifier, verdict) for verdict in guilt.verdicts],
+        [(verifier, convict)],
+    ]
 
 
 async def run_load(

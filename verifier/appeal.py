@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from trueweight.protos.conviction import Evidence
 from trueweight.protos.errors import TrueweightError
 from trueweight.protos.evidence import Wealth
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
 from trueweight.verifier.audit import Auditor
-from trueweight.verifier.conviction import Evidence
 from trueweight.verifier.epochs import EpochPlan, audit_request
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView

@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from trueweight.protos.conviction import Evidence, NodeEvidence
 from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
-from trueweight.verifier.conviction import Evidence, NodeEvidence
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from trueweight.protos.conviction import NodeEvidence, frozen_pairs
 from trueweight.protos.evidence import CONVICT, SUSPECT, Wealth
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
-from trueweight.verifier.conviction import NodeEvidence, frozen_pairs
 from trueweight.verifier.deterrence import Stake, deterrence
 from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import PPM

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trueweight.protos.conviction import Evidence
 from trueweight.protos.v1.audit_pb2 import Verdict
-from trueweight.verifier.conviction import Evidence
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS, opens
 from trueweight.verifier.leaves import Leaf
 

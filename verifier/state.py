@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.conviction import Evidence, NodeEvidence
 from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.envelope import (
     Opened,
@@ -41,7 +42,6 @@ from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
-from trueweight.verifier.conviction import Evidence, NodeEvidence
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied

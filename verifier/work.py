@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trueweight.protos.conviction import change_point_index
 from trueweight.protos.errors import NotFound
 from trueweight.protos.evidence import CONVICT, log10_milli
 from trueweight.protos.v1.audit_pb2 import Conviction, EpochReveal
@@ -15,7 +16,6 @@ from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.verifier import duties
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.balances import read_stakes
-from trueweight.verifier.conviction import change_point_index
 from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch

@@ -14,10 +14,12 @@ import uuid
 import psycopg
 import pytest
 
+from trueweight.ledger.archived import Archive
 from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, migrate, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.runtime.clock import ManualClock
+from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import START_UNIX_MS, World
 
 
@@ -65,6 +67,10 @@ class Databases:
         with psycopg.connect(self._server, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {source}")
         return self._server.replace("/postgres?", f"/{name}?")
+
+    def tool(self, name):
+        """A program of the PostgreSQL that is tested."""
+        return self._process.bin_path / name
 
     def until_up(self):
         """Waits until a database that was killed has recovered."""
@@ -132,6 +138,7 @@ class Bench:
 
     def __init__(self, world, clock, ledger, url):
         self.world, self.clock, self.ledger, self.url = world, clock, ledger, url
+        self.archived = None
 
     def as_(self, role):
         signer = self.world.signers.get(role)
@@ -161,16 +168,32 @@ class Bench:
     async def leaves(self, *kinds):
         return list((await self.as_("").read_log(0, 1000, kinds)).entries)
 
+    async def proven_guilty(self, node, by="verifier", reward_ppm=100_000):
+        """Logs audits that convict a node; the operation that does. Needs published key events."""
+        world = self.world
+        client = f"audited-{by}"
+        await self.must("admin", world.deposit(client, 100))
+        guilt = guilt_of(world, node, client, by)
+        await self.must(by, guilt.calibration)
+        await self.must("router", *guilt.holds)
+        first = len(await self.leaves("receipt"))
+        await self.must("router", *guilt.captures)
+        await self.must(by, *guilt.verdicts)
+        receipts = [leaf.index for leaf in (await self.leaves("receipt"))[first:]]
+        conviction = conviction_of(world, node, receipts, by)
+        return convict_by(world, conviction, reward_ppm, by)
+
     def fsck(self):
         return fsck(self.url, self.world)
 
 
-def fsck(url, world):
+def fsck(url, world, archive=None):
     engine = make_engine(normal_url(url))
     signer = world.signers["ledger"]
     keys = [k for who, k in world.market.ring.keys.values() if who == signer.identity]
     try:
-        return check(engine, world.market_id, keys)
+        moved = Archive(archive, world.market_id) if archive else None
+        return check(engine, world.market_id, keys, archive=moved)
     finally:
         engine.dispose()
 
@@ -180,7 +203,7 @@ def start(clock):
     """Starts ledgers; all are closed at the end."""
     started = []
 
-    async def run(world, url, wait_ms=10_000):
+    async def run(world, url, wait_ms=10_000, archive=None):
         from trueweight.runtime.clock import SystemClock
 
         class Clock(SystemClock):
@@ -189,7 +212,7 @@ def start(clock):
             def now_unix_ms(self):
                 return clock.now_unix_ms()
 
-        ledger = Ledger(world.market, world.signers["ledger"], url, Clock())
+        ledger = Ledger(world.market, world.signers["ledger"], url, Clock(), archive=archive)
         started.append(ledger)
         await ledger.start(wait_ms)
         return ledger
@@ -205,5 +228,5 @@ async def bench(world, clock, start, database):
     yield made
     for each in start.started:
         await each.close()
-    found = fsck(database, world)
+    found = fsck(database, world, made.archived)
     assert found.problems == []

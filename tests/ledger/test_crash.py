@@ -7,16 +7,20 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 
 import psycopg
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
+from trueweight.ledger import schema
 from trueweight.ledger import service as service_module
-from trueweight.ledger.fsck import check
-from trueweight.ledger.schema import make_engine, normal_url
+from trueweight.ledger.schema import is_current, make_engine, migrate, normal_url
 from trueweight.protos.errors import StorageError, TrueweightError
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.simulation.ledger_crash import Crasher, Kill, make_load, problems, run_load
+from trueweight.simulation.ledger_crash import Crasher, Kill, Load, make_load, problems, run_load
 
 from .conftest import Bench, fsck
 
@@ -212,21 +216,69 @@ async def test_a_really_full_sqlite_file_is_a_clear_error_and_recovers(  # noqa:
     assert fsck(url, world).clean
 
 
-def test_a_backup_restores(databases, migrated, tmp_path):
-    """SQLite: VACUUM INTO; PostgreSQL: a template copy stands for pg_dump. fsck is the proof."""
-    url = databases.copy(migrated)
-    load = make_load()
-    asyncio.run(run_load(load, url, lambda _: None))
+def backup(databases, url, tmp_path):
+    """What docs/ledger.md tells operators to do; the URL of the restored books."""
     if databases.kind == "sqlite":
-        restored = f"sqlite:///{tmp_path}/restored.db"
         engine = make_engine(normal_url(url))
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql(f"VACUUM INTO '{tmp_path}/restored.db'")
         engine.dispose()
-    else:
-        restored = databases.copy(url)
-    engine = make_engine(normal_url(restored))
-    assert check(engine, load.world.market_id).clean
-    engine.dispose()
-    asyncio.run(run_load(load, restored, lambda _: None))
+        return f"sqlite:///{tmp_path}/restored.db"
+    restored = databases.copy()
+    dump = tmp_path / "books.dump"
+    for tool, *arguments in (
+        ("pg_dump", "--format=custom", f"--file={dump}", url),
+        ("pg_restore", "--exit-on-error", f"--dbname={restored}", dump),
+    ):
+        subprocess.run([databases.tool(tool), *arguments], check=True, timeout=60)
+    return restored
+
+
+def test_a_backup_restores_and_clients_replay_what_it_lacks(databases, migrated, tmp_path):
+    load, url = make_load(), databases.copy(migrated)
+    half = Load(load.world, load.waves[:2])
+    asyncio.run(run_load(half, url, lambda _: None))
+    restored = backup(databases, url, tmp_path)
+    assert problems(restored, set()) == []
     assert balances(restored) == balances(url)
+    for books in (url, restored):
+        asyncio.run(run_load(load, books, lambda _: None))
+        assert problems(books, set()) == []
+    assert balances(restored) == balances(url)
+
+
+def test_old_books_are_migrated_with_all_they_say(databases, migrated):
+    """Books of the first schema get the tables of later ones, filled from their log."""
+    load, url, old = make_load(), databases.copy(migrated), databases.copy()
+    asyncio.run(run_load(load, url, lambda _: None))
+    source, target = make_engine(normal_url(url)), make_engine(normal_url(old))
+    upgrade(target, "0001")
+    tables = sa.MetaData()
+    tables.reflect(target)
+    with source.connect() as reading, target.begin() as writing:
+        for table in tables.sorted_tables:
+            if table.name != "alembic_version":
+                rows = [dict(r._mapping) for r in reading.execute(sa.select(table))]
+                if rows:
+                    writing.execute(table.insert(), rows)
+    assert not is_current(target)
+    migrate(target)
+    migrate(target)
+    assert is_current(target)
+    verdicts = sa.text("SELECT * FROM verdict ORDER BY log_index")
+    with source.connect() as one, target.connect() as other:
+        found = one.execute(verdicts).fetchall()
+        assert found and other.execute(verdicts).fetchall() == found
+    source.dispose()
+    target.dispose()
+    assert problems(old, set()) == []
+    asyncio.run(run_load(load, old, lambda _: None))
+    assert balances(old) == balances(url)
+
+
+def upgrade(engine, revision):
+    config = Config()
+    config.set_main_option("script_location", str(schema._MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)

@@ -33,6 +33,7 @@ from trueweight.ledger.values import Leaf
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.merkle import verify_consistency
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import Leg, World
 
 from .conftest import fsck
@@ -57,6 +58,13 @@ class Model:
     held: dict = field(default_factory=dict)  # hold id -> (client, amount, due)
     legs: dict = field(default_factory=dict)  # receipt digest -> (client, node, charge, split)
     payouts: dict = field(default_factory=dict)  # id -> (node, amount)
+    earned: int = 0
+    taken: int = 0  # from nodes: refunds and forfeits
+    treasury: int = 0
+    reward: int = 0
+    accused: dict = field(default_factory=dict)  # node -> (legs until then, its conviction)
+    convicted: set = field(default_factory=set)
+    refunded: set = field(default_factory=set)  # receipt digests
 
 
 def split_of(charge):
@@ -77,6 +85,8 @@ INTERESTING = [
     ("hold", "INSUFFICIENT_FUNDS"),
     ("deposit", "replayed"),
     ("deposit", "ID_CONFLICT"),
+    ("convict", "applied"),
+    ("convict", "CONFLICT"),
 ]
 
 
@@ -214,12 +224,17 @@ class Machine(RuleBasedStateMachine):
         made = []
         for leg, charge, receipt in zip(legs, charges, operation.capture.receipts, strict=True):
             fee, pool, rest = split_of(charge)
-            self.model.fee += fee
-            self.model.pool += pool
-            self.model.locked[leg.node.identity] += rest
             digest = digest_of(receipt)
             self.model.legs[digest] = (client, leg.node.identity, charge)
             made.append(digest)
+            if leg.node.identity in self.model.convicted:
+                self.model.have[client] += charge  # given back at once
+                self.model.refunded.add(digest)
+                continue
+            self.model.fee += fee
+            self.model.pool += pool
+            self.model.locked[leg.node.identity] += rest
+            self.model.earned += rest
         return multiple(*made)
 
     @rule(hold=consumes(holds))
@@ -248,17 +263,78 @@ class Machine(RuleBasedStateMachine):
         client, node, charge = self.model.legs[digest]
         fee, pool, rest = split_of(charge)
         (result,) = self.apply("verifier", self.world.refund(digest, node))
+        if digest in self.model.refunded and charge:
+            assert result == "CONFLICT"
+            return
         assert result == "applied"
-        # Locked earnings first; bonds and treasury are empty here, what is missing is owed.
+        self.model.refunded.add(digest)
+        # Locked earnings first, then the treasury; bonds are empty here, what is missing is owed.
         from_node = min(rest, self.model.locked[node])
         from_fee, from_pool = min(fee, self.model.fee), min(pool, self.model.pool)
         self.model.locked[node] -= from_node
         self.model.fee -= from_fee
         self.model.pool -= from_pool
-        self.model.have[client] += from_node + from_fee + from_pool
+        from_treasury = min(self.model.treasury, charge - from_node - from_fee - from_pool)
+        self.model.treasury -= from_treasury
+        self.model.taken += from_node
+        self.model.have[client] += from_node + from_fee + from_pool + from_treasury
         assert self.apply("verifier", self.world.refund(digest, node)) == (
             ["CONFLICT"] if charge else ["applied"]
         )
+
+    @rule(node=st.integers(0, 2))
+    def accuse(self, node):
+        """Audits that convict, on legs that cost nothing; the conviction comes later."""
+        signer = self.world.node[node]
+        if signer.identity in self.model.accused or self.model.have["a"] < 10:
+            return
+        guilt = guilt_of(self.world, signer, "a")
+        until = len(self.model.legs)
+        assert self.apply("verifier", guilt.calibration) == ["applied"]
+        assert self.apply("router", *guilt.holds) == ["applied"] * 3
+        assert self.apply("router", *guilt.captures) == ["applied"] * 3
+        digests = [digest_of(c.capture.receipts[0]) for c in guilt.captures]
+        assert self.apply("verifier", *guilt.verdicts) == ["applied"] * 3
+        rows = dict(self.books._backend.query("SELECT receipt_digest, log_index FROM leg"))
+        conviction = conviction_of(self.world, signer, [rows[digest] for digest in digests])
+        self.model.accused[signer.identity] = (until, conviction)
+
+    @rule(node=st.integers(0, 2), ppm=st.integers(0, 100_000))
+    def convict(self, node, ppm):
+        name = self.world.node[node].identity
+        if name not in self.model.accused:
+            assert self.apply("verifier", self.world.convict(name, 0)) == ["CONFLICT"]
+            return
+        until, conviction = self.model.accused[name]
+        (result,) = self.apply("verifier", convict_by(self.world, conviction, ppm))
+        if name in self.model.convicted:
+            assert result == "CONFLICT"
+            return
+        assert result == "applied"
+        self.model.convicted.add(name)
+        forfeited = self.model.locked.pop(name, 0)
+        reward = forfeited * ppm // 1_000_000
+        legs = [
+            (digest, client, charge)
+            for digest, (client, by, charge) in list(self.model.legs.items())[until:]
+            if by == name and charge and digest not in self.model.refunded
+        ]
+        total = sum(charge for _, _, charge in legs)
+        pay, seen = min(forfeited - reward, total), 0
+        for digest, client, charge in legs:
+            before = pay * seen // total
+            seen += charge
+            self.model.have[client] += pay * seen // total - before
+            self.model.refunded.add(digest)
+        self.model.taken += forfeited
+        self.model.reward += reward
+        self.model.treasury += forfeited - reward - pay
+
+    @rule(node=st.integers(0, 2), tokens=st.integers(1, 300))
+    def whole_conviction(self, node, tokens):
+        self.accuse(node)
+        self.whole_request(CLIENTS[1], 110_000, node, tokens, False)
+        self.convict(node, 50_000)
 
     @rule(node=st.integers(0, 2), part=st.integers(0, 3))
     def release(self, node, part):
@@ -360,6 +436,14 @@ class Machine(RuleBasedStateMachine):
         assert available.get("pool:market", 0) == model.pool
         held = sum(amount for _, amount, _ in model.held.values())
         assert sum(row[2] for row in rows if row[0].startswith("client:")) == held
+        assert available.get("treasury:market", 0) == model.treasury
+        assert available.get(f"verifier:{self.world.identity('verifier')}", 0) == model.reward
+        mine = sum(model.locked.values()) + sum(model.released.values())
+        assert mine + model.paying + model.paid + model.taken == model.earned
+        ((refunded, captured),) = self.books._backend.query(
+            "SELECT COALESCE(SUM(refunded), 0), COALESCE(SUM(charge), 0) FROM leg"
+        )
+        assert refunded <= captured
         inside = sum(value for name, value in available.items() if not name.startswith("external:"))
         assert inside + held + model.paying + model.paid == model.deposited
 

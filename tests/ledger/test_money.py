@@ -13,6 +13,8 @@ from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
 
+from .conftest import Bench
+
 CREDIT = 10**9
 
 
@@ -273,7 +275,7 @@ async def test_conviction_forfeits_refunds_pro_rata_rewards_and_records_the_rest
     await funded(bench)
     await funded(bench, client="other")
     before = await captured(bench, Leg(cheat))
-    change = (await bench.as_("").read_log(0)).tree_size
+    convict = await bench.proven_guilty(cheat)
     await captured(bench, Leg(cheat), client="acme")
     await captured(bench, Leg(cheat, billed_output=20), client="other")
     bond = 20_001
@@ -281,7 +283,7 @@ async def test_conviction_forfeits_refunds_pro_rata_rewards_and_records_the_rest
     forfeited = await bench.available(f"node-locked:{cheat.identity}") + bond
     owed = {"acme": leg_charge(Leg(cheat)), "other": leg_charge(Leg(cheat, billed_output=20))}
     had = {c: await bench.available(f"client:{c}") for c in owed}
-    (result,) = await bench.must("verifier", world.convict(cheat.identity, change))
+    (result,) = await bench.must("verifier", convict)
     assert result.amount_nano == forfeited
     reward = forfeited // 10
     assert await bench.available(f"verifier:{world.identity('verifier')}") == reward
@@ -304,7 +306,7 @@ async def test_work_under_way_at_the_conviction_is_refunded_when_it_is_captured(
     await funded(bench)
     await captured(bench, Leg(cheat))
     await bench.must("admin", world.bond(cheat.identity, 10_000))
-    await bench.must("verifier", world.convict(cheat.identity, 0))
+    await bench.must("verifier", await bench.proven_guilty(cheat))
     accounts = ("client:acme", f"node-locked:{cheat.identity}", "fee:market", "pool:market")
     before = [await bench.available(account) for account in accounts]
     await captured(bench, Leg(cheat), client="acme")
@@ -326,7 +328,7 @@ async def test_conviction_takes_a_bond_whose_withdrawal_is_pending(bench):
     settle = pb.PayoutSettle(payout_id=withdraw.id, paid=True)
     (early,) = await bench.do("admin", pb.Operation(id=world.new_id(), payout_settle=settle))
     assert early.code == "CONFLICT"
-    (result,) = await bench.must("verifier", world.convict(node, 0))
+    (result,) = await bench.must("verifier", await bench.proven_guilty(world.node[0]))
     assert result.amount_nano == CREDIT
     bench.advance(world.window_ms)
     (late,) = await bench.do("admin", pb.Operation(id=world.new_id(), payout_settle=settle))
@@ -421,6 +423,16 @@ async def test_reward_pays_a_verifier_once_per_verdict(bench):
     await bench.as_("verifier").publish(verdict)
     (himself,) = await bench.do("verifier", pb.Operation(id=world.new_id(), reward=body))
     assert himself.code == "PERMISSION_DENIED"
+    other = pb.Reward(verifier_id="somebody", amount_nano=100, verdict_digest=digest_of(verdict))
+    (anothers,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=other))
+    assert anothers.code == "INVALID_REQUEST"
+    key_event = pb.Reward(
+        verifier_id=world.identity("verifier"),
+        amount_nano=100,
+        verdict_digest=digest_of(world.node[0].key_event),
+    )
+    (no_verdict,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=key_event))
+    assert no_verdict.code == "INVALID_REQUEST"
     await bench.must("admin", pb.Operation(id=world.new_id(), reward=body))
     (twice,) = await bench.do("admin", pb.Operation(id=world.new_id(), reward=body))
     assert twice.code == "CONFLICT"
@@ -437,12 +449,14 @@ async def test_k_of_n_verifiers_must_convict(clock, start, database):
         ledger.as_caller(world.identity("verifier")),
     )
     await admin.apply([world.bond(node, CREDIT)])
-    (alone,) = await first.apply([world.convict(node, 0)])
+    bench = Bench(world, clock, ledger, database)
+    await bench.publish_nodes()
+    convict = await bench.proven_guilty(world.node[0])
+    (alone,) = await first.apply([convict])
     assert alone.code == "CONFLICT"
-    await ledger.as_caller(world.identity("verifier1")).publish(
-        world.conviction(node, 0, "verifier1")
-    )
-    (both,) = await first.apply([world.convict(node, 0)])
+    second = await bench.proven_guilty(world.node[0], "verifier1")
+    await ledger.as_caller(world.identity("verifier1")).publish(second.convict.conviction)
+    (both,) = await first.apply([convict])
     assert both.amount_nano == CREDIT
     await ledger.close()
 

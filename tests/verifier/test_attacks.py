@@ -7,6 +7,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trueweight.protos.conviction import (
+    CAPPED_STRIDE,
+    CLIENT_FREE_WEIGHT,
+    Evidence,
+    NodeEvidence,
+    frozen_pairs,
+    should_convict,
+)
 from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
@@ -18,14 +26,6 @@ from trueweight.protos.v1.audit_pb2 import (
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
-from trueweight.verifier.conviction import (
-    CAPPED_STRIDE,
-    CLIENT_FREE_WEIGHT,
-    Evidence,
-    NodeEvidence,
-    frozen_pairs,
-    should_convict,
-)
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent

@@ -1,0 +1,107 @@
+"""Evidence that convicts a node in ledger tests: audits at the worst margins, and their wealth.
+
+The audited legs are free for the client, so that they change no balance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trueweight.protos.conviction import Evidence, NodeEvidence, change_point_index
+from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.identity import Signer
+from trueweight.protos.v1 import audit_pb2
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.simulation.ledger_world import Leg, World
+
+AUDITS, TOKENS = 3, 256
+MU0_NANO = 200_000
+CLASS = "plain"
+
+
+@dataclass(frozen=True)
+class Guilt:
+    """Operations that must be applied in this order, each list by the role before it."""
+
+    calibration: pb.Operation
+    holds: Sequence[pb.Operation]
+    captures: Sequence[pb.Operation]
+    verdicts: Sequence[pb.Operation]
+
+
+def guilt_of(world: World, node: Signer, client: str, by: str = "verifier") -> Guilt:
+    """Enough to convict a node. The client needs one credit for each of the holds."""
+    calibration = seal(_calibration(world), world.signers[by])
+    holds = [world.hold(client, 1) for _ in range(AUDITS)]
+    free = Leg(node, billed_input=0, billed_output=0)
+    captures = [world.capture(hold.id, free) for hold in holds]
+    verdicts = [
+        seal(_verdict(world, capture, node, digest_of(calibration), by), world.signers[by])
+        for capture in captures
+    ]
+    return Guilt(world.publish(calibration), holds, captures, [world.publish(v) for v in verdicts])
+
+
+def conviction_of(
+    world: World, node: Signer, receipt_indices: Sequence[int], by: str = "verifier"
+) -> audit_pb2.Conviction:
+    """What these audits add up to, with the receipts at these indices of the log."""
+    own, counted = NodeEvidence(), []
+    for index in receipt_indices:
+        found = Evidence(index + 1, index, TOKENS * 10**9, TOKENS, MU0_NANO, "", "client:x")
+        own = own.add(found)
+        counted.append(found)
+        if own.crossed_by is not None:
+            break
+    return audit_pb2.Conviction(
+        market_id=world.market_id,
+        verifier_id=world.identity(by),
+        node_id=node.identity,
+        first_verdict_index=1,
+        last_verdict_index=9,
+        verdicts=own.wealth.r,
+        audited_tokens=own.wealth.tokens,
+        wealth_log10_milli=own.wealth.log10_milli,
+        threshold_log10_milli=6000,
+        change_point_index=change_point_index(counted),
+    )
+
+
+def convict_by(
+    world: World, conviction: audit_pb2.Conviction, reward_ppm: int = 100_000, by: str = "verifier"
+) -> pb.Operation:
+    """The operation that applies a conviction."""
+    envelope = seal(conviction, world.signers[by])
+    body = pb.Convict(conviction=envelope, reward_ppm=reward_ppm)
+    return pb.Operation(id=world.new_id(), convict=body)
+
+
+def _calibration(world: World) -> audit_pb2.Calibration:
+    entry = audit_pb2.CalibrationEntry(
+        parameter_class=CLASS,
+        mu0_nano=MU0_NANO,
+        upper_bound_nano=MU0_NANO // 2,
+        requests=100,
+        tokens=10_000,
+        refund_above_nano=100_000_000,
+    )
+    return audit_pb2.Calibration(
+        market_id=world.market_id, manifest_digest=b"m" * 32, version=1, entries=[entry]
+    )
+
+
+def _verdict(
+    world: World, capture: pb.Operation, node: Signer, calibration_digest: bytes, by: str
+) -> audit_pb2.Verdict:
+    return audit_pb2.Verdict(
+        market_id=world.market_id,
+        verifier_id=world.identity(by),
+        node_id=node.identity,
+        receipt_digest=digest_of(capture.capture.receipts[0]),
+        calibration_digest=calibration_digest,
+        parameter_class=CLASS,
+        sum_x_nano=TOKENS * 10**9,
+        scored_tokens=TOKENS,
+        outcome=audit_pb2.Verdict.SCORED,
+    )

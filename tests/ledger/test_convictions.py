@@ -1,0 +1,167 @@
+"""The ledger takes nobody's word for a conviction: the logged verdicts must add up to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from trueweight.protos.envelope import parse_envelope, seal
+from trueweight.protos.v1 import audit_pb2
+from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1.audit_pb2 import Conviction
+from trueweight.simulation import ledger_guilt
+from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
+from trueweight.simulation.ledger_world import Leg, World
+
+from .conftest import Bench
+
+CREDIT = 10**9
+
+
+@pytest.fixture
+async def market(bench):
+    """A market whose node has a bond and has earned something."""
+    await bench.publish_nodes()
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", CREDIT), world.deposit("x", 1000))
+    await bench.must("admin", world.bond(world.node[0].identity, CREDIT))
+    hold = world.hold("acme", CREDIT)
+    await bench.must("router", hold, world.capture(hold.id, Leg(world.node[0])))
+    return bench
+
+
+async def untouched(bench):
+    node = bench.world.node[0].identity
+    assert await bench.available(f"node-bond:{node}") == CREDIT
+    assert await bench.available(f"node-locked:{node}") > 0
+
+
+def changed(operation, world, **values):
+    """The same operation with a conviction that says something else, signed again."""
+    said = Conviction.FromString(parse_envelope(operation.convict.conviction).payload)
+    for name, value in values.items():
+        setattr(said, name, value)
+    return convict_by(world, said)
+
+
+async def test_attack_a_conviction_without_verdicts_takes_nothing(market):
+    (result,) = await market.do("verifier", market.world.convict(market.world.node[0].identity, 0))
+    assert result.code == "CONFLICT"
+    await untouched(market)
+
+
+async def test_attack_a_conviction_that_says_more_than_its_verdicts(market):
+    convict = await market.proven_guilty(market.world.node[0])
+    said = Conviction.FromString(parse_envelope(convict.convict.conviction).payload)
+    for name, value in (
+        ("verdicts", said.verdicts + 1),
+        ("audited_tokens", said.audited_tokens + 1),
+        ("wealth_log10_milli", said.wealth_log10_milli + 1),
+        ("change_point_index", 0),
+    ):
+        (result,) = await market.do("verifier", changed(convict, market.world, **{name: value}))
+        assert result.code == "INVALID_REQUEST", name
+    await untouched(market)
+    (result,) = await market.must("verifier", convict)
+    assert result.amount_nano > CREDIT
+
+
+@pytest.mark.parametrize("what", ["another node's receipts", "unknown receipts", "a later rule"])
+async def test_attack_verdicts_that_do_not_count_carry_no_conviction(market, what):
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, world.node[1] if what == "another node's receipts" else node, "x")
+    if what != "a later rule":
+        await market.must("verifier", guilt.calibration)
+    await market.must("router", *guilt.holds)
+    if what != "unknown receipts":
+        await market.must("router", *guilt.captures)
+    if what == "a later rule":
+        await market.must("verifier", guilt.calibration)
+    if what == "another node's receipts":
+        for published in guilt.verdicts:
+            envelope = parse_envelope(published.publish.envelope)
+            verdict = audit_pb2.Verdict.FromString(envelope.payload)
+            verdict.node_id = node.identity
+            await market.must("verifier", world.publish(seal(verdict, world.signers["verifier"])))
+    else:
+        await market.must("verifier", *guilt.verdicts)
+    (result,) = await market.do("verifier", convict_by(world, conviction_of(world, node, [1, 2])))
+    assert result.code == "CONFLICT"
+    await untouched(market)
+
+
+async def test_attack_one_receipt_judged_many_times_counts_once(market):
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    await market.must("verifier", guilt.calibration)
+    await market.must("router", *guilt.holds)
+    await market.must("router", *guilt.captures)
+    envelope = parse_envelope(guilt.verdicts[0].publish.envelope)
+    verdict = audit_pb2.Verdict.FromString(envelope.payload)
+    for at in range(6):
+        verdict.issued_at_unix_ms = at
+        await market.must("verifier", world.publish(seal(verdict, world.signers["verifier"])))
+    (result,) = await market.do("verifier", convict_by(world, conviction_of(world, node, [1, 2])))
+    assert result.code == "CONFLICT"
+    await untouched(market)
+
+
+async def test_attack_a_bare_conviction_of_another_verifier_does_not_count(clock, start, database):
+    world = World(verifiers=3, convictions_needed=2)
+    ledger = await start(world, database)
+    bench = Bench(world, clock, ledger, database)
+    await bench.publish_nodes()
+    node = world.node[0]
+    await bench.must("admin", world.bond(node.identity, CREDIT))
+    convict = await bench.proven_guilty(node)
+    bare = world.conviction(node.identity, 0, "verifier1")
+    await bench.as_("verifier1").publish(bare)
+    (result,) = await bench.do("verifier", convict)
+    assert result.code == "CONFLICT"
+    assert await bench.available(f"node-bond:{node.identity}") == CREDIT
+    await ledger.close()
+
+
+async def test_honest_audits_convict_nobody(market, monkeypatch):
+    monkeypatch.setattr(ledger_guilt, "AUDITS", 20)
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    await market.must("verifier", guilt.calibration)
+    await market.must("router", *guilt.holds)
+    await market.must("router", *guilt.captures)
+    for published in guilt.verdicts:
+        envelope = parse_envelope(published.publish.envelope)
+        verdict = audit_pb2.Verdict.FromString(envelope.payload)
+        verdict.sum_x_nano = ledger_guilt.MU0_NANO // 2 * verdict.scored_tokens
+        await market.must("verifier", world.publish(seal(verdict, world.signers["verifier"])))
+    (result,) = await market.do("verifier", convict_by(world, conviction_of(world, node, [1, 2])))
+    assert result.code == "CONFLICT"
+    assert "wealth" in result.message
+    await untouched(market)
+
+
+async def test_a_node_that_served_for_nothing_is_convicted_too(bench):
+    """Its refunds sum to zero, which must not be divided by."""
+    await bench.publish_nodes()
+    node = bench.world.node[0]
+    await bench.must("admin", bench.world.bond(node.identity, CREDIT))
+    (result,) = await bench.must("verifier", await bench.proven_guilty(node))
+    assert result.amount_nano == CREDIT
+
+
+async def test_the_same_conviction_again_is_a_replay(market):
+    convict = await market.proven_guilty(market.world.node[0])
+    (first,) = await market.must("verifier", convict)
+    (again,) = await market.must("verifier", convict)
+    assert (again.status, again.amount_nano) == (pb.Result.REPLAYED, first.amount_nano)
+
+
+async def test_attack_calibration_verdicts_and_conviction_in_one_call(market):
+    """The calibration is not in any bundle yet when the conviction is judged."""
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    await market.must("router", *guilt.holds)
+    await market.must("router", *guilt.captures)
+    convict = convict_by(world, conviction_of(world, node, [1, 2]))
+    results = await market.do("verifier", guilt.calibration, *guilt.verdicts, convict)
+    assert [r.code for r in results] == ["", "", "", "", "CONFLICT"]
+    await untouched(market)
