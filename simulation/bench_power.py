@@ -44,9 +44,9 @@ class PowerBench:
         self.entries: dict[str, CalibrationEntry] = {
             entry.parameter_class: entry for entry in measured.entries
         }
-        self._traffic = Traffic.of_model(model, HELD_OUT_SEED)
-        store = MarginStore(pools, weights_of(model), HELD_OUT_SEED)
-        self._measurement = Measurement(model, store, self._traffic, minutes)
+        traffic = Traffic.of_model(model, HELD_OUT_SEED)
+        self.store = MarginStore(pools, weights_of(model), HELD_OUT_SEED)
+        self._measurement = Measurement(model, self.store, traffic, minutes)
 
     async def collect(self, tokens: int) -> None:
         """Answers and scores what is missing, one engine after another, while there is time."""

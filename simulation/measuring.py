@@ -234,7 +234,9 @@ class Measurement:
             return []
         jobs = self._traffic.jobs(key, source.slice_requests)
         return [
-            ScoreJob(job.prompt, job.prefix, tuple(output), job.sampling, job.seed)
+            ScoreJob(
+                job.prompt, job.prefix, tuple(output), job.sampling, job.seed, job.grammar_source
+            )
             for job, output in zip(jobs, answers.rows(), strict=True)
         ]
 
