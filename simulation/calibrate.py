@@ -31,7 +31,7 @@ from trueweight.simulation.measuring import (
     weights_of,
 )
 from trueweight.verifier.calibration import PairSample, calibrate_class
-from trueweight.verifier.calibration_file import Measured, write_measured
+from trueweight.verifier.calibration_file import Measured, read_measured, write_measured
 
 NATIVE, FLOAT32 = "vllm, dtype of the weights", "vllm, float32"
 BULK = VllmOptions(max_running=64, max_batched_tokens=4096)
@@ -107,7 +107,17 @@ class Calibrator:
             sources = [v for v in self._variants if v.name == kind]
             for reference in (*self.judges, TRANSFORMERS):
                 found.append(self._measurement.sample(sources, parameter_class, reference))
-        return found
+        return [sample for sample in found if sample.tokens]
+
+
+def merged(new: Measured, path: Path) -> Measured:
+    """With the entries that an older file about the same weights has of other classes."""
+    if not path.exists() or (old := read_measured(path)).weights != new.weights:
+        return new
+    fresh = {entry.parameter_class for entry in new.entries}
+    kept = tuple(entry for entry in old.entries if entry.parameter_class not in fresh)
+    made_by = f"{new.provenance}; before: {old.provenance}" if kept else new.provenance
+    return Measured(new.weights, new.version, made_by, (*new.entries, *kept))
 
 
 def provenance(tokens: int, seed: int) -> str:
@@ -134,12 +144,13 @@ def provenance(tokens: int, seed: int) -> str:
 @cli.option("--version", "calibration_version", default=1, type=click.IntRange(1), help="Version.")
 @cli.option("--seed", default=1, help="Of prompts, parameters and request seeds.")
 @cli.option("--quick", is_flag=True, help="One serving variant and two references.")
+@cli.option("--partial", is_flag=True, help="Write what --work holds, even if not all is done.")
 @cli.json_option
 def calibrate(as_json: bool, **options: Any) -> None:
     """Measure honest noise of a model with real engines and write a calibration file.
 
     A verifier signs and publishes it ('verifier run --calibration FILE'). More tokens give a
-    tighter bound.
+    tighter bound. With --class, entries of other classes in an existing FILE stay as they are.
     """
     model, seed, out = options["model"], options["seed"], options["out"]
     classes = options["classes"] or CLASSES
@@ -152,11 +163,16 @@ def calibrate(as_json: bool, **options: Any) -> None:
         calibrator = Calibrator(measurement, variants, dict.fromkeys(classes, options["tokens"]))
         cli.run_async(calibrator.run())
         missing = calibrator.missing()
-        if missing:
+        if missing and not options["partial"]:
             raise click.ClickException("not finished, run it again: " + "; ".join(missing))
         entries = tuple(calibrate_class(name, calibrator.samples(name)) for name in classes)
     made_by = provenance(options["tokens"], seed)
-    write_measured(out, Measured(weights, options["calibration_version"], made_by, entries))
+    if options["classes"]:
+        made_by = f"{', '.join(classes)} by: {made_by}"
+    if missing:
+        made_by += f" (stopped early, without: {'; '.join(missing)})"
+    measured = Measured(weights, options["calibration_version"], made_by, entries)
+    write_measured(out, merged(measured, out))
     _show(out, entries, as_json)
 
 
