@@ -14,7 +14,7 @@ from typing import Any
 
 from trueweight.protos.evidence import Item
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
-from trueweight.runtime import cli
+from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibration_traffic import class_of
 from trueweight.simulation.cheats import HONEST, ROWS, SERVED, Row
 from trueweight.simulation.margin_store import MarginStore
@@ -90,7 +90,7 @@ class PowerBench:
 
 def show(shown: Sequence[Shown], orders: int) -> None:
     """The table."""
-    cli.print_table(
+    table(
         f"audited tokens until conviction, alpha = 10^-6, {orders} orders",
         ("served", "pool", "exact", "mean x", "refunded", "convicted", "median", "p95", "requests"),
         [

@@ -117,6 +117,16 @@ def finish(name: str, figures: Mapping[str, Any], about: Mapping[str, Any]) -> N
     sys.stdout.flush()
 
 
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns of any width, the first one to the left."""
+    lines = [headers, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    say(title)
+    for line in lines:
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        say("  ".join([first.strip().ljust(widths[0]), *others]))
+
+
 def say(text: str) -> None:
     """Progress, on standard output before the last line."""
     sys.stdout.write(text + "\n")

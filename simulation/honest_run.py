@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trueweight.protos.evidence import CONVICT, Item, Wealth
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
-from trueweight.runtime import cli
+from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
 from trueweight.simulation.calibration_traffic import CLASSES, SPECIAL, class_of
 from trueweight.simulation.margin_store import MarginStore
@@ -74,7 +74,8 @@ class HonestRun:
         kinds: Sequence[str] = (*CLASSES, *HOSTILE),
     ) -> None:
         self._name, self._measurement, self._entries = name, measurement, entries
-        self._kinds = kinds
+        # A class without calibration is no evidence, so there is nothing to judge.
+        self._kinds = [kind for kind in kinds if class_of(kind) in entries]
 
     async def collect(self, tokens: int) -> None:
         """Answers about ``tokens`` tokens in all, over kinds and variants, and scores them."""
@@ -152,7 +153,7 @@ async def wide_run(
 
 def show(rows: Sequence[HonestRow]) -> None:
     """The table."""
-    cli.print_table(
+    table(
         "honest nodes, held-out traffic",
         ("model", "node / reference", "traffic", "tokens", "mean x", "worst kind / null",
          "convicted", "largest wealth"),

@@ -17,9 +17,9 @@ from trueweight.node.synthetic_model import ModelShape, SyntheticModel
 from trueweight.protos.errors import ReceiptRefused
 from trueweight.protos.sampling_parameters import Sampling, resolve
 from trueweight.protos.v1.model_pb2 import FileEntry, Manifest
-from trueweight.runtime import cli
 from trueweight.simulation import adversaries
 from trueweight.simulation.audited_market import AuditedMarket, Order
+from trueweight.simulation.bench_report import table
 
 VOCABULARY = 512
 REQUESTS = 60
@@ -101,7 +101,7 @@ async def measure_all() -> list[StructuralRow]:
 
 def show(rows: Sequence[StructuralRow]) -> None:
     """The table."""
-    cli.print_table(
+    table(
         "refused by L0, refunded in full",
         ("cheat", "requests", "touched", "of these paid", "refused by check"),
         [(r.name, str(r.requests), str(r.touched), str(r.paid), r.refused_by) for r in rows],
