@@ -18,7 +18,13 @@ from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibration_traffic import class_of
 from trueweight.simulation.cheats import HONEST, ROWS, SERVED, Row
 from trueweight.simulation.margin_store import MarginStore
-from trueweight.simulation.measuring import TRANSFORMERS, Measurement, Traffic, weights_of
+from trueweight.simulation.measuring import (
+    TRANSFORMERS,
+    Measurement,
+    Traffic,
+    by_transformers,
+    weights_of,
+)
 from trueweight.simulation.power import Pool, Power, power
 from trueweight.verifier.calibration import is_far_outside
 from trueweight.verifier.calibration_file import read_measured
@@ -48,21 +54,31 @@ class PowerBench:
         self.store = MarginStore(pools, weights_of(model), HELD_OUT_SEED)
         self._measurement = Measurement(model, self.store, traffic, minutes)
 
-    async def collect(self, tokens: int) -> None:
-        """Answers and scores what is missing, one engine after another, while there is time."""
+    async def collect(self, tokens: int, server: str = "vllm") -> None:
+        """Answers and scores what is missing, while there is time. ``server`` "transformers" needs
+        no engine and covers fewer cheats."""
         wanted = [
             (s.source, {kind: round(tokens * share) for kind, share in s.traffic.items()})
             for s in SERVED
         ]
-        await self._measurement.run_cheats(wanted)
+        if server == "vllm":
+            await self._measurement.run_cheats(wanted)
+        else:
+            for source, parts in wanted:
+                self._measurement.answer_by_transformers(source, parts)
         kinds = dict.fromkeys(kind for _, traffic in wanted for kind in traffic)
-        self._measurement.judge_by_transformers([source for source, _ in wanted], list(kinds))
+        sources = [s for source, _ in wanted for s in (source, by_transformers(source))]
+        self._measurement.judge_by_transformers(sources, list(kinds))
 
     def pool(self, source: str, kind: str) -> Pool:
         """Scored requests of one way of serving; empty if there are none."""
         served = next(s for s in SERVED if s.source.name == source)
         mu0 = self.entries[class_of(kind)].mu0_nano
-        rows = list(self._measurement.margins(served.source, kind, TRANSFORMERS))
+        rows = [
+            row
+            for s in (served.source, by_transformers(served.source))
+            for row in self._measurement.margins(s, kind, TRANSFORMERS)
+        ]
         tokens = sum(map(len, rows))
         exact = sum(x == 0 for row in rows for x in row)
         items = tuple(Item(sum(row), len(row), mu0) for row in rows)

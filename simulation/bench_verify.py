@@ -143,7 +143,7 @@ def cheats(options: dict[str, Any], work: Path) -> dict[str, Any]:
     bench = bench_power.PowerBench(
         options["model"], options["calibration"], work / "pools", options["minutes"]
     )
-    asyncio.run(bench.collect(options["tokens"]))
+    asyncio.run(bench.collect(options["tokens"], options["server"]))
     shown = bench.rows(options["orders"])
     bench_power.show(shown, options["orders"])
     structural = asyncio.run(structural_cheats.measure_all())
@@ -192,6 +192,12 @@ PARTS = ("cost", "cheats", "honest")
 @cli.option("--wide/--no-wide", default=True, help="Also random models of hidden size 1024.")
 @cli.path_option("--work", default=Path(".trueweight/bench-verify"), help="Keeps measurements.")
 @cli.option("--tokens", default=100_000, type=click.IntRange(500), help="Pool of each cheat.")
+@cli.option(
+    "--server",
+    default="vllm",
+    type=click.Choice(("vllm", "transformers")),
+    help="What serves the cheats.",
+)
 @cli.option("--orders", default=40, type=click.IntRange(1), help="Random orders of each pool.")
 @cli.option("--honest-tokens", default=1_000_000, type=click.IntRange(500), help="Shipped model.")
 @cli.option("--wide-tokens", default=100_000, type=click.IntRange(500), help="Random models.")

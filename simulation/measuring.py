@@ -11,16 +11,19 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import click
 
 from trueweight.node.engine import Engine, GenerateJob, Score, ScoreJob
+from trueweight.node.synthetic import SyntheticEngine
+from trueweight.node.synthetic_model import ModelShape, SyntheticModel
 from trueweight.node.vllm.engine import VllmEngine, VllmOptions
 from trueweight.protos.evidence import clipped_nano
 from trueweight.protos.manifest import build_manifest
+from trueweight.simulation.adversaries import Adversary
 from trueweight.simulation.calibration_traffic import (
     Prompts,
     draw_jobs,
@@ -60,6 +63,21 @@ class Source:
     tokens_share: float = 1.0
     wrap: Callable[[Engine], Engine] = _as_it_is
     weights: Callable[[Path, Path], Path] | None = None
+
+
+def by_transformers(source: Source) -> Source:
+    """The same cheat served by transformers: no engine to start, fewer tokens a second."""
+    return replace(source, detail="served by transformers", slice_requests=250)
+
+
+def _changed_request(source: Source) -> Callable[[GenerateJob], GenerateJob] | None:
+    """What a source makes of a request, if that is all it does besides other weights."""
+    if source.wrap is _as_it_is:
+        return lambda job: job
+    serving = source.wrap(SyntheticEngine(SyntheticModel(ModelShape())))
+    if isinstance(serving, Adversary) and type(serving).generate is Adversary.generate:
+        return serving.change
+    return None
 
 
 class Traffic:
@@ -206,6 +224,28 @@ class Measurement:
                 await self._answer(engine, source, tokens)
         finally:
             await engine.close()
+
+    def answer_by_transformers(self, source: Source, tokens: Mapping[str, int]) -> None:
+        """Like ``run_cheats`` for one source, in this process. Does nothing for a cheat that is
+        more than other weights or another request."""
+        other = by_transformers(source)
+        change = _changed_request(source)
+        if change is None or self.out_of_time() or not self.missing_answers(other, tokens):
+            return
+        # Needs transformers, which takes seconds to import.
+        from trueweight.simulation.hf_decoder import HfDecoder  # noqa: PLC0415
+
+        with tempfile.TemporaryDirectory() as place:
+            write, target = source.weights, Path(place) / "weights"
+            decoder = HfDecoder(write(self._model, target) if write else self._model)
+        for name, wanted in tokens.items():
+            while self.missing_answers(other, {name: wanted}) and not self.out_of_time():
+                number = len(self.keys(other, [name]))
+                key = SliceKey(other.name, other.detail, name, number)
+                jobs = self._traffic.jobs(key, other.slice_requests)
+                outputs = decoder.answer([change(job) for job in jobs])
+                self._store.keep_answers(key, Ragged.of(outputs))
+        _say(f"{source.name}, {other.detail}: {dict(tokens)}")
 
     async def _answer(self, engine: Engine, source: Source, tokens: Mapping[str, int]) -> None:
         serving, turns = source.wrap(engine), asyncio.Semaphore(source.options.max_running)

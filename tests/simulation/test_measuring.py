@@ -12,7 +12,9 @@ from trueweight.node.synthetic_model import ModelShape, SyntheticModel
 from trueweight.node.vllm.options import VllmOptions
 from trueweight.protos.errors import InvalidRequest
 from trueweight.simulation import calibrate as calibration
+from trueweight.simulation import measuring
 from trueweight.simulation.calibration_traffic import Prompts
+from trueweight.simulation.cheats import SERVED
 from trueweight.simulation.margin_store import MarginStore, Ragged, SliceKey
 from trueweight.simulation.measuring import TRANSFORMERS, Measurement, Source, Traffic
 
@@ -110,6 +112,15 @@ async def test_every_judge_scores_what_every_kind_of_node_answered(bench, monkey
     for sample in samples.values():
         assert sample.tokens >= 200
         assert np.mean([x for r in sample.requests for x in r]) < 0.01 * 10**9
+
+
+def test_only_other_weights_and_other_requests_can_be_served_without_an_engine():
+    served = {s.source.name: measuring._changed_request(s.source) for s in SERVED}
+    assert served["early end"] is None
+    (asked,) = Traffic(PROMPTS, 2048, 1).jobs(SliceKey("s", "d", "plain", 0), 1)
+    assert served["4-bit weights"](asked) == served["honest"](asked) == asked
+    assert served["wrong seed"](asked).seed != asked.seed
+    assert served["T = 0.95 for 1"](asked).sampling.temperature < asked.sampling.temperature
 
 
 async def test_an_interrupted_slice_is_not_kept(bench, monkeypatch):
