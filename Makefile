@@ -6,7 +6,7 @@ TW := .venv/bin/trueweight
 ARGS ?=
 
 .PHONY: help setup setup-dev setup-gpu demo up down test check soak lock stubs clean \
-        bench-node bench-verify bench-power bench-ledger
+        bench-node bench-verify bench-ledger
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,12 +44,8 @@ soak: setup-dev ## The long tests
 bench-node: setup-dev ## Throughput of the bare engine, with the sampler, and through the node
 	@$(PY) -m trueweight.simulation.bench_node $(ARGS)
 
-bench-verify: setup-dev ## Cost of scoring against prefill and generation
+bench-verify: setup-dev ## What checking costs, what cheats cost, and that honest nodes stay clear
 	@$(PY) -m trueweight.simulation.bench_verify $(ARGS)
-
-bench-power: setup-dev ## Audited tokens until each known cheat is convicted
-	@$(PY) -m trueweight.simulation.bench_power --model simulation/models/tw-demo \
-	  --calibration simulation/models/tw-demo.calibration.json $(ARGS)
 
 bench-ledger: setup-dev ## Hold and capture pairs per second on both databases
 	@$(PY) -m trueweight.simulation.bench_ledger $(ARGS)

@@ -13,6 +13,8 @@ from trueweight.protos.v1 import market_pb2 as pb
 
 MIN_TEMPERATURE = struct.unpack("<f", struct.pack("<f", 0.01))[0]
 MAX_TEMPERATURE = 100.0
+# Repetition penalties multiply logits, and so rounding errors; beyond these no calibration holds.
+MIN_REPETITION, MAX_REPETITION = 0.75, 2.0
 MAX_LOGIT_BIAS, MAX_BIAS = 1024, 100.0
 MAX_ALLOWED_IDS = 1024
 MAX_STOP_IDS = 128
@@ -134,7 +136,12 @@ def resolve(sampling: Sampling) -> Sampling:
 def parameter_class(sampling: Sampling) -> str:
     """The calibration class: grammar, else penalties, else by the number of cuts, else greedy or
     plain. Masks and biases are exact, so they make no class of their own. A calibration of
-    "grammar" or "penalties" must therefore cover greedy, plain and every cut."""
+    "grammar" or "penalties" must therefore cover greedy, plain and every cut.
+
+    "amplified" is never calibrated: a repetition penalty near 0 multiplies logits, and with them
+    an honest node's rounding, so a client could choose it to make a rival look guilty."""
+    if sampling.has_penalties and sampling.repetition_penalty < MIN_REPETITION:
+        return "amplified"
     if sampling.grammar_sha256:
         return "grammar"
     if sampling.has_penalties:
@@ -218,8 +225,8 @@ def _check_numbers(sampling: Sampling) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if not -2.0 <= getattr(sampling, name) <= 2.0:
             raise _refuse(name, "from -2 to 2")
-    if not 0.0 < sampling.repetition_penalty <= 2.0:
-        raise _refuse("repetition_penalty", "above 0, at most 2")
+    if not 0.0 < sampling.repetition_penalty <= MAX_REPETITION:
+        raise _refuse("repetition_penalty", f"above 0, at most {MAX_REPETITION:g}")
     if not 0 <= sampling.min_tokens <= MAX_TOKEN_ID:
         raise _refuse("min_tokens", "not negative")
 

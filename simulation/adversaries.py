@@ -7,6 +7,7 @@ it. Cheats that change weights are in ``adversary_weights``.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -135,6 +136,52 @@ class Padding(Adversary):
     async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
         endless = replace(job, sampling=replace(job.sampling, stop_token_ids=()))
         async for step in self._engine.generate(endless):
+            yield step
+
+
+class EarlyEnd(Adversary):
+    """Ends a longer answer by itself, after ``share`` of the tokens that it may have: the last
+    token becomes a stop token, so that counts and finish reason are in order."""
+
+    def __init__(self, engine: Engine, share: float) -> None:
+        super().__init__(engine)
+        self._share = share
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
+        stops = job.sampling.stop_token_ids
+        limit = max(1, int(job.max_tokens * self._share))
+        if not stops or limit >= job.max_tokens:
+            async for step in self._engine.generate(job):
+                yield step
+            return
+        async for step in self._engine.generate(replace(job, max_tokens=limit)):
+            if step.finish is EngineFinish.LENGTH:
+                step = Step((*step.token_ids[:-1], stops[0]), EngineFinish.EOS)  # noqa: PLW2901
+            yield step
+
+
+class Sometimes(Adversary):
+    """Cheats on ``share`` of the requests and is honest on the others; which ones depends on the
+    request alone, so that a retry meets the same node."""
+
+    def __init__(self, engine: Engine, cheat: Engine, share: float) -> None:
+        super().__init__(engine)
+        self._cheat, self._share = cheat, share
+
+    def cheats_on(self, job: GenerateJob) -> bool:
+        """The choice for one request."""
+        digest = hashlib.sha256(f"{job.seed} {job.prompt}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self._share * 2**64
+
+    async def start(self) -> None:
+        await asyncio.gather(self._engine.start(), self._cheat.start())
+
+    async def close(self) -> None:
+        await asyncio.gather(self._engine.close(), self._cheat.close())
+
+    async def generate(self, job: GenerateJob) -> AsyncIterator[Step]:
+        serving = self._cheat if self.cheats_on(job) else self._engine
+        async for step in serving.generate(job):
             yield step
 
 

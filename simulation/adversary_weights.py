@@ -49,8 +49,43 @@ def write_noisy(
     return _rewrite(Path(source), Path(target), noisy)
 
 
+def write_fine_tuned(
+    source: Path | str,
+    target: Path | str,
+    *,
+    steps: int = 20,
+    rate: float = 1e-4,
+    seed: int = 1,
+) -> Path:
+    """A few steps of training on random token sequences of the model's own making: somebody's
+    fine-tune sold under the original's name. The directory needs transformers to read it."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.float32)
+    start = torch.randint(3, model.config.vocab_size, (8, 8))
+    rows = model.generate(start, max_new_tokens=120, do_sample=True, temperature=1.2, top_k=0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
+    model.train()
+    for _ in range(steps):
+        optimiser.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimiser.step()
+    tuned = {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+    return _rewrite_named(Path(source), Path(target), tuned.get)
+
+
 def _rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> Path:
     """Copy a model directory, changing its matrices (given and taken as fp32)."""
+    return _rewrite_named(
+        source, target, lambda _, tensor: change(tensor) if tensor.ndim == 2 else tensor
+    )
+
+
+def _rewrite_named(source: Path, target: Path, change: Callable[[str, Any], Any]) -> Path:
+    """Copy a model directory, changing its tensors (given and taken as fp32) by name."""
     from safetensors import safe_open  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -65,9 +100,7 @@ def _rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> Path:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             metadata = file.metadata()
         changed = {
-            name: change(tensor.float()).to(tensor.dtype).contiguous()
-            if tensor.ndim == 2
-            else tensor
+            name: change(name, tensor.float()).to(tensor.dtype).contiguous()
             for name, tensor in tensors.items()
         }
         save_file(changed, target / path.name, metadata=metadata)

@@ -1,188 +1,136 @@
 """What each known cheat costs to convict: real vLLM output, scored by another implementation.
 
-    python -m trueweight.simulation.bench_power --model DIR --calibration FILE
-
-Every cheat generates its own pool of requests; the wealth then runs over many orders of it. Honest
-traffic is held out: other prompts and seeds than the calibration's.
+Part of ``make bench-verify``. Every cheat of ``simulation/cheats.py`` answers its own pool of
+requests; the production wealth then runs over many orders of it. All traffic is held out: other
+prompts and seeds than the calibration's. Pools are kept, so a second run goes on or only prints.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-from trueweight.node.engine import Engine, ScoreJob
-from trueweight.node.vllm.engine import VllmEngine, VllmOptions
-from trueweight.protos.evidence import Item, sum_nano
-from trueweight.protos.manifest import build_manifest
-from trueweight.runtime import cli
-from trueweight.simulation import adversaries
-from trueweight.simulation.adversary_weights import write_fp8, write_noisy, write_quantised
-from trueweight.simulation.calibrate import generate
-from trueweight.simulation.calibration_traffic import draw_jobs, load_prompts
-from trueweight.simulation.power import Mix, Pool, Power, power
+from trueweight.protos.evidence import Item
+from trueweight.protos.v1.audit_pb2 import CalibrationEntry
+from trueweight.simulation.bench_report import table
+from trueweight.simulation.calibration_traffic import class_of
+from trueweight.simulation.cheats import HONEST, ROWS, SERVED, Row
+from trueweight.simulation.margin_store import MarginStore
+from trueweight.simulation.measuring import (
+    TRANSFORMERS,
+    Measurement,
+    Traffic,
+    by_transformers,
+    weights_of,
+)
+from trueweight.simulation.power import Pool, Power, power
+from trueweight.verifier.calibration import is_far_outside
 from trueweight.verifier.calibration_file import read_measured
 
-CONCURRENCY = 32
 # Calibration uses small seeds; what is judged here must not be among what it saw.
 HELD_OUT_SEED = 770_001
-Wrap = Callable[[Engine], Engine]
 
 
-@dataclass(frozen=True)
-class Cheat:
-    """One way to serve. ``weights`` writes altered weights; ``wrap`` alters the engine."""
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A finished row: ``refunded`` is the share of requests whose own verdict refunds them."""
 
-    name: str
-    wrap: Wrap = lambda engine: engine
-    weights: Callable[[Path, Path], Path] | None = None
-    parameter_class: str = "plain"
-
-
-ENGINE_CHEATS = (
-    Cheat("honest"),
-    Cheat("honest, T = 0", parameter_class="greedy"),
-    Cheat("honest, top-p", parameter_class="top_p"),
-    Cheat("wrong seed (also: text from another seed)", adversaries.WrongSeed),
-    Cheat("T = 0.95 for 1", lambda e: adversaries.WrongTemperature(e, 0.95)),
-    Cheat("top-p 0.9 unasked", lambda e: adversaries.WrongTopP(e, 0.9)),
-    Cheat("hidden prompt", lambda e: adversaries.HiddenPrompt(e, [3, 40, 500, 60, 700] * 4)),
-)
-WEIGHT_CHEATS = (
-    Cheat("4-bit weights", weights=lambda a, b: write_quantised(a, b, bits=4, group=32)),
-    Cheat("fp8 weights", weights=write_fp8),
-    Cheat("1 % weight noise", weights=lambda a, b: write_noisy(a, b, relative=0.01)),
-    Cheat("5 % weight noise", weights=lambda a, b: write_noisy(a, b, relative=0.05)),
-    Cheat("another model", weights=lambda a, b: write_noisy(a, b, relative=1.0)),
-    Cheat("int8 per channel", weights=lambda a, b: write_quantised(a, b, bits=8, group=0)),
-)
+    row: Row
+    found: Power
+    refunded: float
 
 
 class PowerBench:
-    """Generates pools with real engines, one engine after another, and scores them."""
+    """Makes the pools and reads them."""
 
-    def __init__(self, model: Path, calibration: Path, tokens: int) -> None:
-        self._model, self._tokens = model, tokens
+    def __init__(self, model: Path, calibration: Path, pools: Path, minutes: float) -> None:
         measured = read_measured(calibration)
-        self.null = {entry.parameter_class: entry.mu0_nano for entry in measured.entries}
-        manifest = build_manifest(
-            model, market_id="", name="", revision="", licence="", now_unix_ms=0
-        )
-        self._context = manifest.max_context_tokens
-        self._prompts = load_prompts(model, manifest.eos_token_ids, 2000, HELD_OUT_SEED)
-        self._claims: list[tuple[Cheat, list[ScoreJob]]] = []
+        self.entries: dict[str, CalibrationEntry] = {
+            entry.parameter_class: entry for entry in measured.entries
+        }
+        traffic = Traffic.of_model(model, HELD_OUT_SEED)
+        self.store = MarginStore(pools, weights_of(model), HELD_OUT_SEED)
+        self._measurement = Measurement(model, self.store, traffic, minutes)
 
-    async def collect(self, cheats: Sequence[Cheat], directory: Path) -> None:
-        """Runs one engine on these weights and keeps what each of its cheats produced."""
-        engine = VllmEngine(directory, VllmOptions(max_running=CONCURRENCY))
-        started = time.monotonic()
-        await engine.start()
-        try:
-            for cheat in cheats:
-                name = cheat.parameter_class
-                jobs = draw_jobs(self._prompts, name, HELD_OUT_SEED, self._context)
-                wrapped = cheat.wrap(engine)
-                claims = await generate(wrapped, jobs, self._tokens, CONCURRENCY)
-                self._claims.append((cheat, claims))
-                click.echo(f"{cheat.name}: {time.monotonic() - started:.0f} s", err=True)
-        finally:
-            await engine.close()
+    async def collect(self, tokens: int, server: str = "vllm") -> None:
+        """Answers and scores what is missing, while there is time. ``server`` "transformers" needs
+        no engine and covers fewer cheats."""
+        wanted = [
+            (s.source, {kind: round(tokens * share) for kind, share in s.traffic.items()})
+            for s in SERVED
+        ]
+        if server == "vllm":
+            await self._measurement.run_cheats(wanted)
+        else:
+            for source, parts in wanted:
+                self._measurement.answer_by_transformers(source, parts)
+        kinds = dict.fromkeys(kind for _, traffic in wanted for kind in traffic)
+        sources = [s for source, _ in wanted for s in (source, by_transformers(source))]
+        self._measurement.judge_by_transformers(sources, list(kinds))
 
-    def pools(self) -> list[Pool]:
-        """Scores everything with the other implementation on the honest weights."""
-        # Needs transformers, which takes seconds to import.
-        from trueweight.simulation.hf_reference import HfReference  # noqa: PLC0415
+    def pool(self, source: str, kind: str) -> Pool:
+        """Scored requests of one way of serving; empty if there are none."""
+        served = next(s for s in SERVED if s.source.name == source)
+        mu0 = self.entries[class_of(kind)].mu0_nano
+        rows = [
+            row
+            for s in (served.source, by_transformers(served.source))
+            for row in self._measurement.margins(s, kind, TRANSFORMERS)
+        ]
+        tokens = sum(map(len, rows))
+        exact = sum(x == 0 for row in rows for x in row)
+        items = tuple(Item(sum(row), len(row), mu0) for row in rows)
+        return Pool(source, items, exact / tokens if tokens else 0.0)
 
-        reference = HfReference(self._model, "bfloat16")
+    def roc_pools(self) -> dict[str, Pool]:
+        """Plain traffic of every cheat that has some, the honest pool first."""
+        names = [s.source.name for s in SERVED if "plain" in s.traffic]
+        pools = {name: self.pool(name, "plain") for name in names}
+        return {name: pool for name, pool in pools.items() if pool.items}
+
+    def rows(self, orders: int) -> list[Shown]:
+        """Every row whose pool is there."""
+        honest = self.pool(HONEST, "plain")
         found = []
-        for cheat, claims in self._claims:
-            scores = reference.score(claims)
-            mu0 = self.null[cheat.parameter_class]
-            items = tuple(
-                Item(sum_nano(s.margins), len(s.margins), mu0) for s in scores if s.margins
-            )
-            tokens = sum(item.n for item in items)
-            exact = sum(1 for s in scores for m in s.margins if m == 0) / max(1, tokens)
-            found.append(Pool(cheat.name, items, exact))
+        for number, row in enumerate(ROWS):
+            pool = replace(self.pool(row.pool, row.traffic), name=row.name)
+            if pool.items and honest.items:
+                entry = self.entries[class_of(row.traffic)]
+                refunds = sum(is_far_outside(i.sum_x_nano, i.n, entry) for i in pool.items)
+                measured = power(pool, honest, row.mix, orders, seed=number)
+                found.append(Shown(row, measured, refunds / len(pool.items)))
         return found
 
 
-MIXES = {
-    "": Mix(),
-    ", on 20 % of requests": Mix(cheat_share=0.2),
-    ", 10 one-token requests each": Mix(one_token_each=10),
-    ", after 5,000 honest requests": Mix(honest_before=5000),
-}
-
-
-def rows(pools: Sequence[Pool], orders: int) -> list[Power]:
-    """The table: every cheat, and 4-bit weights in every disguise."""
-    honest = pools[0]
-    found = [power(pool, honest, Mix(), orders, seed=1) for pool in pools]
-    for pool in pools:
-        if pool.name == "4-bit weights":
-            for label, mix in list(MIXES.items())[1:]:
-                named = Pool(pool.name + label, pool.items, pool.exact)
-                found.append(power(named, honest, mix, orders, seed=2))
-            short = tuple(item for item in pool.items if item.n <= 16)
-            if short:
-                named = Pool("4-bit weights, outputs of at most 16 tokens", short, pool.exact)
-                found.append(power(named, honest, Mix(), orders, seed=3))
-    return found
-
-
-async def run(bench: PowerBench, model: Path) -> None:
-    """All engines, one after another."""
-    await bench.collect(ENGINE_CHEATS, model)
-    for cheat in WEIGHT_CHEATS:
-        if cheat.weights is None:
-            continue
-        with tempfile.TemporaryDirectory() as directory:
-            altered = cheat.weights(model, Path(directory) / "weights")
-            await bench.collect((cheat,), altered)
-
-
-@click.command()
-@cli.path_option("--model", required=True, help="Model directory in Hugging Face layout.")
-@cli.path_option("--calibration", required=True, help="Its calibration file.")
-@cli.option("--tokens", default=20_000, type=click.IntRange(500), help="Pool per cheat.")
-@cli.option("--orders", default=40, type=click.IntRange(6), help="Orders of each pool.")
-def bench_power(**options: Any) -> None:
-    """Tokens to conviction of every known cheat, median and 95th percentile."""
-    bench = PowerBench(options["model"], options["calibration"], options["tokens"])
-    asyncio.run(run(bench, options["model"]))
-    found = rows(bench.pools(), options["orders"])
-    cli.print_table(
-        f"alpha = 10^-6, {options['orders']} orders, pools of {options['tokens']:,} tokens",
-        ("served", "exact", "mean x", "convicted", "median tokens", "p95 tokens", "requests"),
+def show(shown: Sequence[Shown], orders: int) -> None:
+    """The table."""
+    table(
+        f"audited tokens until conviction, alpha = 10^-6, {orders} orders",
+        ("served", "pool", "exact", "mean x", "refunded", "convicted", "median", "p95", "requests"),
         [
             (
-                p.name,
-                f"{p.exact:.2%}",
-                f"{p.mean_x:.6f}",
-                f"{p.convicted}/{p.orders}",
-                f"{p.median_tokens:.0f}",
-                f"{p.p95_tokens:.0f}",
-                f"{p.median_requests:.0f} / {p.p95_requests:.0f}",
+                s.row.name,
+                f"{s.found.pool_tokens:,}",
+                f"{s.found.exact:.2%}",
+                f"{s.found.mean_x:.6f}",
+                f"{s.refunded:.0%}",
+                f"{s.found.convicted}/{s.found.orders}",
+                f"{s.found.median_tokens:,.0f}",
+                f"{s.found.p95_tokens:,.0f}",
+                f"{s.found.median_requests:.0f} / {s.found.p95_requests:.0f}",
             )
-            for p in found
+            for s in shown
         ],
     )
-    click.echo(json.dumps({"power": [_finite(asdict(p)) for p in found]}))
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity: never convicted is null."""
-    return {k: None if v == float("inf") else v for k, v in row.items()}
-
-
-if __name__ == "__main__":
-    bench_power()
+def as_figures(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+    """For the last line: JSON knows no infinity, never convicted is null."""
+    rows = []
+    for s in shown:
+        row = {**asdict(s.found), "refunded": s.refunded, "target": s.row.target}
+        del row["tokens"]
+        rows.append({k: None if v == float("inf") else v for k, v in row.items()})
+    return rows

@@ -97,6 +97,8 @@ def plain(value: Any) -> Any:
         return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.4g}")
     return value
@@ -113,6 +115,16 @@ def finish(name: str, figures: Mapping[str, Any], about: Mapping[str, Any]) -> N
     }
     sys.stdout.write(json.dumps(document) + "\n")
     sys.stdout.flush()
+
+
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns of any width, the first one to the left."""
+    lines = [headers, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    say(title)
+    for line in lines:
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        say("  ".join([first.strip().ljust(widths[0]), *others]))
 
 
 def say(text: str) -> None:

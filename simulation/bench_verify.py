@@ -1,10 +1,14 @@
-"""What it costs to check an answer: scoring against a bare prefill of the same tokens, and
-against generating them, alone and 32 at once; what L0 costs a receipt, and what both come to as a
-share of the market's compute at the floor rate.
+"""``make bench-verify``: what verification costs, what it convicts, and whom it leaves alone.
 
-Two models: the shipped one and a random Llama of hidden size 1024 made by a fixed recipe. All
-three ways run on the same engine in interleaved rounds. Run as
-``python -m trueweight.simulation.bench_verify``; the last line is one JSON object.
+- ``cost``: scoring against a bare prefill of the same tokens, and against generating them, alone
+  and 32 at once, on the shipped model and a random Llama of hidden size 1024. All three ways run
+  on the same engine in interleaved rounds. Also what L0 costs a receipt, and what both come to as a
+  share of the market's compute at the floor rate.
+- ``cheats``: audited tokens until each known cheat is convicted (``bench_power``).
+- ``honest``: the largest wealth of honest nodes on held-out traffic (``honest_run``).
+
+The last two take hours at full size; measurements are kept and the next run goes on where the last
+one stopped (``--minutes``). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,11 +26,15 @@ import click
 from trueweight.node.engine import GenerateJob, ScoreJob
 from trueweight.node.vllm.engine import VllmEngine, VllmOptions
 from trueweight.runtime import cli
+from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
 from trueweight.simulation.bench_engines import make_jobs
 from trueweight.simulation.bench_l0 import market_share, measure_l0, say_l0, say_shares
 from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.bench_report import Estimate, estimate, finish, ratios, say
+from trueweight.simulation.margin_store import MarginStore
+from trueweight.simulation.measuring import Measurement, Traffic, weights_of
 from trueweight.simulation.random_llama import WIDE, write_random_llama
+from trueweight.verifier.calibration_file import read_measured
 
 PROMPT_TOKENS = 64
 OUTPUT_TOKENS = 128
@@ -134,15 +142,10 @@ def _shares(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return shares
 
 
-@click.command()
-@cli.path_option("--model", default=None, help="Model directory; the shipped one if not given.")
-@cli.option("--rounds", default=11, type=click.IntRange(9, 1000), help="Interleaved rounds.")
-@cli.option("--wide/--no-wide", default=True, help="Also the random model of hidden size 1024.")
-def main(model: Path | None, rounds: int, wide: bool) -> None:
-    """Cost of scoring against prefill and generation."""
-    directory = model or demo_model()
-    say(f"model {directory.name}")
-    figures: dict[str, Any] = {"shipped": asyncio.run(measure(directory, rounds))}
+def cost(model: Path, rounds: int, *, wide: bool) -> dict[str, Any]:
+    """Scoring against prefill and generation."""
+    say(f"model {model.name}")
+    figures: dict[str, Any] = {"shipped": asyncio.run(measure(model, rounds))}
     if wide:
         with tempfile.TemporaryDirectory() as root:
             say(f"random model, hidden {WIDE.hidden}")
@@ -152,10 +155,92 @@ def main(model: Path | None, rounds: int, wide: bool) -> None:
     say_l0(figures["l0"])
     figures["floor_rate_share"] = _shares(figures)
     say_shares(figures["floor_rate_share"])
+    return figures
+
+
+def cheats(options: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Audited tokens until each known cheat is convicted."""
+    bench = bench_power.PowerBench(
+        options["model"], options["calibration"], work / "pools", options["minutes"]
+    )
+    asyncio.run(bench.collect(options["tokens"], options["server"]))
+    shown = bench.rows(options["orders"])
+    bench_power.show(shown, options["orders"])
+    structural = asyncio.run(structural_cheats.measure_all())
+    structural_cheats.show(structural)
+    if options["charts"] is not None:
+        charts.write_all(options["charts"], shown, bench.roc_pools())
+    return {
+        "power": bench_power.as_figures(shown),
+        "structural": [asdict(row) for row in structural],
+    }
+
+
+def honest(options: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The largest wealth of honest nodes on held-out traffic."""
+    model, minutes = options["model"], options["minutes"]
+    seed = honest_run.HONEST_SEED
+    store = MarginStore(work / "honest", weights_of(model), seed)
+    measurement = Measurement(model, store, Traffic.of_model(model, seed), minutes)
+    entries = {e.parameter_class: e for e in read_measured(options["calibration"]).entries}
+    run = honest_run.HonestRun(model.name, measurement, entries)
+    asyncio.run(run.collect(options["honest_tokens"]))
+    rows = run.rows(options["orders"])
+    for name in honest_run.WIDE if options["wide"] else ():
+        slug = name.rsplit(maxsplit=1)[-1]
+        rows += asyncio.run(
+            honest_run.wide_run(
+                name,
+                work / f"wide-{slug}",
+                tokens=options["wide_tokens"],
+                orders=options["orders"],
+                minutes=minutes,
+            )
+        )
+    honest_run.show(rows)
+    return {"honest": [asdict(row) for row in rows]}
+
+
+PARTS = ("cost", "cheats", "honest")
+
+
+@click.command()
+@cli.path_option("--model", default=None, help="Model directory; the shipped one if not given.")
+@cli.path_option("--calibration", default=None, help="Default: MODEL.calibration.json.")
+@cli.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these.")
+@cli.option("--rounds", default=11, type=click.IntRange(9, 1000), help="Interleaved rounds (cost).")
+@cli.option("--wide/--no-wide", default=True, help="Also random models of hidden size 1024.")
+@cli.path_option("--work", default=Path(".trueweight/bench-verify"), help="Keeps measurements.")
+@cli.option("--tokens", default=100_000, type=click.IntRange(500), help="Pool of each cheat.")
+@cli.option(
+    "--server",
+    default="vllm",
+    type=click.Choice(("vllm", "transformers")),
+    help="What serves the cheats.",
+)
+@cli.option("--orders", default=40, type=click.IntRange(1), help="Random orders of each pool.")
+@cli.option("--honest-tokens", default=1_000_000, type=click.IntRange(500), help="Shipped model.")
+@cli.option("--wide-tokens", default=100_000, type=click.IntRange(500), help="Random models.")
+@cli.option("--minutes", default=20.0, help="Measure for about so long a part; run again to go on.")
+@cli.path_option("--charts", default=None, help="Write ROC and power curves here (PNG).")
+def main(**options: Any) -> None:
+    """What checking costs, what cheats cost, and that honest nodes have nothing to fear."""
+    options["model"] = model = options["model"] or demo_model()
+    options["calibration"] = options["calibration"] or model.with_name(
+        f"{model.name}.calibration.json"
+    )
+    parts, work = options["parts"] or PARTS, options["work"]
+    figures: dict[str, Any] = {}
+    if "cost" in parts:
+        figures |= cost(model, options["rounds"], wide=options["wide"])
+    if "cheats" in parts:
+        figures |= cheats(options, work)
+    if "honest" in parts:
+        figures |= honest(options, work)
     about = {
-        "model": directory.name,
+        **{name: value for name, value in options.items() if not isinstance(value, Path)},
+        "model": model.name,
         "wide_recipe": asdict(WIDE),
-        "rounds": rounds,
         "prompt_tokens": PROMPT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,
     }

@@ -2,198 +2,122 @@
 
 Honest traffic of every parameter class is generated under benign serving variations, then scored
 by several references, another implementation among them. The worst pair of each class decides its
-null mean (``trueweight.verifier.calibration``). Engines run one after another.
+null mean (``trueweight.verifier.calibration``). Engines run one after another; ``--work`` keeps
+what was measured, so that a long calibration can be made in pieces and grow.
 """
 
 from __future__ import annotations
 
-import asyncio
 import platform
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from trueweight.node.engine import Engine, GenerateJob, Score, ScoreJob
-from trueweight.node.vllm.engine import VllmEngine, VllmOptions
-from trueweight.protos.evidence import clipped_nano
-from trueweight.protos.manifest import build_manifest
+from trueweight.node.vllm.engine import VllmOptions
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.runtime import cli
-from trueweight.simulation.calibration_traffic import CLASSES, draw_jobs, load_prompts
+from trueweight.simulation.calibration_traffic import CLASSES
+from trueweight.simulation.margin_store import MarginStore
+from trueweight.simulation.measuring import (
+    TRANSFORMERS,
+    Measurement,
+    Source,
+    Traffic,
+    weights_of,
+)
 from trueweight.verifier.calibration import PairSample, calibrate_class
-from trueweight.verifier.calibration_file import Measured, weights_sha256, write_measured
+from trueweight.verifier.calibration_file import Measured, read_measured, write_measured
 
-SCORE_BATCH = 32
+NATIVE, FLOAT32 = "vllm, dtype of the weights", "vllm, float32"
+BULK = VllmOptions(max_running=64, max_batched_tokens=4096)
+MIB = 1 << 20
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One benign way to serve. ``share`` of the tokens is generated this way.
-
-    Variants with one ``name`` are one kind of honest node (batching and caching change from one
-    minute to the next), so their requests are one sample.
-    """
-
-    name: str
-    detail: str
-    dtype: str = "auto"
-    concurrency: int = 32
-    max_batched_tokens: int = 2048
-    prefix_caching: bool = True
-    share: float = 1.0
-    # Also judges, as a reference, everything generated so far.
-    judges: bool = True
-
-
+# Most tokens come from the first two; the others are the rest of what may vary from one minute to
+# the next on an honest node.
 VARIANTS = (
-    Variant("vllm, dtype of the weights", "32 at once", share=0.9, judges=False),
-    Variant("vllm, float32", "32 at once", dtype="float32", share=0.6),
-    Variant(
-        "vllm, dtype of the weights",
-        "chunked prefill, 4 at once, no prefix cache",
-        concurrency=4,
-        max_batched_tokens=64,
-        prefix_caching=False,
-        share=0.1,
+    Source(NATIVE, "64 at once", BULK),
+    Source(FLOAT32, "64 at once", VllmOptions(dtype="float32", max_running=64)),
+    Source(NATIVE, "alone", VllmOptions(max_running=1), slice_requests=40, tokens_share=0.005),
+    Source(
+        NATIVE,
+        "32 at once, chunks of 64 tokens, no prefix cache, two threads",
+        VllmOptions(max_batched_tokens=64, prefix_caching=False, threads=2),
+        slice_requests=200,
+        tokens_share=0.02,
+    ),
+    Source(
+        NATIVE,
+        "32 at once, preempted for lack of memory",
+        VllmOptions(max_context_tokens=512, kv_cache_bytes=8 * MIB),
+        slice_requests=200,
+        tokens_share=0.02,
     ),
 )
-QUICK = (Variant("vllm, dtype of the weights", "32 at once"),)
-TRANSFORMERS_DTYPES = ("bfloat16",)
-
-
-@dataclass
-class Traffic:
-    """What one variant produced, by class."""
-
-    variant: Variant
-    jobs: dict[str, list[ScoreJob]] = field(default_factory=dict)
-
-
-async def collect(engine: Engine, job: GenerateJob) -> ScoreJob:
-    """Runs a job to its end; the claim to score."""
-    output: list[int] = []
-    async for step in engine.generate(job):
-        output.extend(step.token_ids)
-    return ScoreJob(
-        job.prompt, job.prefix, tuple(output), job.sampling, job.seed, job.grammar_source
-    )
-
-
-async def generate(
-    engine: Engine, jobs: Iterator[GenerateJob], tokens: int, concurrency: int
-) -> list[ScoreJob]:
-    """Honest outputs of at least ``tokens`` tokens, ``concurrency`` at a time."""
-    done: list[ScoreJob] = []
-    produced = 0
-
-    async def worker() -> None:
-        nonlocal produced
-        while produced < tokens:
-            claim = await collect(engine, next(jobs))
-            produced += len(claim.output)
-            done.append(claim)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(concurrency):
-            group.create_task(worker())
-    return done
-
-
-def to_requests(scores: Sequence[Score]) -> tuple[tuple[int, ...], ...]:
-    """x of every token in 10^-9, request by request."""
-    return tuple(tuple(clipped_nano(m) for m in s.margins) for s in scores if s.margins)
-
-
-async def score_all(engine: Engine, jobs: Sequence[ScoreJob]) -> list[Score]:
-    """Scores in batches of the size that verifiers use."""
-    found: list[Score] = []
-    for start in range(0, len(jobs), SCORE_BATCH):
-        found.extend(await engine.score(jobs[start : start + SCORE_BATCH]))
-    return found
+# Their engines judge as well, each everything that all of them answered.
+JUDGES = (FLOAT32, NATIVE)
+REFERENCES = (*JUDGES, TRANSFORMERS)
+QUICK = VARIANTS[:1]
 
 
 class Calibrator:
-    """Runs engines one after another and keeps what each pair showed."""
+    """Measures what is missing; knows when everything wanted is there."""
 
     def __init__(
-        self, model_directory: Path, tokens: int, classes: Sequence[str], seed: int
+        self, measurement: Measurement, variants: Sequence[Source], tokens: dict[str, int]
     ) -> None:
-        self._directory, self._tokens, self._classes = model_directory, tokens, tuple(classes)
-        self._seed = seed
-        manifest = build_manifest(
-            model_directory, market_id="", name="", revision="", licence="", now_unix_ms=0
-        )
-        self.weights = weights_sha256(manifest)
-        self._context = manifest.max_context_tokens
-        self._prompts = load_prompts(model_directory, manifest.eos_token_ids, 2000, seed)
-        self._requests: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+        self._measurement, self._variants, self._tokens = measurement, variants, tokens
+
+    async def run(self) -> None:
+        """Generates and scores until done or out of time."""
+        judges = [next(v for v in self._variants if v.name == name) for name in self.judges]
+        for variant in self._variants:
+            if variant not in judges[:1]:
+                await self._measurement.run(variant, self._tokens)
+        for judge in judges:
+            await self._measurement.run(judge, self._tokens, judged=self._variants)
+        self._measurement.judge_by_transformers(self._variants, list(self._tokens))
+
+    @property
+    def judges(self) -> list[str]:
+        """Kinds of engines that run here and judge."""
+        return [name for name in JUDGES if any(v.name == name for v in self._variants)]
+
+    def missing(self) -> list[str]:
+        """What another run has to do."""
+        names = list(self._tokens)
+        lacking = [
+            f"{v.name} {v.detail}: answers ({', '.join(classes)})"
+            for v in self._variants
+            if (classes := self._measurement.missing_answers(v, self._tokens))
+        ]
+        for reference in (*self.judges, TRANSFORMERS):
+            left = len(self._measurement.unscored(self._variants, names, reference))
+            lacking += [f"{reference}: {left} slices to score"] if left else []
+        return lacking
 
     def samples(self, parameter_class: str) -> list[PairSample]:
         """One sample per kind of honest node and reference."""
-        return [
-            PairSample(pair, tuple(requests))
-            for (name, pair), requests in self._requests.items()
-            if name == parameter_class
-        ]
-
-    async def run(self, variants: Sequence[Variant], dtypes: Sequence[str]) -> None:
-        """Generates and scores everything."""
-        traffic: list[Traffic] = []
-        for variant in variants:
-            traffic.append(await self._serve(variant, traffic))
-        for dtype in dtypes:
-            await asyncio.to_thread(self._judge_by_transformers, dtype, traffic)
-
-    async def _serve(self, variant: Variant, before: Sequence[Traffic]) -> Traffic:
-        """Generates a variant's traffic and lets its engine judge its own and all before it."""
-        options = VllmOptions(
-            dtype=variant.dtype,
-            max_running=variant.concurrency,
-            max_batched_tokens=variant.max_batched_tokens,
-            prefix_caching=variant.prefix_caching,
-        )
-        engine = VllmEngine(self._directory, options)
-        started = time.monotonic()
-        await engine.start()
-        try:
-            ready_s = time.monotonic() - started
-            _say(f"{variant.name}, {variant.detail}: engine ready after {ready_s:.0f} s")
-            made = Traffic(variant)
-            for number, name in enumerate(self._classes):
-                jobs = draw_jobs(self._prompts, name, self._seed + number, self._context)
-                wanted = max(1, round(self._tokens * variant.share))
-                made.jobs[name] = await generate(engine, jobs, wanted, variant.concurrency)
-                _say(f"  generated {name} ({time.monotonic() - started:.0f} s)")
-            for traffic in (*before, made) if variant.judges else ():
-                for name, claims in traffic.jobs.items():
-                    self._keep(name, traffic, variant.name, await score_all(engine, claims))
-            _say(f"  done ({time.monotonic() - started:.0f} s)")
-            return made
-        finally:
-            await engine.close()
-
-    def _judge_by_transformers(self, dtype: str, traffic: Sequence[Traffic]) -> None:
-        # Needs transformers, which takes seconds to import.
-        from trueweight.simulation.hf_reference import HfReference  # noqa: PLC0415
-
-        reference, started = HfReference(self._directory, dtype), time.monotonic()
-        for made in traffic:
-            for name, claims in made.jobs.items():
-                self._keep(name, made, reference.name, reference.score(claims))
-        _say(f"{reference.name}: scored ({time.monotonic() - started:.0f} s)")
-
-    def _keep(self, name: str, traffic: Traffic, reference: str, scores: Sequence[Score]) -> None:
-        pair = f"{traffic.variant.name} / {reference}"
-        self._requests.setdefault((name, pair), []).extend(to_requests(scores))
+        found = []
+        for kind in dict.fromkeys(v.name for v in self._variants):
+            sources = [v for v in self._variants if v.name == kind]
+            for reference in (*self.judges, TRANSFORMERS):
+                found.append(self._measurement.sample(sources, parameter_class, reference))
+        return [sample for sample in found if sample.tokens]
 
 
-def _say(text: str) -> None:
-    click.echo(text, err=True)
+def merged(new: Measured, path: Path) -> Measured:
+    """With the entries that an older file about the same weights has of other classes."""
+    if not path.exists() or (old := read_measured(path)).weights != new.weights:
+        return new
+    fresh = {entry.parameter_class for entry in new.entries}
+    kept = tuple(entry for entry in old.entries if entry.parameter_class not in fresh)
+    made_by = f"{new.provenance}; before: {old.provenance}" if kept else new.provenance
+    return Measured(new.weights, new.version, made_by, (*new.entries, *kept))
 
 
 def provenance(tokens: int, seed: int) -> str:
@@ -213,28 +137,42 @@ def provenance(tokens: int, seed: int) -> str:
 @click.command()
 @cli.path_option("--model", required=True, help="Model directory in Hugging Face layout.")
 @cli.path_option("--out", required=True, help="Calibration file to write (unsigned).")
-@cli.option("--tokens", default=20_000, type=click.IntRange(100), help="Per class and variant.")
+@cli.path_option("--work", default=None, help="Keeps measurements here; run again to go on.")
+@cli.option("--tokens", default=50_000, type=click.IntRange(100), help="Per class and pair.")
+@cli.option("--minutes", default=1e6, help="Stop after about so long; needs --work to go on.")
 @cli.option("--class", "classes", multiple=True, type=click.Choice(CLASSES), help="Only these.")
 @cli.option("--version", "calibration_version", default=1, type=click.IntRange(1), help="Version.")
 @cli.option("--seed", default=1, help="Of prompts, parameters and request seeds.")
-@cli.option("--quick", is_flag=True, help="One serving variant and one other implementation.")
+@cli.option("--quick", is_flag=True, help="One serving variant and two references.")
+@cli.option("--partial", is_flag=True, help="Write what --work holds, even if not all is done.")
 @cli.json_option
 def calibrate(as_json: bool, **options: Any) -> None:
     """Measure honest noise of a model with real engines and write a calibration file.
 
     A verifier signs and publishes it ('verifier run --calibration FILE'). More tokens give a
-    tighter bound: the null mean cannot get below about 40 / tokens.
+    tighter bound. With --class, entries of other classes in an existing FILE stay as they are.
     """
-    tokens, seed, out = options["tokens"], options["seed"], options["out"]
+    model, seed, out = options["model"], options["seed"], options["out"]
     classes = options["classes"] or CLASSES
-    calibrator = Calibrator(options["model"], tokens, classes, seed)
-    variants = QUICK if options["quick"] else VARIANTS
-    cli.run_async(calibrator.run(variants, TRANSFORMERS_DTYPES))
-    entries = tuple(calibrate_class(name, calibrator.samples(name)) for name in classes)
-    made_by = provenance(tokens, seed)
-    write_measured(
-        out, Measured(calibrator.weights, options["calibration_version"], made_by, entries)
-    )
+    with ExitStack() as stack:
+        work = options["work"] or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = weights_of(model)
+        store = MarginStore(work, weights, seed)
+        measurement = Measurement(model, store, Traffic.of_model(model, seed), options["minutes"])
+        variants = QUICK if options["quick"] else VARIANTS
+        calibrator = Calibrator(measurement, variants, dict.fromkeys(classes, options["tokens"]))
+        cli.run_async(calibrator.run())
+        missing = calibrator.missing()
+        if missing and not options["partial"]:
+            raise click.ClickException("not finished, run it again: " + "; ".join(missing))
+        entries = tuple(calibrate_class(name, calibrator.samples(name)) for name in classes)
+    made_by = provenance(options["tokens"], seed)
+    if options["classes"]:
+        made_by = f"{', '.join(classes)} by: {made_by}"
+    if missing:
+        made_by += f" (stopped early, without: {'; '.join(missing)})"
+    measured = Measured(weights, options["calibration_version"], made_by, entries)
+    write_measured(out, merged(measured, out))
     _show(out, entries, as_json)
 
 

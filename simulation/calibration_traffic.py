@@ -12,11 +12,19 @@ from tokenizers import Tokenizer
 
 from trueweight.node.engine import GenerateJob
 from trueweight.protos.grammar import source_of, with_grammar
-from trueweight.protos.sampling_parameters import Sampling, parameter_class, resolve
+from trueweight.protos.sampling_parameters import (
+    MAX_REPETITION,
+    MIN_REPETITION,
+    Sampling,
+    parameter_class,
+    resolve,
+)
 from trueweight.simulation import demo_corpus
 
 MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 96, 200
-_TEMPERATURES = (0.6, 0.8, 1.0, 1.0, 1.0, 1.3)
+SHORT_OUTPUT_TOKENS = 16
+_TEMPERATURES = (0.3, 0.6, 0.8, 1.0, 1.0, 1.0, 1.3)
+_LOW_TEMPERATURES = (0.2, 0.3, 0.4)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,16 @@ def load_prompts(model_directory: Path, stop_ids: Sequence[int], count: int, see
         ids = tokenizer.encode(text).ids[: chance.randint(4, MAX_PROMPT_TOKENS)]
         heads.append(tuple(ids) or (stop_ids[0],))
     return Prompts(tuple(heads), tuple(sorted(stop_ids)))
+
+
+def random_prompts(_: Path, stop_ids: Sequence[int], count: int, seed: int) -> Prompts:
+    """For models that understand nothing."""
+    chance = random.Random(seed)  # noqa: S311
+    heads = tuple(
+        tuple(chance.randrange(3, 500) for _ in range(chance.randint(4, MAX_PROMPT_TOKENS)))
+        for _ in range(count)
+    )
+    return Prompts(heads, tuple(sorted(stop_ids)))
 
 
 def _texts(chance: random.Random, count: int) -> Iterator[str]:
@@ -84,7 +102,7 @@ def _with_penalties(base: Sampling, chance: random.Random, cuts: dict[str, Any])
         base,
         presence_penalty=chance.choice((0.0, 0.5, 1.0)),
         frequency_penalty=chance.choice((0.0, 0.2, 0.7)),
-        repetition_penalty=chance.choice((1.05, 1.1, 1.3)),
+        repetition_penalty=chance.choice((0.8, 1.05, 1.1, 1.3, 2.0)),
     )
 
 
@@ -109,23 +127,80 @@ GRAMMARS = (
     source_of("regex", r"(def|class) [a-z_]{3,20}\(([a-z_]+, ){0,4}[a-z_]+\):\n(    .+\n){1,8}"),
     source_of("choice", ["import", "from", "class", "return", "raise ValueError", "pass"]),
 )
+# Kinds of traffic besides the classes themselves: name to class.
+SPECIAL = {
+    "short outputs": "plain",
+    "low entropy": "plain",
+    "hostile plain": "plain",
+    "hostile top_p": "top_p",
+    "hostile multi_cut": "multi_cut",
+    "hostile penalties": "penalties",
+}
 
 
-def draw_jobs(prompts: Prompts, wanted: str, seed: int, max_context: int) -> Iterator[GenerateJob]:
-    """Endless jobs of one class; lengths vary, short ones included."""
-    chance = random.Random(f"{seed}/{wanted}")  # noqa: S311
+def class_of(kind: str) -> str:
+    """The parameter class of a kind of traffic."""
+    return SPECIAL.get(kind, kind)
+
+
+def _draw(kind: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
+    if kind.startswith("hostile "):
+        return draw_hostile(class_of(kind), chance, stop_ids)
+    drawn = draw_sampling(class_of(kind), chance, stop_ids)
+    if kind == "low entropy":
+        drawn = resolve(replace(drawn, temperature=chance.choice(_LOW_TEMPERATURES)))
+    return drawn
+
+
+def draw_hostile(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
+    """What a client would ask for who wants to see an honest rival convicted: the corners of
+    what is allowed, where rounding is amplified or every token is a close call."""
+    base = Sampling(temperature=chance.choice((0.01, 0.05, 2.0, 10.0)), stop_token_ids=stop_ids)
+    corners: dict[str, Sequence[dict[str, Any]]] = {
+        "plain": ({}, {"allowed_token_ids": _some_ids(chance)}, {"logit_bias": _biases(chance)}),
+        "top_p": ({"top_p": chance.choice((0.01, 0.1, 0.3, 0.999))},),
+        "multi_cut": (
+            {"top_p": 0.5, "top_k": 2},
+            {"top_p": 0.999, "top_k": 1000, "min_p": 0.001},
+            {"min_p": 0.9, "top_p": 0.3},
+        ),
+        "penalties": (
+            {"repetition_penalty": chance.choice((MIN_REPETITION, MAX_REPETITION))},
+            {"frequency_penalty": chance.choice((-2.0, 2.0)), "presence_penalty": -2.0},
+        ),
+    }
+    drawn = resolve(replace(base, **chance.choice(corners[wanted])))
+    if parameter_class(drawn) != wanted:
+        raise ValueError(f"drew {parameter_class(drawn)} for {wanted}")
+    return drawn
+
+
+def _some_ids(chance: random.Random) -> tuple[int, ...]:
+    return tuple(chance.sample(range(3, 500), 64))
+
+
+def _biases(chance: random.Random) -> tuple[tuple[int, float], ...]:
+    return tuple((token, 100.0) for token in chance.sample(range(3, 500), 8))
+
+
+def draw_jobs(
+    prompts: Prompts, kind: str, seed: int | str, max_context: int
+) -> Iterator[GenerateJob]:
+    """Endless jobs of one class or kind; lengths vary, short ones included."""
+    chance = random.Random(f"{seed}/{kind}")  # noqa: S311
     number = 0
+    longest = SHORT_OUTPUT_TOKENS if kind == "short outputs" else MAX_OUTPUT_TOKENS
     while True:
         prompt = chance.choice(prompts.heads)
-        room = max(1, min(MAX_OUTPUT_TOKENS, max_context - len(prompt) - 1))
+        room = max(1, min(longest, max_context - len(prompt) - 1))
         most = chance.choice((1, 8, room, room, room, room, room, room))
         number += 1
-        source = chance.choice(GRAMMARS) if wanted == "grammar" else b""
-        sampling = draw_sampling(wanted, chance, prompts.stop_ids)
+        source = chance.choice(GRAMMARS) if kind == "grammar" else b""
+        sampling = _draw(kind, chance, prompts.stop_ids)
         if source:
             sampling = with_grammar(sampling, source)
         yield GenerateJob(
-            job_id=f"{wanted}-{number}",
+            job_id=f"{kind}-{number}",
             prompt=prompt,
             prefix=(),
             sampling=sampling,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from trueweight.protos.evidence import Item, Wealth
 
@@ -15,9 +17,10 @@ MAX_REQUESTS = 20_000
 @dataclass(frozen=True, slots=True)
 class Power:
     """Audited tokens and requests until conviction over many orders; ``convicted`` of ``orders``
-    got there within the pool limit. Medians and percentiles are over those that did."""
+    got there within the limit. The others count as infinitely many."""
 
     name: str
+    pool_tokens: int
     orders: int
     convicted: int
     mean_x: float
@@ -27,6 +30,8 @@ class Power:
     median_requests: float
     p95_requests: float
     largest_wealth: float
+    # Of every order, ascending; infinite if not convicted.
+    tokens: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,15 @@ class Pool:
     exact: float
 
     @property
+    def tokens(self) -> int:
+        """All scored tokens."""
+        return sum(item.n for item in self.items)
+
+    @property
     def mean_x(self) -> float:
         """Mean clipped margin per token."""
-        tokens = sum(item.n for item in self.items)
-        return sum(item.sum_x_nano for item in self.items) / tokens / 1e9 if tokens else 0.0
+        total = sum(item.sum_x_nano for item in self.items)
+        return total / self.tokens / 1e9 if self.items else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +79,15 @@ def traffic(cheat: Pool, honest: Pool, mix: Mix, chance: random.Random) -> Itera
                 yield Item(0, 1, item.mu0_nano)
 
 
-def _until_conviction(items: Iterator[Item], skip: int) -> tuple[int, int, float, bool]:
-    """Requests and tokens after the first ``skip``, largest wealth, whether convicted."""
+class _Run(NamedTuple):
+    requests: int
+    tokens: int
+    largest: float
+    convicted: bool
+
+
+def _until_conviction(items: Iterator[Item], skip: int) -> _Run:
+    """What is counted after the first ``skip`` requests."""
     wealth, requests, tokens, largest = Wealth(), 0, 0, 1.0
     for number, item in enumerate(items):
         wealth = wealth.add(*item)
@@ -78,9 +95,9 @@ def _until_conviction(items: Iterator[Item], skip: int) -> tuple[int, int, float
         if number >= skip:
             requests, tokens = requests + 1, tokens + item.n
         if wealth.state == "convict":
-            return requests, tokens, largest, True
+            return _Run(requests, tokens, largest, True)
         if requests >= MAX_REQUESTS:
-            return requests, tokens, largest, False
+            return _Run(requests, tokens, largest, False)
     raise ValueError("traffic never ends")
 
 
@@ -90,25 +107,23 @@ def power(cheat: Pool, honest: Pool, mix: Mix, orders: int, seed: int) -> Power:
     for number in range(orders):
         chance = random.Random(f"{seed}/{number}")  # noqa: S311  (reproducible orders)
         runs.append(_until_conviction(traffic(cheat, honest, mix, chance), mix.honest_before))
-    done = [run for run in runs if run[3]]
-    requests, tokens = sorted(r[0] for r in done), sorted(r[1] for r in done)
+    requests = sorted(float(run.requests) if run.convicted else math.inf for run in runs)
+    tokens = sorted(float(run.tokens) if run.convicted else math.inf for run in runs)
     return Power(
         name=cheat.name,
+        pool_tokens=cheat.tokens,
         orders=orders,
-        convicted=len(done),
+        convicted=sum(run.convicted for run in runs),
         mean_x=cheat.mean_x,
         exact=cheat.exact,
-        median_tokens=_median(tokens),
+        median_tokens=statistics.median_high(tokens),
         p95_tokens=_p95(tokens),
-        median_requests=_median(requests),
+        median_requests=statistics.median_high(requests),
         p95_requests=_p95(requests),
-        largest_wealth=max(run[2] for run in runs),
+        largest_wealth=max(run.largest for run in runs),
+        tokens=tuple(tokens),
     )
 
 
-def _median(values: Sequence[int]) -> float:
-    return float(statistics.median(values)) if values else float("inf")
-
-
-def _p95(values: Sequence[int]) -> float:
-    return float(values[min(len(values) - 1, int(0.95 * len(values)))]) if values else float("inf")
+def _p95(values: Sequence[float]) -> float:
+    return values[min(len(values) - 1, math.ceil(0.95 * len(values)) - 1)]

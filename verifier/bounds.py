@@ -1,79 +1,81 @@
-"""Upper confidence bounds for the mean of honest margins: the statistics behind calibration.
+"""Upper confidence bound for the mean of honest margins: the statistics behind calibration.
 
-Two bounds; calibration takes the larger.
+What the wealth needs is that the sum of x over a request, minus mu0 times its tokens, is not
+positive on average over requests (``trueweight.protos.evidence`` weighs a request by its tokens).
+So requests are the units: tokens of one request may depend on each other in any way.
 
-1. Over tokens, without any assumption on their distribution: the empirical Bernstein bound for
-   martingale differences (Fan, Grama and Liu 2015; Howard, Ramdas, McAuliffe and Sekhon 2021,
-   theorem 4). For x_i in [0, 1] with conditional means m_i given the past, and any prediction p_i
-   made from the past,
+The bound is a bet (Waudby-Smith and Ramdas 2024). For a supposed mean m and a fixed stake t,
 
-       exp(t * sum(m_i - x_i) - psi(t) * sum((x_i - p_i)^2)),  psi(t) = -ln(1 - t) - t,  0 <= t < 1
+    K(m) = product over requests of (1 + t * (m * n_r - sum_r)),  0 <= t * largest sum <= 1
 
-   is a supermartingale. So with confidence 1 - delta the average conditional mean is at most
-   ``mean(x) + (ln(1/delta) + psi(t) * V) / (n * t)``, however tokens depend on each other. Used on
-   tokens because a distribution-free bound on N values cannot go below about ln(1/delta) / N: a
-   few hundred request means could never certify 2e-4.
-2. Over requests, because the first bounds the mean of *these* requests, and requests differ: the
-   ratio estimator's normal bound with requests as clusters. It is an approximation (that is what
-   the factor two of the null mean is for), but it sees noise that comes in whole requests.
+is non-negative, and if the true mean is at least m its expectation is at most 1. So by Markov's
+inequality the smallest m at which K(m) reaches 1/(1 - confidence) exceeds the true mean with that
+confidence: no normal approximation, no minimal sample. K is averaged over stakes fixed before the
+data is seen. No values at all, or too few, give the bound 1.
+
+One assumption is left, and no method can do without it: that no honest request ever shows more
+than ``RANGE_FACTOR`` times the largest sum seen (and at least one whole token). N requests can
+never rule out something that happens once in N requests.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Fixed before the data is seen; the error is shared between them (union bound).
-_SLOPES = (0.1, 0.3, 0.6, 0.9, 0.97)
 CONFIDENCE = 0.999
+RANGE_FACTOR = 2.0
+# Fixed before the data is seen; dropping those that the range forbids only lowers the capital.
+_STAKES = 2.0 ** (-np.arange(16) / 2)
+_BISECTIONS = 40
+
+Values = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class MeanBound:
-    """Mean of the sample and the level that its true mean exceeds with chance 1 - confidence."""
+    """Mean of the sample (sums over tokens), the level that the true mean exceeds with chance
+    1 - confidence, tokens, and the largest sum that one request showed."""
 
     mean: float
     upper: float
-    count: int
+    tokens: int
+    largest: float
 
 
-def upper_bound(values: Sequence[float] | NDArray[np.float64], confidence: float) -> MeanBound:
-    """Upper bound on the average conditional mean of values in [0, 1]. No values: 1."""
-    x = np.asarray(values, dtype=np.float64)
+def upper_bound(sums: Values, tokens: Values, confidence: float) -> MeanBound:
+    """Bound on the mean of x per token, from each request's sum of x in [0, 1] and its tokens.
+
+    Raises ValueError for impossible values.
+    """
+    x, n = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    if x.shape != n.shape or not bool(np.all((n > 0) & (x >= 0) & (x <= n))):
+        raise ValueError("a request has tokens, and a sum between 0 and their number")
     if x.size == 0:
-        return MeanBound(0.0, 1.0, 0)
-    if not bool(np.all((x >= 0) & (x <= 1))):
-        raise ValueError("the bound holds for values in [0, 1] only")
-    # Predictions from the past only; the half pseudo-observation of 0 keeps the first one defined.
-    before = np.concatenate(([0.0], np.cumsum(x)[:-1]))
-    predicted = before / (np.arange(x.size) + 0.5)
-    variance = float(np.sum((x - np.minimum(predicted, 1.0)) ** 2))
-    slack = math.log(len(_SLOPES) / (1 - confidence))
-    excess = min((slack + _psi(t) * variance) / (x.size * t) for t in _SLOPES)
-    mean = float(np.mean(x))
-    return MeanBound(mean, min(1.0, mean + excess), int(x.size))
+        return MeanBound(0.0, 1.0, 0, 0.0)
+    total, largest = float(np.sum(n)), float(np.max(x))
+    stakes = _STAKES[_STAKES * max(1.0, RANGE_FACTOR * largest) <= 1.0]
+    mean = float(np.sum(x)) / total
+    # Most requests are exact; alike ones are counted once.
+    (x, n), alike = np.unique(np.stack((x, n)), axis=1, return_counts=True)
+    low, high = mean, 1.0
+    for _ in range(_BISECTIONS if stakes.size else 0):
+        middle = (low + high) / 2
+        if _log_capital(middle * n - x, alike, stakes) >= -math.log(1 - confidence):
+            high = middle
+        else:
+            low = middle
+    return MeanBound(mean, high, int(total), largest)
 
 
-def _psi(slope: float) -> float:
-    return -math.log1p(-slope) - slope
-
-
-def cluster_upper_bound(
-    sums: Sequence[float] | NDArray[np.float64],
-    counts: Sequence[float] | NDArray[np.float64],
-    confidence: float,
+def _log_capital(
+    gains: NDArray[np.float64], times: NDArray[np.int64], stakes: NDArray[np.float64]
 ) -> float:
-    """Upper bound on sum / count over requests, each request a cluster. Fewer than two: 1."""
-    x, n = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    if x.size < 2 or float(np.sum(n)) <= 0:
-        return 1.0
-    mean = float(np.sum(x) / np.sum(n))
-    residual = x - mean * n
-    variance = x.size / (x.size - 1) * float(np.sum(residual**2))
-    z = statistics.NormalDist().inv_cdf(confidence)
-    return min(1.0, mean + z * math.sqrt(variance) / float(np.sum(n)))
+    """ln of the capital, averaged over all stakes (those not played count as lost)."""
+    logs = np.array([float(np.sum(times * np.log1p(stake * gains))) for stake in stakes])
+    top = float(np.max(logs))
+    return top + math.log(float(np.sum(np.exp(logs - top))) / _STAKES.size)

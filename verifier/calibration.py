@@ -7,13 +7,13 @@ verdict must cite out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trueweight.protos.evidence import MU0_FLOOR_NANO
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
-from trueweight.verifier.bounds import CONFIDENCE, MeanBound, cluster_upper_bound, upper_bound
+from trueweight.verifier.bounds import CONFIDENCE, MeanBound, upper_bound
 
 NANO = 10**9
 # A request is "far outside" only well above any honest one: see ``is_far_outside``.
@@ -52,13 +52,10 @@ class PairResult:
 
 
 def measure(sample: PairSample, confidence: float = CONFIDENCE) -> PairResult:
-    """The upper confidence bound of one pair's mean x: the larger of the two in ``bounds``."""
+    """The upper confidence bound of one pair's mean x, its requests being the units."""
     requests = [r for r in sample.requests if r]
-    x = np.array([v for r in requests for v in r], dtype=np.float64) / NANO
-    by_token = upper_bound(x, confidence)
     sums = [sum(r) / NANO for r in requests]
-    by_request = cluster_upper_bound(sums, [len(r) for r in requests], confidence)
-    bound = replace(by_token, upper=max(by_token.upper, by_request))
+    bound = upper_bound(sums, [len(r) for r in requests], confidence)
     means = [sum(r) // max(len(r), SHORT_TOKENS) for r in requests]
     return PairResult(sample.pair, bound, len(requests), max(means, default=0))
 
@@ -83,7 +80,7 @@ def calibrate_class(parameter_class: str, samples: Sequence[PairSample]) -> Cali
         upper_bound_nano=upper_nano,
         confidence_ppm=round(CONFIDENCE * 1e6),
         requests=sum(r.requests for r in results),
-        tokens=sum(r.bound.count for r in results),
+        tokens=sum(r.bound.tokens for r in results),
         refund_above_nano=min(REFUND_CEILING_NANO, max(REFUND_FLOOR_NANO, refund)),
     )
 

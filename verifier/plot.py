@@ -14,7 +14,7 @@ from trueweight.verifier.report import Explanation
 def write_png(explanation: Explanation, path: Path) -> None:
     """Writes the wealth after each audit, with both thresholds. Raises InvalidRequest without
     matplotlib."""
-    axes, figure = _canvas()
+    axes, figure = canvas()
     wealth = [0.0, *(math.log10(max(step.wealth, 1e-12)) for step in explanation.steps)]
     tokens = [0]
     for step in explanation.steps:
@@ -30,7 +30,8 @@ def write_png(explanation: Explanation, path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _canvas() -> tuple[Any, Any]:
+def canvas() -> tuple[Any, Any]:
+    """Axes and figure, without a display. Raises InvalidRequest without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415

@@ -28,48 +28,74 @@ def honest(rng, tokens, share=0.005, size=0.04):
     return np.where(rng.random(tokens) < share, rng.random(tokens) * 2 * size, 0.0)
 
 
+def by_token(values, confidence):
+    """Every token a request of its own."""
+    return upper_bound(values, np.ones(len(values)), confidence)
+
+
 def test_the_bound_covers_the_true_mean():
     rng = np.random.default_rng(1)
     true = 0.005 * 0.04
-    misses = sum(upper_bound(honest(rng, 5000), 0.95).upper < true for _ in range(400))
+    misses = sum(by_token(honest(rng, 5000), 0.95).upper < true for _ in range(400))
     assert misses / 400 <= 0.05
 
 
-def test_the_bound_covers_noise_that_comes_in_whole_requests():
-    # One request in ten is noisy throughout: tokens within it are as dependent as can be.
+@pytest.mark.parametrize("share,level", [(0.1, 0.02), (0.02, 0.1), (0.5, 0.001)])
+def test_the_bound_covers_noise_that_comes_in_whole_requests(share, level):
+    # A few requests are noisy throughout: tokens within them are as dependent as can be.
     rng = np.random.default_rng(2)
-    true, misses = 0.1 * 0.02, 0
+    misses = 0
     for _ in range(200):
-        level = np.where(rng.random(300) < 0.1, 20_000_000, 0)
-        found = measure(PairSample("p", tuple((int(x),) * 50 for x in level)), 0.95)
-        misses += found.bound.upper < true
-    assert misses / 200 <= 0.09
-    alone = upper_bound(np.repeat(level / 1e9, 50), 0.95).upper
+        noisy = np.where(rng.random(300) < share, int(level * 1e9), 0)
+        found = measure(PairSample("p", tuple((int(x),) * 50 for x in noisy)), 0.95)
+        misses += found.bound.upper < share * level
+    assert misses / 200 <= 0.05
+    alone = by_token(np.repeat(noisy / 1e9, 50), 0.95).upper
     assert found.bound.upper > alone, "tokens alone would claim more than they know"
+
+
+def test_the_bound_weighs_requests_by_their_tokens():
+    # Short requests are noisy, long ones are not; the wealth counts tokens.
+    rng = np.random.default_rng(4)
+    misses = 0
+    for _ in range(200):
+        tokens = np.where(rng.random(400) < 0.5, 1, 199)
+        sums = np.where((tokens == 1) & (rng.random(400) < 0.1), 0.5, 0.0)
+        misses += upper_bound(sums, tokens, 0.95).upper < 0.5 * 0.1 * 0.5 / 100
+    assert misses / 200 <= 0.05
+
+
+def test_attack_a_mean_three_times_too_small_is_caught():
+    # The check has power: what claims less than the truth is refuted by its own data.
+    rng = np.random.default_rng(5)
+    true = 0.005 * 0.04
+    claims = [by_token(honest(rng, 100_000), 0.95).upper / 3 for _ in range(10)]
+    assert sum(claim < true for claim in claims) >= 9
 
 
 def test_the_bound_tightens_with_tokens_and_loosens_with_confidence():
     rng = np.random.default_rng(3)
     small, large = honest(rng, 2_000), honest(rng, 200_000)
-    assert upper_bound(large, 0.999).upper < upper_bound(small, 0.999).upper / 5
-    assert upper_bound(small, 0.9).upper < upper_bound(small, 0.999).upper
+    assert by_token(large, 0.999).upper < by_token(small, 0.999).upper / 5
+    assert by_token(small, 0.9).upper < by_token(small, 0.999).upper
 
 
 def test_zeros_alone_do_not_certify_zero():
-    bound = upper_bound(np.zeros(1000), 0.999)
+    bound = by_token(np.zeros(1000), 0.999)
     assert bound.mean == 0 and 0.006 < bound.upper < 0.012
+    assert upper_bound([], [], 0.999).upper == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200))
 def test_the_bound_lies_between_the_mean_and_one(values):
-    bound = upper_bound(values, 0.99)
+    bound = by_token(values, 0.99)
     assert bound.mean <= bound.upper <= 1
 
 
 @pytest.mark.parametrize("bad", [[-0.1], [1.1], [float("nan")]])
 def test_values_outside_the_unit_interval_are_refused(bad):
     with pytest.raises(ValueError):
-        upper_bound(bad, 0.9)
+        by_token(bad, 0.9)
 
 
 def sample(mean_nano, tokens=200_000, pair="p"):

@@ -3,6 +3,7 @@
 import pytest
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.evidence import Wealth, sum_nano
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochOpen, Verdict
 from trueweight.verifier.epochs import RatePolicy
@@ -190,3 +191,42 @@ async def test_a_picture_of_the_wealth(world, kit, tmp_path):
     pytest.importorskip("matplotlib")
     write_png(explain(app.service.view, node), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def until(state, margins, mu0=400_000):
+    """Audits with these margins after which a node is in this state for the first time."""
+    wealth, count = Wealth(), 0
+    while wealth.state != state:
+        wealth, count = wealth.add(sum_nano(margins), len(margins), mu0), count + 1
+    return count
+
+
+@pytest.mark.parametrize(
+    "state,words", [("clear", "beyond chance"), ("suspect", "audited in full from the next epoch")]
+)
+async def test_explain_says_in_words_why_a_node_is_not_convicted(world, kit, state, words):
+    small = [0.0] * 180 + [0.02] * 20
+    node = world.add_node("node")
+    await opened(world, kit, world.app())
+    for _ in range(until("suspect", small) if state == "suspect" else 1):
+        world.serve("node", small)
+    app = world.app()
+    await kit.settle(world, app)
+    found = explain(app.service.view, node)
+    assert found.state == state and words in found.words
+    assert "times as much" in found.words and f"{len(found.steps)} audits" in found.words
+    assert found.steps[-1].wealth == app.service.view.nodes[node].pooled.wealth.value
+
+
+async def test_explain_says_in_words_that_a_calibration_is_in_doubt(world, kit):
+    nodes = [world.add_node(name) for name in ("a", "b", "c")]
+    await opened(world, kit, world.app())
+    for _ in range(12):
+        for name in ("a", "b", "c"):
+            world.serve(name, CHEAT)
+    app = world.app()
+    await kit.settle(world, app)
+    assert not world.ledger.convicted
+    for node in nodes:
+        found = explain(app.service.view, node)
+        assert found.state == "frozen" and "nobody is convicted by it" in found.words

@@ -1,0 +1,173 @@
+"""Never the honest: held-out honest traffic against the production wealth.
+
+Part of ``make bench-verify``. Every benign variation and parameter class of the calibration, with
+prompts and seeds that it did not see, and traffic that a hostile client would choose; every
+reference judges everything. A node lives through all requests of its kind in many random orders.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trueweight.protos.evidence import CONVICT, Item, Wealth
+from trueweight.protos.v1.audit_pb2 import CalibrationEntry
+from trueweight.simulation.bench_report import table
+from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
+from trueweight.simulation.calibration_traffic import CLASSES, SPECIAL, class_of
+from trueweight.simulation.margin_store import MarginStore
+from trueweight.simulation.measuring import Measurement, Traffic, weights_of
+from trueweight.simulation.random_llama import LlamaShape, write_random_llama
+from trueweight.verifier.calibration import calibrate_class
+
+HONEST_SEED = 880_001
+HOSTILE = tuple(kind for kind in SPECIAL if kind.startswith("hostile "))
+WIDE_CLASSES = ("plain", "greedy", "top_p", "multi_cut", "penalties")
+# Two weight scales: flat outputs with tiny noise, sharp ones with large noise.
+WIDE = {
+    "random, hidden 1024, std 0.02": LlamaShape(1024, 4, 16, 8, 2816, 8192, std=0.02),
+    "random, hidden 1024, std 0.06": LlamaShape(1024, 4, 16, 8, 2816, 8192, std=0.06),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HonestRow:
+    """One kind of honest node as one reference saw it. ``of_null`` is the largest mean x of any
+    of its kinds of traffic, as a share of that class's null mean."""
+
+    model: str
+    pair: str
+    traffic: str
+    tokens: int
+    requests: int
+    mean_x: float
+    of_null: float
+    orders: int
+    convicted: int
+    largest_wealth: float
+
+
+def lifetimes(items: Sequence[Item], orders: int, seed: int) -> tuple[int, float]:
+    """Convictions and the largest wealth over random orders of the same requests."""
+    convicted, largest = 0, 1.0
+    for number in range(orders):
+        order = list(items)
+        random.Random(f"{seed}/{number}").shuffle(order)  # noqa: S311  (reproducible orders)
+        wealth, top = Wealth(), 1.0
+        for item in order:
+            wealth = wealth.add(*item)
+            top = max(top, wealth.value)
+        convicted, largest = convicted + (top >= CONVICT), max(largest, top)
+    return convicted, largest
+
+
+class HonestRun:
+    """Held-out honest answers of one model, judged under its calibration."""
+
+    def __init__(
+        self,
+        name: str,
+        measurement: Measurement,
+        entries: Mapping[str, CalibrationEntry],
+        kinds: Sequence[str] = (*CLASSES, *HOSTILE),
+    ) -> None:
+        self._name, self._measurement, self._entries = name, measurement, entries
+        # A class without calibration is no evidence, so there is nothing to judge.
+        self._kinds = [kind for kind in kinds if class_of(kind) in entries]
+
+    async def collect(self, tokens: int) -> None:
+        """Answers about ``tokens`` tokens in all, over kinds and variants, and scores them."""
+        share = sum(v.tokens_share for v in VARIANTS)
+        each = max(1, round(tokens / len(self._kinds) / share))
+        await Calibrator(self._measurement, VARIANTS, dict.fromkeys(self._kinds, each)).run()
+
+    def rows(self, orders: int) -> list[HonestRow]:
+        """Ordinary traffic in one life, hostile traffic in another, by pair."""
+        ordinary = [k for k in self._kinds if k not in HOSTILE]
+        hostile = [k for k in self._kinds if k in HOSTILE]
+        found = [
+            self._row(pair, label, kinds, orders)
+            for pair in self._pairs()
+            for label, kinds in (("every class", ordinary), ("hostile parameters", hostile))
+        ]
+        return [row for row in found if row.tokens]
+
+    def _pairs(self) -> Iterable[tuple[str, str]]:
+        for kind in dict.fromkeys(v.name for v in VARIANTS):
+            for reference in REFERENCES:
+                yield kind, reference
+
+    def _row(
+        self, pair: tuple[str, str], label: str, kinds: Sequence[str], orders: int
+    ) -> HonestRow:
+        items: list[Item] = []
+        worst = 0.0
+        for kind in kinds:
+            mu0 = self._entries[class_of(kind)].mu0_nano
+            sources = [v for v in VARIANTS if v.name == pair[0]]
+            sample = self._measurement.sample(sources, kind, pair[1])
+            items += [Item(sum(r), len(r), mu0) for r in sample.requests]
+            total = sum(map(sum, sample.requests))
+            worst = max(worst, total / (sample.tokens * mu0) if sample.tokens else 0.0)
+        convicted, largest = lifetimes(items, orders, seed=1)
+        tokens = sum(i.n for i in items)
+        return HonestRow(
+            model=self._name,
+            pair=" / ".join(pair),
+            traffic=label,
+            tokens=tokens,
+            requests=len(items),
+            mean_x=sum(i.sum_x_nano for i in items) / tokens / 1e9 if tokens else 0.0,
+            of_null=worst,
+            orders=orders,
+            convicted=convicted,
+            largest_wealth=largest,
+        )
+
+
+async def wide_run(
+    name: str, work: Path, *, tokens: int, orders: int, minutes: float
+) -> list[HonestRow]:
+    """Calibrates a random model with a fifth of the tokens, then judges it on other traffic.
+
+    No rows as long as something is missing."""
+    model = write_random_llama(work / "model", WIDE[name])
+    weights = weights_of(model)
+
+    def measurement(seed: int) -> Measurement:
+        store = MarginStore(work / f"seed-{seed}", weights, seed)
+        return Measurement(model, store, Traffic.of_model(model, seed), minutes)
+
+    each = round(tokens / 5 / len(WIDE_CLASSES))
+    calibrator = Calibrator(measurement(1), VARIANTS[:2], dict.fromkeys(WIDE_CLASSES, each))
+    await calibrator.run()
+    if calibrator.missing():
+        return []
+    entries = {c: calibrate_class(c, calibrator.samples(c)) for c in WIDE_CLASSES}
+    run = HonestRun(name, measurement(HONEST_SEED), entries, WIDE_CLASSES)
+    await run.collect(tokens)
+    return run.rows(orders)
+
+
+def show(rows: Sequence[HonestRow]) -> None:
+    """The table."""
+    table(
+        "honest nodes, held-out traffic",
+        ("model", "node / reference", "traffic", "tokens", "mean x", "worst kind / null",
+         "convicted", "largest wealth"),
+        [
+            (
+                r.model,
+                r.pair,
+                r.traffic,
+                f"{r.tokens:,}",
+                f"{r.mean_x:.6f}",
+                f"{r.of_null:.2f}",
+                f"{r.convicted}/{r.orders}",
+                f"{r.largest_wealth:.2f}",
+            )
+            for r in rows
+        ],
+    )  # fmt: skip
