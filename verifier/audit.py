@@ -118,8 +118,8 @@ class Auditor:
         self, transcript: Transcript, assignment: Opened[Assignment], receipt: ReceiptLeaf
     ) -> None:
         order = assignment.message
-        manifest = self.view.manifests.get(order.manifest_digest)
-        known = self.view.was_sold(order.model_id, order.manifest_digest, receipt)
+        manifest = self.view.registry.manifests.get(order.manifest_digest)
+        known = self.view.registry.was_sold(order.model_id, order.manifest_digest, receipt)
         facts = ReceiptFacts(
             assignment=assignment,
             receipt=transcript.receipt_envelope,

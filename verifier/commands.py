@@ -281,7 +281,7 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
         offer = await node.offer()
         view = await fetch_view(market, signer)
         for served in offer.models:
-            manifest = view.manifests.get(served.manifest_digest)
+            manifest = view.registry.manifests.get(served.manifest_digest)
             if manifest is not None:
                 challenger = Challenger(
                     options["model"], manifest, served.manifest_digest, clock, os.urandom

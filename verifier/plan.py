@@ -153,7 +153,7 @@ class Agenda:
 
     def calibration_duties(self) -> Iterator[PublishCalibration]:
         """Calibrations at hand that the log lacks. They apply to later receipts only."""
-        for digest, manifest in self.view.manifests.items():
+        for digest, manifest in self.view.registry.manifests.items():
             newest = self.view.calibrations.in_force(digest, self.view.next_index)
             for measured in self.measured:
                 newer = newest is None or measured.version > newest.version
@@ -167,7 +167,7 @@ class Agenda:
         return all(
             weights_sha256(manifest) in at_hand
             or self.view.calibrations.in_force(digest, self.view.next_index) is not None
-            for digest, manifest in self.view.manifests.items()
+            for digest, manifest in self.view.registry.manifests.items()
         )
 
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:

@@ -39,11 +39,12 @@ from trueweight.protos.v1.audit_pb2 import (
 from trueweight.protos.v1.ledger_pb2 import TransferBatch, TransferRecord
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
-from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
+from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
+from trueweight.verifier.registry import Registry
 from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_leaf
 
@@ -53,12 +54,8 @@ log = logging.getLogger(__name__)
 MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
 MAX_NODES = 100_000
-MAX_MODELS = 10_000
 MAX_LEGS = 256
 MAX_SUSPENSIONS = 16
-# Work that began before its name was withdrawn may end this much later: the longest request (10
-# minutes) and its hold's grace.
-WITHDRAWAL_GRACE_MS = 15 * 60_000
 # Epochs remembered per verifier; audits of older ones cannot be accounted for any more.
 MAX_EPOCHS = 1_000
 # Ignored leaves that are worth a line each; a flood of them is not.
@@ -92,10 +89,7 @@ class LogView:
         self.ignored = 0
         # Why the last ignored leaf was.
         self.last_reason = ""
-        self.manifests: dict[bytes, Manifest] = {}
-        self.models: dict[str, bytes] = {}
-        # When a name stopped standing for weights; None while it does.
-        self._sold_until_ms: dict[tuple[str, bytes], int | None] = {}
+        self.registry = Registry()
         self.calibrations = CalibrationTable()
         self.epochs: dict[str, list[EpochLeaf]] = {}
         self.reveals: dict[tuple[str, int], bytes] = {}
@@ -193,12 +187,6 @@ class LogView:
                 return True
         return False
 
-    def was_sold(self, model_id: str, manifest_digest: bytes, receipt: ReceiptLeaf) -> bool:
-        """True if the name stood for these weights when this receipt's work can have begun."""
-        sold = (model_id, manifest_digest)
-        until_ms = self._sold_until_ms.get(sold, 0)
-        return until_ms is None or receipt.merged_at_unix_ms <= until_ms + WITHDRAWAL_GRACE_MS
-
     def convicted(self, node_id: str) -> bool:
         """True once as many verifiers convicted as the market asks for."""
         record = self.nodes.get(node_id)
@@ -211,27 +199,13 @@ class LogView:
 
     def _on_registry_entry(self, entry: LogEntry) -> None:
         leaf = self._open(entry, RegistryEntry, self.market.market_id)
-        manifest = parse_payload(parse_envelope(leaf.message.manifest_envelope), Manifest)
-        if digest_of(leaf.message.manifest_envelope) != leaf.message.manifest_digest:
-            raise TrueweightError("the registry entry carries another manifest")
-        name = leaf.message.model_id
-        sold = (name, leaf.message.manifest_digest)
-        is_new = not leaf.message.revoked and sold not in self._sold_until_ms
-        if is_new and len(self._sold_until_ms) >= MAX_MODELS:
-            raise TrueweightError("the market registered too many models")
-        before = self.models.pop(name, None)
-        if before is not None:
-            self._sold_until_ms[name, before] = entry.merged_at_unix_ms
-        if not leaf.message.revoked:
-            self.manifests[leaf.message.manifest_digest] = manifest
-            self.models[name] = leaf.message.manifest_digest
-            self._sold_until_ms[sold] = None
+        self.registry.apply(leaf.message, entry.merged_at_unix_ms)
 
     def _on_calibration(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Calibration)
         if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
             raise TrueweightError("only verifiers and the market calibrate")
-        if opened.message.manifest_digest not in self.manifests:
+        if opened.message.manifest_digest not in self.registry.manifests:
             raise TrueweightError("a calibration for weights that nobody registered")
         calibration = read_calibration(opened.message, opened.digest, entry.index)
         if not self.calibrations.add(calibration):

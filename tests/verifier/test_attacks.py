@@ -30,7 +30,8 @@ from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
 from trueweight.verifier.owed import accounts
-from trueweight.verifier.state import KINDS, WITHDRAWAL_GRACE_MS, LogView
+from trueweight.verifier.registry import WITHDRAWAL_GRACE_MS
+from trueweight.verifier.state import KINDS, LogView
 
 WRONG = [3.0] * 50
 MU0 = 400_000
@@ -290,7 +291,7 @@ async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
     outcomes = [v.outcome for v in world.ledger.of_kind("verdict", Verdict)]
     assert sorted(outcomes) == [Verdict.SCORED, Verdict.MISSING_TRANSCRIPT]
     assert app.service.view.nodes[node].pooled.wealth.r == 1
-    assert not app.service.view.models
+    assert not app.service.view.registry.models
 
 
 # Ownership: a verifier does not judge nodes of its own declared owner.

@@ -23,7 +23,7 @@ from trueweight.protos.v1.envelope_pb2 import Envelope
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.model_pb2 import Manifest
 from trueweight.simulation.mutations import Corpus, Mutator
-from trueweight.verifier import state
+from trueweight.verifier import registry, state
 from trueweight.verifier.bundle import read_bundle, write_bundle
 from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
 from trueweight.verifier.recheck import replay
@@ -166,7 +166,7 @@ async def test_hostile_manifests(judged):
 def sizes(view):
     """How many entries every container of the fold holds."""
     found = {}
-    for name, value in vars(view).items():
+    for name, value in (*vars(view).items(), *vars(view.registry).items()):
         if hasattr(value, "__len__") and not isinstance(value, str | bytes):
             found[name] = len(value)
     return found
@@ -176,8 +176,9 @@ async def test_hostile_leaves_with_entitled_signatures(judged, monkeypatch):
     """Verdicts, convictions, epochs, bills, ...: even members who sign anything at all do not make
     the fold crash or grow beyond its bounds."""
     world, _ = judged
-    for name in ("MAX_RECEIPTS", "MAX_HOLDS", "MAX_EPOCHS", "MAX_NODES", "MAX_MODELS"):
+    for name in ("MAX_RECEIPTS", "MAX_HOLDS", "MAX_EPOCHS", "MAX_NODES"):
         monkeypatch.setattr(state, name, SMALL)
+    monkeypatch.setattr(registry, "MAX_MODELS", SMALL)
     view = LogView(world.market)
     view.ring = gullible(view.ring)
     for entry in world.ledger.entries:

@@ -62,7 +62,7 @@ class Verifying:
     async def manifests(self):
         app = self.app(())
         await app.service.catch_up()
-        return app.service.view.manifests
+        return app.service.view.registry.manifests
 
     def app(self, measured):
         router = self.market.router_member()
