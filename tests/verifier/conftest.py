@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from trueweight.protos import transcript_box
 from trueweight.protos.envelope import digest_of, kind_of_type, parse_envelope, seal, seal_key_event
-from trueweight.protos.errors import NotFound, Unavailable
+from trueweight.protos.errors import Erased, NotFound, Unavailable
 from trueweight.protos.identity import Signer, key_id, public_bytes
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1 import audit_pb2, ledger_pb2, log_pb2, market_pb2, model_pb2
@@ -207,6 +207,7 @@ class World:
         self.transcripts: dict[bytes, audit_pb2.Transcript] = {}
         self.margins: dict[tuple[int, ...], list[float]] = {}
         self.reference_down = self.router_down = False
+        self.erased: set[bytes] = set()
         self.score_batches: list[int] = []
         self._requests = itertools.count(1)
 
@@ -345,6 +346,8 @@ class World:
             raise Unavailable("the router is down")
         wanted = audit_pb2.AuditRequest.FromString(parse_envelope(request.audit_request).payload)
         assert self.ledger.entries[request.log_index].body == request.audit_request
+        if wanted.receipt_digest in self.erased:
+            raise Erased("its client had it destroyed")
         transcript = self.transcripts.get(wanted.receipt_digest)
         if transcript is None:
             raise NotFound("erased")

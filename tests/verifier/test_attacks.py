@@ -274,6 +274,24 @@ async def test_one_of_two_verifiers_alone_moves_no_money(make_world, kit):
     assert not world.ledger.of_kind("suspension", Suspension)
 
 
+async def test_attack_a_client_erases_its_text_to_have_the_answer_for_nothing(world, kit):
+    """Neither refunded nor held against the node; a transcript that is missing without that is
+    refunded, and not held against the node either."""
+    node = world.add_node("good")
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    world.erased.add(world.serve("good", WRONG))
+    lost = world.serve("good", WRONG, keep_transcript=False)
+    app = world.app()
+    await kit.settle(world, app)
+    found = {v.receipt_digest: v for v in world.ledger.of_kind("verdict", Verdict)}
+    (erased,) = world.erased
+    assert (found[erased].outcome, found[erased].l0_failure) == (Verdict.UNCALIBRATED, "erased")
+    assert found[lost].outcome == Verdict.MISSING_TRANSCRIPT
+    assert list(world.ledger.refunds) == [lost]
+    assert app.service.view.nodes[node].pooled.wealth.r == 0
+
+
 async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
     """Work that was under way may end; what is sold later is the router's fault, not the node's."""
     node = world.add_node("good")
