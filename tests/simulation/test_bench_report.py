@@ -7,7 +7,11 @@ import random
 
 import pytest
 
+from trueweight.protos.envelope import ring_of
+from trueweight.protos.receipts import check_receipt
+from trueweight.simulation.bench_l0 import make_facts, market_share
 from trueweight.simulation.bench_report import Estimate, estimate, finish
+from trueweight.simulation.ledger_world import World
 
 
 def test_nine_values_take_the_second_and_the_eighth():
@@ -39,3 +43,16 @@ def test_the_last_line_is_one_json_object(capsys):
     assert document["figures"]["ratio"]["median"] == 1.235
     assert document["machine"]["cores"] >= 1
     assert "numpy" in document["versions"]
+
+
+def test_the_share_of_the_market_is_audits_at_the_floor_and_l0_of_everything():
+    share = market_share(score_over_generate=0.6, request_s=0.1, l0_s=0.0002)
+    assert share == pytest.approx({"audits": 0.02 * 0.6, "l0": 0.002, "both": 0.014})
+
+
+def test_the_receipt_that_l0_is_timed_on_passes_every_check():
+    world = World()
+    facts, sealed = make_facts(world, 64, 128)
+    ring = ring_of([world.node[0].key_event], world.market_id, world.market.ring)
+    assert check_receipt(facts, ring, world.market_id).message.output_tokens == 128
+    assert facts.assignment.envelope == sealed
