@@ -23,6 +23,7 @@ SHARED_TWINS = {
     "--log-level": "TRUEWEIGHT_LOG_LEVEL",
     "--log-json": "TRUEWEIGHT_LOG_JSON",
     "--database": "TRUEWEIGHT_LEDGER_DATABASE",
+    "--archive": "TRUEWEIGHT_LEDGER_ARCHIVE",
 }
 
 
