@@ -223,10 +223,10 @@ class PostgresBackend:
         wanted = list(keys)
         if not wanted:
             return []
+        kind = _array_type(wanted[0])
+        sql = f"{select} WHERE {column} = ANY(%s::{kind}[])"
         with _pg_errors():
-            return self._connection.execute(
-                f"{select} WHERE {column} = ANY(%s)".encode(), (wanted,), binary=True
-            ).fetchall()
+            return self._connection.execute(sql.encode(), (_array(wanted),), binary=True).fetchall()
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
         if not rows:
@@ -254,7 +254,7 @@ class PostgresBackend:
             f"UPDATE {table} t SET {sets} FROM unnest({arrays}) "  # noqa: S608
             f"AS v({','.join([*names, *keys])}) WHERE {where}"
         )
-        columns = [list(column) for column in zip(*rows, strict=True)]
+        columns = [_array(column) for column in zip(*rows, strict=True)]
         with _pg_errors():
             cursor = self._connection.execute(sql.encode(), columns)
         _check_count(cursor.rowcount, len(rows), table)
@@ -299,6 +299,16 @@ _PG_COLUMNS: dict[str, list[str]] = {
 
 def _array_type(value: Any) -> str:
     return _PG_TYPES.get(type(value), "bigint")
+
+
+def _array(values: Sequence[Any]) -> str | list[Any]:
+    """An array parameter. Numbers and ids, of which there are thousands, as one literal: the
+    driver would dump them one by one in Python."""
+    if isinstance(values[0], int):
+        return f"{{{','.join(map(str, values))}}}"
+    if isinstance(values[0], bytes):
+        return '{"\\\\x' + '","\\\\x'.join(value.hex() for value in values) + '"}'
+    return list(values)
 
 
 def _upsert_sql(table: str, columns: Sequence[str], keys: int) -> tuple[str, str]:

@@ -101,6 +101,7 @@ class Book:
         self._working: dict[str, _Working] = {}
         self._by_no: dict[int, _Working] = {}
         self._created: list[_Working] = []
+        self._changed: list[tuple[Account | None, Account]] | None = None
         self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self._operation = b""
         self._movements: list[bytes] = []
@@ -189,13 +190,12 @@ class Book:
         return found.available if found else 0
 
     def changed_accounts(self) -> list[tuple[Account | None, Account]]:
-        """(stored row or None if new, row as it is now) of every account that was moved."""
-        changed = []
-        for working in self._working.values():
-            now = working.frozen()
-            if working.before != now:
-                changed.append((working.before, now))
-        return changed
+        """(stored row or None if new, row as it is now) of every account that was moved. Asked
+        for when everything is judged, and the same from then on."""
+        if self._changed is None:
+            rows = ((working.before, working.frozen()) for working in self._working.values())
+            self._changed = [(before, now) for before, now in rows if before != now]
+        return self._changed
 
     @property
     def created_accounts(self) -> int:

@@ -57,6 +57,11 @@ class Pipeline:
         self._flying: tuple[list[Call], Future[None]] | None = None
 
     @property
+    def is_flying(self) -> bool:
+        """True if a group was sent off and not waited for yet."""
+        return self._flying is not None
+
+    @property
     def has_landed(self) -> bool:
         """True if a group that was sent off has come to its end, good or bad."""
         return self._flying is not None and self._flying[1].done()

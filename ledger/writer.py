@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 16_384
 MAX_GROUP = 1_024
+# While a group is in flight the next is judged early only if it is large: every group has its price
+# in statements, so small ones had better grow.
+JUDGED_AHEAD = 256
 STANDBY_POLL_S = 0.2
 HOUSEKEEPING_MS = 1_000.0
 _RETRY_S = 0.5
@@ -124,10 +127,9 @@ class Writer:
             self._keep_house(books, pipeline)
 
     def _take(self, pipeline: Pipeline) -> list[Call]:
-        """The next group, as soon as there is one; empty when the one in flight has landed."""
+        """The next group; empty when the one in flight has landed and nothing waits."""
         with self._wake:
-            if not self._queue and not self._stopping and not pipeline.has_landed:
-                self._wake.wait(HOUSEKEEPING_MS / 4000)
+            self._wake.wait_for(lambda: self._has_work(pipeline), HOUSEKEEPING_MS / 4000)
             taken: list[Call] = []
             count = 0
             while self._queue and (
@@ -138,6 +140,11 @@ class Writer:
                 taken.append(call)
             self._queued -= count
         return taken
+
+    def _has_work(self, pipeline: Pipeline) -> bool:
+        if self._stopping or pipeline.has_landed:
+            return True
+        return self._queued >= (JUDGED_AHEAD if pipeline.is_flying else 1)
 
     def _nudge(self) -> None:
         with self._wake:
