@@ -1,9 +1,9 @@
 """CPU time of the canonical sampler per row of logits, beside what any sampler costs.
 
-Processor time of one thread, the best of several rounds, so that what else the machine does hardly
-matters. ``argmax`` and ``softmax, exponential, argmax`` are torch's: greedy sampling, and the
-random sampling of vLLM on CPUs. Run as ``python -m trueweight.simulation.bench_sampler``; the last line is
-one JSON object.
+Processor time of one thread, the best of several rounds, so that what else the machine does
+hardly matters. ``argmax`` and ``softmax, exponential, argmax`` are torch's: greedy sampling, and
+the random sampling of vLLM on CPUs. Run as ``python -m trueweight.simulation.bench_sampler``; the
+last line is one JSON object.
 """
 
 from __future__ import annotations
