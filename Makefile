@@ -6,7 +6,7 @@ TW := .venv/bin/trueweight
 ARGS ?=
 
 .PHONY: help setup setup-dev setup-gpu demo up down test check soak lock stubs clean \
-        bench-node bench-verify bench-ledger
+        bench-node bench-sampler bench-verify bench-ledger
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ soak: setup-dev ## The long tests
 
 bench-node: setup-dev ## Throughput of the bare engine, with the sampler, and through the node
 	@$(PY) -m trueweight.simulation.bench_node $(ARGS)
+
+bench-sampler: setup-dev ## CPU time of sampling one row, by vocabulary and parameters
+	@$(PY) -m trueweight.simulation.bench_sampler $(ARGS)
 
 bench-verify: setup-dev ## What checking costs, what cheats cost, and that honest nodes stay clear
 	@$(PY) -m trueweight.simulation.bench_verify $(ARGS)

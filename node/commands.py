@@ -14,7 +14,7 @@ from trueweight.node.app import NodeApp, run_node
 from trueweight.node.config import NodeConfig, pick_router
 from trueweight.node.describe import Description, describe
 from trueweight.node.engine import Engine
-from trueweight.node.engines import ENGINE_NAMES, EngineChoice, make_engine
+from trueweight.node.engines import ENGINE_NAMES, RUNNERS, EngineChoice, make_engine
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.runtime import cli
@@ -51,6 +51,7 @@ def node() -> None:
 @cli.option("--threads", default=1, type=click.IntRange(0, 512), help="vllm: threads per worker.")
 @cli.option("--kv-cache-mib", default=256, type=click.IntRange(0), help="vllm: 0 leaves it to it.")
 @cli.option("--tensor-parallel", default=1, type=click.IntRange(1, 64), help="vllm: workers.")
+@cli.option("--runner", type=click.Choice(RUNNERS), default="auto", help="vllm: its Model Runner.")
 @cli.option("--compile/--eager", "compiled", default=False, help="vllm: compile the model.")
 @cli.option(
     "--start-timeout-s", default=540.0, type=click.FloatRange(1, 7200), help="Engine start."
@@ -180,6 +181,7 @@ def _choice(options: dict[str, Any]) -> EngineChoice:
         kv_cache_mib=options["kv_cache_mib"],
         tensor_parallel=options["tensor_parallel"],
         eager=not options["compiled"],
+        runner=options["runner"],
         start_timeout_s=options["start_timeout_s"],
         synthetic_speed=options["synthetic_speed"],
         synthetic_noise=options["synthetic_noise"],

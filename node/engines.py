@@ -12,6 +12,7 @@ from trueweight.node.vllm.options import MIB, VllmOptions
 from trueweight.protos.errors import InvalidRequest
 
 ENGINE_NAMES = ("vllm", "synthetic")
+RUNNERS = ("auto", "v1", "v2")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EngineChoice:
     kv_cache_mib: int = 256
     tensor_parallel: int = 1
     eager: bool = True
+    runner: str = "auto"
     start_timeout_s: float = 540.0
     synthetic_speed: float = 0.0
     synthetic_noise: float = 0.0
@@ -54,5 +56,6 @@ def _vllm_options(choice: EngineChoice) -> VllmOptions:
         tensor_parallel=choice.tensor_parallel,
         threads=choice.threads,
         enforce_eager=choice.eager,
+        runner="" if choice.runner == "auto" else choice.runner,
         start_timeout_s=choice.start_timeout_s,
     )
