@@ -29,7 +29,7 @@ _BATCH = 256
 
 @click.command()
 @click.argument("payout_id")
-@click.option("--paid/--failed", default=None, required=True, help="What the rail answered.")
+@option("--paid/--failed", default=None, required=True, help="What the rail answered.")
 @ledger_options
 @option("--reference", default="", help="The rail's reference.")
 @json_option
