@@ -96,7 +96,7 @@ def _fold_transfers(
 
 def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -> None:
     findings.counts["accounts"] = len(accounts)
-    sums = [0, 0, 0, 0]
+    sums: defaultdict[str, list[int]] = defaultdict(_no_counters)
     for no, row in accounts.items():
         stored = [row.debits_pending, row.debits_posted, row.credits_pending, row.credits_posted]
         folded = fold.counters.pop(no, [0, 0, 0, 0])
@@ -104,9 +104,11 @@ def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -
             findings.add(f"{row.id} has counters {stored}, its transfers give {folded}")
         if row.kind != EXTERNAL and stored[3] - stored[1] - stored[0] < 0:
             findings.add(f"{row.id} is overdrawn")
-        sums = [a + b for a, b in zip(sums, stored, strict=True)]
-    if sums[0] != sums[2] or sums[1] != sums[3]:
-        findings.add(f"debits and credits of all accounts differ: {sums}")
+        known = sums[row.currency]
+        sums[row.currency] = [a + b for a, b in zip(known, stored, strict=True)]
+    for currency, (pending, debits, pending_too, credits) in sums.items():
+        if (pending, debits) != (pending_too, credits):
+            findings.add(f"debits and credits of all accounts in {currency} differ")
     for no in fold.counters:
         findings.add(f"transfers name account number {no}, which does not exist")
 

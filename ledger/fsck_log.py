@@ -9,14 +9,18 @@ import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
+from trueweight.ledger.audits import VerdictRow, verdict_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import REASONS
 from trueweight.protos.checkpoint import log_origin, open_note
-from trueweight.protos.envelope import digest_of
+from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
+from trueweight.protos.v1.audit_pb2 import Verdict
+
+VERDICT = "verdict"
 
 
 def check_log(
@@ -83,6 +87,8 @@ def _check_log(
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
     evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
+    columns = ", ".join(VerdictRow._fields)
+    verdicts = stream(connection, f"SELECT {columns} FROM verdict ORDER BY log_index")  # noqa: S608
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, (sizes, roots))
@@ -95,10 +101,14 @@ def _check_log(
             return
         for place, (kind, body) in enumerate(leaves, row[0]):
             _check_leaf(findings, place, (kind, body), transfers, evidence)
+            if kind == VERDICT:
+                _check_verdict(findings, place, body, verdicts)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
     for left in transfers:
         findings.add(f"transfers have no leaf ({len(left)} bytes)")
+    for row in verdicts:
+        findings.add(f"the verdict of leaf {row[0]} is in no leaf")
     for row in evidence:
         findings.add(f"evidence names leaf {row[0]}, which does not exist")
     for level, number in stored:
@@ -139,6 +149,17 @@ def _check_leaf(
         return
     if row is None or (row[0], bytes(row[1])) != (place, digest):
         findings.add(f"leaf {place} is not found under its digest")
+
+
+def _check_verdict(findings: Findings, place: int, body: bytes, rows: Iterator[Any]) -> None:
+    row = next(rows, None)
+    try:
+        said = verdict_row(parse_payload(parse_envelope(body), Verdict))
+    except BadSignature:
+        said = None
+    stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
+    if said is None or stored != list(said._replace(log_index=place)):
+        findings.add(f"the verdict in leaf {place} is not what is kept of it")
 
 
 def _extend(

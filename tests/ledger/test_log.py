@@ -256,6 +256,9 @@ TAMPERINGS = {
     "a leaf's index entry is dropped": "DELETE FROM evidence WHERE log_index = 1",
     "a checkpoint is for another size": "UPDATE checkpoint SET size = size + 100",
     "an operation is forgotten": "DELETE FROM operation",
+    "an account has another currency": "UPDATE account SET currency = 'EURO' WHERE kind = 1",
+    "a verdict says more": "UPDATE verdict SET sum_x_nano = sum_x_nano + 1",
+    "a verdict is forgotten": "DELETE FROM verdict",
     "a kinds mask hides a leaf": "UPDATE bundle SET kinds = 1 WHERE kinds <> 1",
 }  # fmt: skip
 
@@ -288,7 +291,9 @@ def finished_books(databases, migrated):
         url = databases.copy(migrated)
         ledger = Ledger(world.market, world.signers["ledger"], url, clock)
         await ledger.start()
-        await some_traffic(Bench(world, clock, ledger, url))
+        bench = Bench(world, clock, ledger, url)
+        await some_traffic(bench)
+        await bench.as_("verifier").publish(world.verdict(b"r" * 32, world.node[0].identity))
         await ledger.close()
         return url, world
 

@@ -473,7 +473,7 @@ def test_books_agree_with_an_independent_model(databases, migrated):
     run_state_machine_as_test(
         made,
         settings=settings(
-            max_examples=15,
+            max_examples=12,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,

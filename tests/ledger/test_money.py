@@ -495,3 +495,14 @@ async def test_limits_of_one_call_and_reading_rights(bench):
     assert await bench.as_("acme").balances(["client:acme"])
     with pytest.raises(NotFound):
         await bench.as_("router").hold(b"x" * 16)
+
+
+async def test_attack_a_counter_never_wraps_around(bench):
+    """Beyond 2^63-1 nanocredits a counter refuses, whoever's it is."""
+    world = bench.world
+    most = 2**63 - 1
+    await bench.must("admin", world.deposit("acme", most))
+    for name in ("acme", "other"):  # the outside world's counter is full as well
+        (result,) = await bench.do("admin", world.deposit(name, 1))
+        assert result.code == "INVALID_REQUEST"
+    assert await bench.available("client:acme") == most
