@@ -207,8 +207,13 @@ async def test_attack_compressed_bombs_are_not_unpacked(bazaar, shopper):
                 assert "Compressed" in (await answer.json())["error"]["message"]
 
 
-async def test_attack_one_client_cannot_fill_the_memory_with_bodies(bazaar, shopper, monkeypatch):
-    monkeypatch.setattr(http_body, "MAX_BODIES_BYTES_PER_ACCOUNT", 4950)
+@pytest.mark.parametrize(
+    ("bound", "most"), [("MAX_BODIES_BYTES_PER_ACCOUNT", 4950), ("MAX_BODIES_PER_ACCOUNT", 1)]
+)
+async def test_attack_one_client_cannot_fill_the_router_with_bodies(
+    bazaar, shopper, monkeypatch, bound, most
+):
+    monkeypatch.setattr(http_body, bound, most)
     async with bazaar() as market:
         client, other = await shopper(market), await shopper(market, "other")
         key = await market.client_key("acme")
