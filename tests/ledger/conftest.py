@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -97,7 +96,8 @@ class Databases:
     def _watch(self, stop):
         while self._process is not None and not stop.wait(0.05):
             if not self._process.get_postmaster_info().is_running():
-                with contextlib.suppress(subprocess.SubprocessError, OSError, RuntimeError):
+                # Whatever it trips over (a half-written pid file, say): it tries again.
+                with contextlib.suppress(Exception):
                     self._process.ensure_postgres_running()
 
 
