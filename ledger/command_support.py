@@ -42,6 +42,7 @@ def archive_option(function: F) -> F:
     return path_option(
         "--archive",
         default=None,
+        envvar="TRUEWEIGHT_LEDGER_ARCHIVE",
         help="Directory of what 'trueweight ledger archive' moved out of the database.",
     )(function)
 
