@@ -73,6 +73,7 @@ def split_of(charge):
     return fee, pool, charge - fee - pool
 
 
+MOST_ROUNDS = 6
 INTERESTING = [
     ("capture", "applied"),
     ("capture", "INVALID_REQUEST"),
@@ -470,16 +471,20 @@ class Machine(RuleBasedStateMachine):
 def test_books_agree_with_an_independent_model(databases, migrated):
     made = type("OnBoth", (Machine,), {"make_url": lambda: databases.copy(migrated)})
     SEEN.clear()
-    run_state_machine_as_test(
-        made,
-        settings=settings(
-            max_examples=12,
-            stateful_step_count=50,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    # A run in which the interesting things never happened would prove nothing.
-    for what in INTERESTING:
-        assert SEEN[what], (what, SEEN)
+    # A run in which the interesting things never happened would prove nothing. What derandomised
+    # examples do depends on the modules that are loaded, so that more rounds may be needed.
+    for round_ in range(MOST_ROUNDS):
+        run_state_machine_as_test(
+            made,
+            settings=settings(
+                max_examples=12,
+                stateful_step_count=50,
+                deadline=None,
+                derandomize=round_ == 0,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        if all(SEEN[what] for what in INTERESTING):
+            return
+    raise AssertionError([what for what in INTERESTING if not SEEN[what]])
