@@ -12,6 +12,8 @@ import uuid
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from trueweight.ledger.archived import Archive
 from trueweight.ledger.fsck import check
@@ -230,3 +232,32 @@ async def bench(world, clock, start, database):
         await each.close()
     found = fsck(database, world, made.archived)
     assert found.problems == []
+
+
+MOST_ROUNDS = 6
+
+
+def run_until_seen(machine, missing, *, examples, steps):
+    """Runs a state machine until ``missing()`` is empty: a run in which the interesting things
+    never happened would prove nothing. What derandomised examples do depends on the modules that
+    are loaded, so that more rounds may be needed."""
+    for round_ in range(MOST_ROUNDS):
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                deadline=None,
+                derandomize=round_ == 0,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        if not missing():
+            return
+    raise AssertionError(f"never happened: {missing()}")
+
+
+@pytest.fixture(scope="session")
+def until_seen():
+    return run_until_seen

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -21,7 +20,6 @@ from hypothesis.stateful import (
     invariant,
     multiple,
     rule,
-    run_state_machine_as_test,
 )
 
 from trueweight.ledger.backend import open_backend
@@ -73,7 +71,6 @@ def split_of(charge):
     return fee, pool, charge - fee - pool
 
 
-MOST_ROUNDS = 6
 INTERESTING = [
     ("capture", "applied"),
     ("capture", "INVALID_REQUEST"),
@@ -468,23 +465,11 @@ class Machine(RuleBasedStateMachine):
         reader.close()
 
 
-def test_books_agree_with_an_independent_model(databases, migrated):
+def test_books_agree_with_an_independent_model(databases, migrated, until_seen):
     made = type("OnBoth", (Machine,), {"make_url": lambda: databases.copy(migrated)})
     SEEN.clear()
-    # A run in which the interesting things never happened would prove nothing. What derandomised
-    # examples do depends on the modules that are loaded, so that more rounds may be needed.
-    for round_ in range(MOST_ROUNDS):
-        run_state_machine_as_test(
-            made,
-            settings=settings(
-                max_examples=12,
-                stateful_step_count=50,
-                deadline=None,
-                derandomize=round_ == 0,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-        if all(SEEN[what] for what in INTERESTING):
-            return
-    raise AssertionError([what for what in INTERESTING if not SEEN[what]])
+
+    def missing():
+        return [what for what in INTERESTING if not SEEN[what]]
+
+    until_seen(made, missing, examples=12, steps=50)
