@@ -61,11 +61,13 @@ class Measured:
     def with_success(
         self, *, prompt_tokens: int, output_tokens: int, first_ms: float, rest_ms: float
     ) -> Measured:
-        """After an answer: time to the first token and from there to the last."""
+        """After an answer: time to the first token and from there to the last. The very first answer
+        says nothing about rates: engines compile and fill caches in it."""
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
-        if first_ms > 0 and prompt_tokens > 0:
+        is_warm = self.completed > 0
+        if is_warm and first_ms > 0 and prompt_tokens > 0:
             prefill = _smooth(prefill, prompt_tokens * 1000 / first_ms)
-        if rest_ms > 0 and output_tokens > 1:
+        if is_warm and rest_ms > 0 and output_tokens > 1:
             decode = _smooth(decode, (output_tokens - 1) * 1000 / rest_ms)
         return replace(
             self,

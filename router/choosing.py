@@ -20,6 +20,9 @@ EXPLORE = 0.015
 # small market half of the traffic would go to a node at any price. More if the first is hot.
 COMPARABLE_PRICE = 2.0
 COMPARABLE_PRICE_IF_HOT = 10.0
+# Rates are measured under whatever load there was, and nodes alike differ by a third in them. Less
+# than that must not overrule the draw, or one lucky measurement attracts all traffic.
+NOTABLY_SOONER = 1.5
 # Below this a price makes no more difference: dumping must not buy all traffic.
 PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
 PRICE_EXPONENT = -2.0
@@ -230,9 +233,13 @@ def _better(first: NodeView, second: NodeView, work: Work) -> tuple[NodeView, st
         fewer = min(first, second, key=lambda n: n.in_flight)
         return fewer, "both hot, fewer in flight"
     # An unmeasured node counts as fast as the other: it must get work to be measured at all.
-    known = (_as_fast_as(first, second), _as_fast_as(second, first))
-    sooner = min(known, key=lambda n: expected_completion_s(n, work))
-    return (first if sooner is known[0] else second), "sooner done"
+    of_first = expected_completion_s(_as_fast_as(first, second), work)
+    of_second = expected_completion_s(_as_fast_as(second, first), work)
+    if of_first >= NOTABLY_SOONER * of_second:
+        return second, "sooner done"
+    if of_second >= NOTABLY_SOONER * of_first:
+        return first, "sooner done"
+    return first, "drawn first, about as soon"
 
 
 def _as_fast_as(node: NodeView, other: NodeView) -> NodeView:

@@ -48,7 +48,7 @@ CLIENTS = (ClientPlan("alice", "5"), ClientPlan("bob", "5"))
 REQUESTS = 80
 ALONE = 4
 # A cheat that drew little traffic is given more chances, so that luck does not decide the run.
-EXTRA_ROUND, MAX_EXTRA_ROUNDS = 12, 6
+EXTRA_ROUND, MAX_EXTRA_ROUNDS = 12, 10
 AUDITED_WITHIN_S = 120.0
 COMMAND_WITHIN_S = 60.0
 TRACEBACK_LINES = 15

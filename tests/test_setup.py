@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,15 @@ def test_no_network_is_told(clone):
 
 def test_make_down_where_nothing_is_installed(tmp_path):
     shutil.copy(TOP / "Makefile", tmp_path)
+    # This test itself may run below make, which would tell the folder.
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(
-        ["make", "down"], cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
+        ["make", "down"],
+        cwd=tmp_path,
+        env=outside,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "No market is up.\n")

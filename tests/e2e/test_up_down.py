@@ -117,7 +117,12 @@ def test_kill_9_of_the_keeper_takes_the_market_with_it(command, directory, live_
 def test_a_start_that_is_interrupted_at_once_leaves_nothing(directory, live_processes, ending):
     """The keeper has not said a word by then."""
     arguments = ("simulate", "up", "--engine", "synthetic", "--directory", str(directory))
-    starting = subprocess.Popen([*trueweight(), *arguments], stderr=subprocess.DEVNULL)
+    starting = subprocess.Popen(
+        [*trueweight(), *arguments],
+        stderr=subprocess.DEVNULL,
+        # Shells start what runs in the background with SIGINT ignored, these tests perhaps too.
+        preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL),
+    )
     try:
         keeper = f"background {directory}"
         wait_for(lambda: live_processes(keeper) != [], 60, "no keeper")

@@ -114,6 +114,13 @@ def test_both_cold_the_sooner_is_taken():
     assert taken["b"] >= 300 * (1 - 3 * EXPLORE)
 
 
+def test_a_difference_within_measuring_noise_leaves_the_draw_alone():
+    dear = node("a", decode_tokens_per_s=28.0, prices=Prices(15 * 10**7, 15 * 10**7))
+    cheap = node("b", decode_tokens_per_s=20.0, prices=Prices(10**8, 10**8))
+    taken = Counter(pick([dear, cheap], seed).node.node_id for seed in range(300))
+    assert taken["b"] > taken["a"] > 0
+
+
 def test_both_hot_fewer_in_flight_is_taken():
     busy = node("a", waiting=9, in_flight=7)
     less = node("b", waiting=9, in_flight=3)
@@ -217,10 +224,12 @@ def test_pauses_are_bounded():
 
 
 def test_measured_rates_are_the_routers_own():
-    seen = Measured().with_success(prompt_tokens=100, output_tokens=11, first_ms=50, rest_ms=100)
+    cold = Measured().with_success(prompt_tokens=9, output_tokens=9, first_ms=5000, rest_ms=9000)
+    assert (cold.prefill_tokens_per_s, cold.decode_tokens_per_s) == (0.0, 0.0)
+    seen = cold.with_success(prompt_tokens=100, output_tokens=11, first_ms=50, rest_ms=100)
     assert (seen.prefill_tokens_per_s, seen.decode_tokens_per_s) == (2000.0, 100.0)
     assert seen.with_failure().success < 1.0
-    one = Measured().with_success(prompt_tokens=1, output_tokens=1, first_ms=0, rest_ms=0)
+    one = cold.with_success(prompt_tokens=1, output_tokens=1, first_ms=0, rest_ms=0)
     assert one.decode_tokens_per_s == 0
 
 
