@@ -61,8 +61,8 @@ class Measured:
     def with_success(
         self, *, prompt_tokens: int, output_tokens: int, first_ms: float, rest_ms: float
     ) -> Measured:
-        """After an answer: time to the first token and from there to the last. The very first answer
-        says nothing about rates: engines compile and fill caches in it."""
+        """After an answer: time to the first token and from there to the last. The very first
+        answer says nothing about rates: engines compile and fill caches in it."""
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
         is_warm = self.completed > 0
         if is_warm and first_ms > 0 and prompt_tokens > 0:

@@ -121,7 +121,7 @@ def test_a_start_that_is_interrupted_at_once_leaves_nothing(directory, live_proc
         [*trueweight(), *arguments],
         stderr=subprocess.DEVNULL,
         # Shells start what runs in the background with SIGINT ignored, these tests perhaps too.
-        preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         keeper = f"background {directory}"
