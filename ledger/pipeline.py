@@ -7,8 +7,9 @@ of it is void: it is judged again, or fails with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +70,12 @@ class Pipeline:
     def submit(self, calls: list[Call]) -> None:
         """Judges a group, waits for the one in flight and sends this one off. Every call gets its
         answer. Raises if the writer must start over."""
-        try:
+        with self._answered(calls):
             judged = self._judge(calls)
             if not self.land() or judged is None:
                 # The ground has changed, or they read more than their keys.
                 self._apply(calls, self._books.apply)
                 return
-        except TrueweightError as error:
-            # Nothing was applied, or nobody knows (a lost connection): either way the callers
-            # send the same ids again.
-            self._fail(calls, error)
-            raise
-        except Exception:
-            self._fail(calls, StorageError("the ledger failed; nothing was applied"))
-            raise
         flying = self._committer.submit(self._commit, calls, judged)
         self._flying = (calls, flying)
         flying.add_done_callback(lambda _: self._landed())
@@ -97,12 +90,9 @@ class Pipeline:
             flying.result()
         except ConstraintViolated:
             log.exception("the database refused a group; applying it one by one")
-            try:
+            with self._answered(calls):
                 self._books.forget()
                 self._apply(calls, self._books.one_by_one)
-            except TrueweightError as error:
-                self._fail(calls, error)
-                raise
             return False
         return True
 
@@ -114,13 +104,13 @@ class Pipeline:
         if isinstance(flying.exception(), ConstraintViolated):
             self._fail(calls, Unavailable("the ledger starts over", hint="Send the same again."))
 
-    def _judge(self, calls: list[Call]) -> Judged | None:
-        return self._books.judge([call.operations for call in calls], self._hooks.now_unix_ms())
-
-    def _commit(self, calls: list[Call], judged: Judged) -> None:
+    @contextmanager
+    def _answered(self, calls: list[Call], but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Whatever fails inside (``but`` for one kind), these callers hear of it: nothing was
+        applied, or nobody knows (a lost connection); either way they send the same ids again."""
         try:
-            done = self._books.commit(judged)
-        except ConstraintViolated:
+            yield
+        except but:
             raise
         except TrueweightError as error:
             self._fail(calls, error)
@@ -128,6 +118,14 @@ class Pipeline:
         except Exception:
             self._fail(calls, StorageError("the ledger failed; nothing was applied"))
             raise
+
+    def _judge(self, calls: list[Call]) -> Judged | None:
+        return self._books.judge([call.operations for call in calls], self._hooks.now_unix_ms())
+
+    def _commit(self, calls: list[Call], judged: Judged) -> None:
+        # What the database refuses is applied one by one, and answered then.
+        with self._answered(calls, but=ConstraintViolated):
+            done = self._books.commit(judged)
         self._answer(calls, done)
 
     def _apply(
