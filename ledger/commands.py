@@ -102,15 +102,18 @@ def serve(
     books = Ledger(known, signer, database, clock, verify_workers=verify_workers, archive=archive)
     ensure_certificate(keys, clock.now_unix_ms())
     gate = Authenticator(signer.identity, known.market_id, lambda: books.court.ring, clock)
-    seats = make_seats(MAX_CONNECTIONS)
-    public = HttpServer(make_app(books, seats), seats, error_response) if http_listen else None
 
     async def run(stop: asyncio.Event) -> None:
         address = listen or known.member(Member.LEDGER).endpoint or "127.0.0.1:0"
         server = LedgerServer(books, gate, check_address(address), keys)
-        await _serve(stop, books, server, public, check_address(http_listen) if public else "")
+        await _serve(stop, books, server, check_address(http_listen) if http_listen else "")
 
     run_async(serve_until_signal(run))
+
+
+def _public_log(books: Ledger) -> HttpServer:
+    seats = make_seats(MAX_CONNECTIONS)
+    return HttpServer(make_app(books, seats), seats, error_response)
 
 
 def tune_collector() -> None:
@@ -123,20 +126,19 @@ async def _serve(
     stop: asyncio.Event,
     books: Ledger,
     server: LedgerServer,
-    public: HttpServer | None,
-    address: str,
+    http_address: str,
 ) -> None:
-    host, _, port = address.rpartition(":")
+    public = _public_log(books) if http_address else None
     try:
         # A standby serves reads while it waits for the writer's lock.
         await books.start(wait_ms=2_000)
         await server.start()
         if public is not None:
-            await public.start(host, int(port))
+            await public.start(http_address)
         print_ready(
             role="ledger",
             endpoint=server.endpoint,
-            http=f"{host}:{public.port}" if public is not None else "",
+            http=public.endpoint if public is not None else "",
             identity=books.identity,
             writer=books.is_writer,
         )

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import logging
 import re
-from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -28,7 +27,7 @@ from trueweight.protos.errors import (
 from trueweight.protos.merkle import HASH_BYTES
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
-from trueweight.runtime.http_server import Seats, seated
+from trueweight.runtime.http_server import Handler, Seats, seated
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +60,14 @@ def _bounded() -> Any:
     in_flight = [0]
 
     @web.middleware
-    async def bounded(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+    async def bounded(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses at once what would only wait in front of the reader threads."""
         if in_flight[0] >= MAX_IN_FLIGHT:
             return error_response(OverCapacity("too many questions at once", hint="Ask again."))
         in_flight[0] += 1
         try:
             async with asyncio.timeout(ANSWER_S):
-                response: web.StreamResponse = await handler(request)
-            return response
+                return await handler(request)
         except TimeoutError:
             return error_response(DeadlineExceeded("the answer took too long", hint="Ask again."))
         finally:
@@ -79,9 +77,9 @@ def _bounded() -> Any:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        response: web.StreamResponse = await handler(request)
+        return await handler(request)
     except TrueweightError as error:
         return error_response(error)
     except web.HTTPException as error:
@@ -91,7 +89,6 @@ async def _errors(request: web.Request, handler: Callable[..., Any]) -> web.Stre
     except Exception:
         log.exception("%s failed", request.path)
         return error_response(TrueweightError("Internal error.", hint="Ask again."))
-    return response
 
 
 async def _checkpoint(request: web.Request) -> web.Response:

@@ -145,8 +145,8 @@ class LedgerServer:
 
 
 def check_address(address: str) -> str:
-    """host:port, or InvalidRequest."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    """host:port, or InvalidRequest. Unlike elsewhere the host must be named."""
+    rpc.split_address(address)
+    if address.startswith(":"):
         raise InvalidRequest(f"{address!r} is not host:port", hint="Write 127.0.0.1:0.")
     return address

@@ -201,11 +201,10 @@ class Router:
         await self._server.start()
 
     async def _serve_http(self) -> None:
-        host, port = rpc.split_address(self._config.http_address)
         seats = make_seats()
         self._http = HttpServer(make_app(self.front, seats), seats, error_response)
-        await self._http.start(host, port)
-        self.http_endpoint = f"{host}:{self._http.port}"
+        await self._http.start(self._config.http_address)
+        self.http_endpoint = self._http.endpoint
 
     async def _replay(self) -> None:
         """At start, and from time to time for captures that met an error nobody expected."""

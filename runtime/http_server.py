@@ -18,6 +18,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from trueweight.protos.errors import InvalidRequest, TrueweightError, Unavailable
+from trueweight.runtime.rpc import split_address
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Connection(web.RequestHandler):
 
 
 class HttpServer:
-    """Serves an application at one address; ``port`` is the real one once it is started.
+    """Serves an application; ``endpoint`` is the real host:port once it is started.
     ``error_response`` answers what is not even HTTP."""
 
     def __init__(self, app: web.Application, seats: Seats, error_response: ErrorResponse) -> None:
@@ -147,10 +148,11 @@ class HttpServer:
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         self._seats, self._error_response = seats, error_response
         self._server: asyncio.Server | None = None
-        self.port = 0
+        self.endpoint = ""
 
-    async def start(self, host: str, port: int) -> None:
-        """Listens. Raises Unavailable if the address is taken."""
+    async def start(self, address: str) -> None:
+        """Listens at host:port. Raises Unavailable if the address is taken."""
+        host, port = split_address(address)
         await self._runner.setup()
         server = self._runner.server
         if server is None:
@@ -165,10 +167,10 @@ class HttpServer:
             )
         except OSError as error:
             raise Unavailable(
-                f"cannot listen on {host}:{port}: {error.strerror}",
+                f"cannot listen on {address}: {error.strerror}",
                 hint="Is the port taken? Use port 0.",
             ) from None
-        self.port = self._server.sockets[0].getsockname()[1]
+        self.endpoint = f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def close(self) -> None:
         """No new connections; ends the open ones in good order."""

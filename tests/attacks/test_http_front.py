@@ -79,8 +79,8 @@ async def serve(servers, seats):
     app.router.add_get("/long", long)
     server = HttpServer(app, made, error_response)
     servers.append(server)
-    await server.start("127.0.0.1", 0)
-    return server.port, made, gate
+    await server.start("127.0.0.1:0")
+    return int(server.endpoint.rpartition(":")[2]), made, gate
 
 
 async def get(port, path="/now"):

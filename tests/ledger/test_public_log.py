@@ -50,10 +50,10 @@ async def serving(bench, connections=64):
     """The ledger's log behind an HTTP server."""
     seats = Seats(connections)
     server = HttpServer(make_app(bench.ledger, seats), seats, error_response)
-    await server.start("127.0.0.1", 0)
+    await server.start("127.0.0.1:0")
     try:
         async with aiohttp.ClientSession() as session:
-            yield Stranger(session, f"127.0.0.1:{server.port}")
+            yield Stranger(session, server.endpoint)
     finally:
         await server.close()
 
