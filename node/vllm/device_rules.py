@@ -17,7 +17,6 @@ from trueweight.node.vllm import triton_kernels as kernels
 from trueweight.protos.sampling import CLIP_LOGIT, Sampling
 from trueweight.protos.sampling_parameters import MAX_BAD_WORD_IDS, check_token_ids
 
-NOBODY, OURS = 0, 1
 INVALID_ROW = -1
 
 
