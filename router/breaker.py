@@ -65,13 +65,15 @@ class Measured:
         answer says nothing about rates: engines compile and fill caches in it."""
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
         is_warm = self.completed > 0
+        # A plain mean at first: one slow answer must not follow a node for its next twenty.
+        share = max(SMOOTHING, 1 / max(1, self.completed))
         if is_warm and first_ms > 0 and prompt_tokens > 0:
-            prefill = _smooth(prefill, prompt_tokens * 1000 / first_ms)
+            prefill = _smooth(prefill, prompt_tokens * 1000 / first_ms, share)
         if is_warm and rest_ms > 0 and output_tokens > 1:
-            decode = _smooth(decode, (output_tokens - 1) * 1000 / rest_ms)
+            decode = _smooth(decode, (output_tokens - 1) * 1000 / rest_ms, share)
         return replace(
             self,
-            success=_smooth(self.success, 1.0),
+            success=_smooth(self.success, 1.0, SMOOTHING),
             prefill_tokens_per_s=prefill,
             decode_tokens_per_s=decode,
             completed=self.completed + 1,
@@ -86,5 +88,5 @@ class Measured:
         return replace(self, most_in_flight=max(self.most_in_flight, in_flight))
 
 
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0 else old + SMOOTHING * (new - old)
+def _smooth(old: float, new: float, share: float) -> float:
+    return new if old == 0 else old + share * (new - old)

@@ -21,8 +21,10 @@ EXPLORE = 0.015
 COMPARABLE_PRICE = 2.0
 COMPARABLE_PRICE_IF_HOT = 10.0
 # Rates are measured under whatever load there was, and nodes alike differ by a third in them. Less
-# than that must not overrule the draw, or one lucky measurement attracts all traffic.
+# than that must not overrule the draw, or one lucky measurement attracts all traffic; nor must what
+# no client notices.
 NOTABLY_SOONER = 1.5
+NOTICED_S = 1.0
 # Below this a price makes no more difference: dumping must not buy all traffic.
 PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
 PRICE_EXPONENT = -2.0
@@ -235,11 +237,15 @@ def _better(first: NodeView, second: NodeView, work: Work) -> tuple[NodeView, st
     # An unmeasured node counts as fast as the other: it must get work to be measured at all.
     of_first = expected_completion_s(_as_fast_as(first, second), work)
     of_second = expected_completion_s(_as_fast_as(second, first), work)
-    if of_first >= NOTABLY_SOONER * of_second:
+    if _is_notably_sooner(of_second, of_first):
         return second, "sooner done"
-    if of_second >= NOTABLY_SOONER * of_first:
+    if _is_notably_sooner(of_first, of_second):
         return first, "sooner done"
     return first, "drawn first, about as soon"
+
+
+def _is_notably_sooner(one_s: float, other_s: float) -> bool:
+    return other_s >= NOTABLY_SOONER * one_s and other_s - one_s >= NOTICED_S
 
 
 def _as_fast_as(node: NodeView, other: NodeView) -> NodeView:

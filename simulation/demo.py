@@ -35,7 +35,7 @@ from trueweight.simulation.observation import (
 from trueweight.simulation.report import NodeFacts, Result
 from trueweight.simulation.supervisor import Running, Supervisor, tail
 from trueweight.simulation.traffic import Outcome, connected_clients, send_all
-from trueweight.simulation.workload import RequestPlan, make_plans
+from trueweight.simulation.workload import RequestPlan, directed, make_plans
 from trueweight.verifier import report as verdicts
 from trueweight.verifier.verdicts import REFUNDING
 
@@ -192,10 +192,22 @@ class Demo:
                 await self._wait_for_audits(observer)
                 if self._cheats <= observer.convicted:
                     break
-                self._display.say(f"not enough evidence yet: {EXTRA_ROUND} more requests")
+                self._display.say(
+                    f"not enough evidence yet: {EXTRA_ROUND} more requests, asked of the node with "
+                    "the fewest audited tokens"
+                )
+                node_id = self._least_audited(observer)
                 more = self._plans(EXTRA_ROUND, len(outcomes) + 1)
+                more = [directed(plan, node_id) for plan in more]
                 outcomes += await send_all(clients, more, settings.concurrency)
         return outcomes
+
+    def _least_audited(self, observer: Observer) -> str:
+        """Of the nodes that still serve; nobody needs to know who cheats."""
+        records = observer.view.nodes
+        serving = [p.node_id for p in self.market.participants.values()]
+        audited = {n: records[n].pooled.wealth.tokens if n in records else 0 for n in serving}
+        return min(set(serving) - observer.convicted, key=lambda n: (audited[n], n))
 
     def _plans(self, count: int, first_number: int) -> list[RequestPlan]:
         clients, model = [c.name for c in CLIENTS], self.market.settings.sold_as

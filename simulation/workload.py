@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Beginnings and wishes that a model trained on the standard library has an answer to.
@@ -66,6 +66,12 @@ def make_plans(
     chance = random.Random(f"{seed}/{first_number}")  # noqa: S311  (reproducible, no secret)
     numbers = range(first_number, first_number + count)
     return [_plan(n, clients[n % len(clients)], model, chance) for n in numbers]
+
+
+def directed(plan: RequestPlan, node_id: str) -> RequestPlan:
+    """The same request with the client's wish for one node."""
+    extra = {**plan.parameters.get("extra_body", {}), "provider": {"only": [node_id]}}
+    return replace(plan, parameters={**plan.parameters, "extra_body": extra})
 
 
 def _plan(number: int, client: str, model: str, chance: random.Random) -> RequestPlan:

@@ -121,6 +121,22 @@ def test_a_difference_within_measuring_noise_leaves_the_draw_alone():
     assert taken["b"] > taken["a"] > 0
 
 
+def test_a_difference_that_no_client_notices_leaves_the_draw_alone():
+    dear = node("a", decode_tokens_per_s=900.0, prices=Prices(15 * 10**7, 15 * 10**7))
+    cheap = node("b", decode_tokens_per_s=300.0, prices=Prices(10**8, 10**8))
+    taken = Counter(pick([dear, cheap], seed).node.node_id for seed in range(300))
+    assert taken["b"] > taken["a"] > 0
+
+
+def test_one_slow_answer_at_the_start_is_soon_forgotten():
+    measured = Measured()
+    for rest_ms in (9_000, 9_000, 300, 300, 300, 300, 300):  # the first is not measured at all
+        measured = measured.with_success(
+            prompt_tokens=10, output_tokens=101, first_ms=10.0, rest_ms=rest_ms
+        )
+    assert measured.decode_tokens_per_s > 0.8 * 100 / 0.3
+
+
 def test_both_hot_fewer_in_flight_is_taken():
     busy = node("a", waiting=9, in_flight=7)
     less = node("b", waiting=9, in_flight=3)
