@@ -100,6 +100,11 @@ def test_every_row_of_the_table_has_a_pool_and_every_named_cheat_is_in_it():
         "fp8 weights": 8000,
         "1 % weight noise": 18_000,
     }
+    assert [row.name for row in ROWS if row.target_requests == 10] == [
+        "wrong seed",
+        "text from another seed (the same thing)",
+        "another model",
+    ]
     assert all(s.traffic.get("plain", 0) == 1.0 or "top_p" in s.traffic for s in SERVED)
 
 
@@ -137,6 +142,11 @@ def test_every_cheat_with_a_target_meets_it(tmp_path):
         (s.row.name, s.found.median_tokens)
         for s in shown
         if s.row.target and s.found.median_tokens > s.row.target
+    ]
+    missed += [
+        (s.row.name, s.found.p95_requests)
+        for s in shown
+        if s.row.target_requests and s.found.p95_requests > s.row.target_requests
     ]
     assert not missed
     assert not [s.row.name for s in shown if s.row.pool == "honest" and s.found.convicted]
