@@ -36,7 +36,7 @@ from trueweight.verifier.calibration_file import weights_sha256
 
 # One prefill batch of the size that verifiers use.
 SCORE_BATCH = 32
-TRANSFORMERS = "transformers bfloat16"
+TRANSFORMERS = "transformers float32"
 
 
 MakeEngine = Callable[[Path, VllmOptions], Engine]
@@ -291,7 +291,7 @@ class Measurement:
         # Needs transformers, which takes seconds to import.
         from trueweight.simulation.hf_reference import HfReference  # noqa: PLC0415
 
-        reference, started = HfReference(self._model, "bfloat16"), time.monotonic()
+        reference, started = HfReference(self._model, "float32"), time.monotonic()
         for source, key in missing:
             if self.out_of_time():
                 break
