@@ -1,6 +1,6 @@
 """Never the honest, always the cheat: real models, real noise, the production wealth.
 
-The short version decodes with transformers in float32 and is judged in bfloat16; the long ones run
+The short version decodes with transformers in bfloat16 and is judged in float32; the long ones run
 ``make bench-verify``'s own code with vLLM at full size.
 """
 
@@ -70,8 +70,8 @@ def test_real_honest_noise_convicts_nobody_and_a_wrong_seed_is_convicted_within_
     from trueweight.simulation.hf_decoder import HfDecoder
     from trueweight.simulation.hf_reference import HfReference
 
-    decoder = HfDecoder(MODEL, "float32")
-    reference, mu0 = HfReference(MODEL, "bfloat16"), nulls()
+    decoder = HfDecoder(MODEL, "bfloat16")
+    reference, mu0 = HfReference(MODEL, "float32"), nulls()
     honest, exact = [], 0
     for name in CLASSES:
         claims = claims_of(decoder, name)
