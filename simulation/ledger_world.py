@@ -281,18 +281,28 @@ class World:
             self.signers[by],
         )
 
+    def request(self, receipt_digest: bytes, by: str = "verifier") -> pb.Operation:
+        """A verifier asks for an audit in the log."""
+        message = audit_pb2.AuditRequest(
+            market_id=self.market_id,
+            verifier_id=self.identity(by),
+            receipt_digest=receipt_digest,
+        )
+        return self.publish(seal(message, self.signers[by]))
+
     def refund(
         self,
         receipt_digest: bytes,
         node_id: str,
         outcome: audit_pb2.Verdict.Outcome = audit_pb2.Verdict.REFUND,
+        by: str = "verifier",
     ) -> pb.Operation:
         return pb.Operation(
             id=self.new_id(),
             refund=pb.Refund(
                 receipt_digest=receipt_digest,
                 reason="far outside",
-                verdict=self.verdict(receipt_digest, node_id, outcome),
+                verdict=self.verdict(receipt_digest, node_id, outcome, by),
             ),
         )
 

@@ -120,7 +120,7 @@ async def test_every_verdict_is_rewarded_once_however_often_the_command_runs(ben
 async def test_what_remains_owed_is_listed(bench, earned, run):
     world, node = bench.world, bench.world.node[0].identity
     digest = digest_of(earned.capture.receipts[0])
-    await bench.must("verifier", world.refund(digest, node))
+    await bench.must("verifier", world.request(digest), world.refund(digest, node))
     code, rows = await run("debts", "--database", bench.url)
     # Its earnings were released before: nobody but the market's shares could pay.
     assert code == 0
