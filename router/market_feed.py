@@ -6,7 +6,8 @@ import logging
 from collections import defaultdict
 
 from trueweight.protos.envelope import open_envelope, parse_envelope, parse_payload
-from trueweight.protos.errors import BadSignature, TrueweightError
+from trueweight.protos.errors import BadSignature, InvalidRequest, TrueweightError
+from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import Conviction, EpochOpen, Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
@@ -103,6 +104,8 @@ class MarketFeed:
         opened = open_envelope(body, EpochOpen, self._keys.ring, self._market.market_id)
         if not self._is_verifier(opened.signer) or opened.message.verifier_id != opened.signer:
             raise BadSignature("an epoch opened by somebody who is no verifier")
+        if refusal := epoch_refusal(self._market.descriptor, opened.message):
+            raise InvalidRequest(refusal)
         self._exposure.opened(opened.message)
 
     def _note_verdict(self, body: bytes, log_index: int) -> None:

@@ -26,6 +26,7 @@ from trueweight.verifier.epochs import EpochPlan, SecretStore
 from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
 from trueweight.verifier.recheck import Replay, replay
 from trueweight.verifier.reference import GrpcNode, Scorer
+from trueweight.verifier.state import LogView
 from trueweight.verifier.transcripts import GrpcTranscripts
 
 
@@ -120,7 +121,9 @@ async def _recheck(evidence: Bundle, options: dict[str, Any]) -> Replay:
 @cli.path_option("--data", required=True, help="The verifier's data directory.")
 @_reference_options
 @cli.option("--of", "of_verifier", default="", help="Whose conviction; default: one's own.")
-@cli.option("--lift", is_flag=True, help="If it is not upheld, publish that the node may work.")
+@cli.option(
+    "--lift", is_flag=True, help="If it is not upheld, say in the log that the node may work."
+)
 @cli.json_option
 def appeal(node_id: str, lift: bool, as_json: bool, **options: Any) -> None:
     """Re-run the audits that convicted NODE_ID on another reference node, also another's."""
@@ -155,6 +158,8 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         view = await read_view(market, ledger)
         if node_id not in view.nodes:
             raise NotFound(f"the log knows no node {node_id}")
+        if lift:
+            check_not_convicted(view, node_id)
         secrets = SecretStore(options["data"], _no_new_secrets)
         whose, me = options["of_verifier"] or signer.identity, signer.identity
         reader = EpochPlan(market.market_id, me, 0, SystemClock().now_unix_ms())
@@ -166,9 +171,8 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         auditor = Auditor(view, secrets, transcripts, scorer)
         found = await rerun(view, auditor, whose, node_id, me)
         if lift:
-            if found.upheld or any(r.error for r in found.retried):
-                raise Conflict("the suspension stays: the appeal is upheld or incomplete")
-            await ledger.publish(seal(_lifted(market, signer, node_id), signer))
+            check_lift(view, found)
+            await ledger.publish(seal(lifted(market, signer, node_id), signer))
         return found
     finally:
         await scorer.close()
@@ -176,7 +180,24 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         await ledger.close()
 
 
-def _lifted(market: Market, signer: Signer, node_id: str) -> Suspension:
+def check_not_convicted(view: LogView, node_id: str) -> None:
+    """Raises Conflict: no verifier frees a convicted node, whose captures the ledger undoes."""
+    if view.convicted(node_id):
+        raise Conflict(
+            "the node is convicted, so that lifting its suspension would not let it earn",
+            hint="Appeal without --lift; the market's owner then runs 'trueweight ledger "
+            "reinstate'.",
+        )
+
+
+def check_lift(view: LogView, found: Appeal) -> None:
+    """Raises Conflict unless the appeal speaks for the node."""
+    check_not_convicted(view, found.node_id)
+    if found.upheld or any(r.error for r in found.retried):
+        raise Conflict("the suspension stays: the appeal is upheld or incomplete")
+
+
+def lifted(market: Market, signer: Signer, node_id: str) -> Suspension:
     return Suspension(
         market_id=market.market_id,
         node_id=node_id,

@@ -43,6 +43,10 @@ class Recent(Generic[K, V]):
         """Oldest first."""
         return list(self._items.values())
 
+    def items(self) -> list[tuple[K, V]]:
+        """Oldest first."""
+        return list(self._items.items())
+
     def __len__(self) -> int:
         return len(self._items)
 

@@ -18,6 +18,7 @@ from trueweight.protos.envelope import (
 )
 from trueweight.protos.errors import BadSignature, InvalidRequest, ReceiptRefused, TrueweightError
 from trueweight.protos.identity import KeyRing
+from trueweight.protos.market_terms import refusal_in
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
 from trueweight.protos.v1.audit_pb2 import Calibration, Verdict
@@ -73,7 +74,7 @@ async def replay(bundle: Bundle, market: Market, scorer: Scorer) -> Replay:
     steps: list[Step] = []
     try:
         case = _signed(bundle, market, steps)
-        l0_failure = _l0(bundle, case, market.market_id, steps)
+        l0_failure = _l0(bundle, case, market, steps)
         if l0_failure or case.verdict.outcome == Verdict.INVALID_RECEIPT:
             return Replay(tuple(steps), case.verdict)
         found = await _score(bundle, case, scorer)
@@ -133,7 +134,7 @@ def _calibration(
     return read_calibration(opened.message, opened.digest, 0)
 
 
-def _l0(bundle: Bundle, case: _Case, market_id: str, steps: list[Step]) -> str:
+def _l0(bundle: Bundle, case: _Case, market: Market, steps: list[Step]) -> str:
     transcript = bundle.transcript
     facts = ReceiptFacts(
         assignment=case.assignment,
@@ -144,10 +145,11 @@ def _l0(bundle: Bundle, case: _Case, market_id: str, steps: list[Step]) -> str:
         received=transcript.output_token_ids,
         manifest_digest=case.manifest_digest,
         vocabulary_size=case.manifest.vocabulary_size,
+        refusal=refusal_in(market.descriptor),
     )
     failed = ""
     try:
-        check_receipt(facts, case.ring, market_id)
+        check_receipt(facts, case.ring, market.market_id)
         Sampling.from_proto(case.assignment.message.sampling)
     except ReceiptRefused as error:
         failed = error.check

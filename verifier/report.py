@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from trueweight.protos.conviction import NodeEvidence, frozen_pairs
 from trueweight.protos.deterrence import kth_largest
@@ -36,8 +36,8 @@ class NodeRow:
     convicted: bool
     suspended: bool
     # Nanocredits a conviction would take, and what it takes for cheating not to pay at this rate;
-    # None where no calibration tells the power of audits.
-    at_stake_nano: int
+    # None where no calibration tells the power of audits, or who asks may not see balances.
+    at_stake_nano: int | None
     needed_nano: int | None
     # Charges that no verifier has come to yet, and how many routers let there be at a time.
     unsettled_nano: int
@@ -125,15 +125,18 @@ def row_of(view: LogView, node_id: str) -> NodeRow:
     return node_row(view, node_id, verdicts_of(view, node_id))
 
 
-def status_rows(view: LogView, records: Sequence[AccountRecord] = ()) -> list[NodeRow]:
-    """All nodes, the most suspicious first. ``records`` are balances of their stakes."""
-    held = stakes(view, records)
+def status_rows(view: LogView, records: Sequence[AccountRecord] | None = ()) -> list[NodeRow]:
+    """All nodes, the most suspicious first. ``records`` are balances of their stakes; None if they
+    are not known."""
+    held = stakes(view, records or ())
     verdicts: dict[str, list[VerdictLeaf]] = {}
     for verdict in view.verdicts.values():
         verdicts.setdefault(verdict.leaf.message.node_id, []).append(verdict)
     rows = [
         node_row(view, node_id, verdicts.get(node_id, ()), held[node_id]) for node_id in view.nodes
     ]
+    if records is None:
+        rows = [replace(r, at_stake_nano=None, cap_nano=None, deterred=None) for r in rows]
     return sorted(rows, key=lambda row: (-row.wealth, row.node_id))
 
 

@@ -27,6 +27,7 @@ from trueweight.protos.envelope import (
     parse_payload,
 )
 from trueweight.protos.errors import TrueweightError
+from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
@@ -93,6 +94,8 @@ class LogView:
         self.registry = Registry()
         self.calibrations = CalibrationTable()
         self.epochs: dict[str, list[EpochLeaf]] = {}
+        # Opened outside the market's terms, and why; they do not count.
+        self.refused_epochs: Recent[tuple[str, int], str] = Recent(MAX_EPOCHS)
         self.reveals: dict[tuple[str, int], bytes] = {}
         self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
         self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
@@ -218,6 +221,9 @@ class LogView:
 
     def _on_epoch_open(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochOpen)
+        if refusal := epoch_refusal(self.market.descriptor, leaf.message):
+            self.refused_epochs.put((leaf.message.verifier_id, leaf.message.epoch), refusal)
+            raise TrueweightError(refusal)
         epochs = self.epochs.setdefault(leaf.message.verifier_id, [])
         if epochs and leaf.message.epoch <= epochs[-1].message.epoch:
             raise TrueweightError("the epoch's number does not go forward")

@@ -1,12 +1,22 @@
 """What the fold makes of one verifier's word, and how far a verifier releases."""
 
+from dataclasses import replace
+
 import pytest
 
 from trueweight.protos.envelope import seal
-from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
-from trueweight.protos.v1.market_pb2 import Reinstatement, Suspension
+from trueweight.protos.errors import Conflict
+from trueweight.protos.evidence import Wealth
+from trueweight.protos.market_terms import DEFAULT_AUDIT_TERMS, MAX_GAIN_TOKENS
+from trueweight.protos.v1.audit_pb2 import Conviction, EpochOpen, Verdict
+from trueweight.protos.v1.market_pb2 import AuditTerms, Reinstatement, Suspension
+from trueweight.verifier.appeal import Appeal, Retried
+from trueweight.verifier.appeal_commands import check_lift, lifted
+from trueweight.verifier.deterrence import DETECTABLE_TOKENS
 from trueweight.verifier.epochs import RatePolicy
-from trueweight.verifier.report import explain, state_of
+from trueweight.verifier.owed import accounts
+from trueweight.verifier.report import explain, state_of, status_rows
+from trueweight.verifier.rewards import payable
 from trueweight.verifier.state import LogView
 
 HONEST, WRONG = [0.0] * 40, [0.9] * 50
@@ -134,3 +144,102 @@ async def test_attack_a_release_across_an_epoch_whose_secret_is_lost(earning, ki
     assert lost not in judged
     assert world.ledger.released, "what came before may go"
     assert max(below for _, _, below in world.ledger.released) <= first_lost
+
+
+# Appeals.
+
+
+def appeal_of(node, *, upheld, error=""):
+    wealth = Wealth()
+    for _ in range(20 if upheld else 1):
+        wealth = wealth.add(256 * 10**9, 256, 400_000)
+    assert (wealth.state == "convict") is upheld
+    return Appeal(node, 1e7, wealth, (Retried(1, 256, 0.9, 0.9, error),))
+
+
+async def test_attack_lift_pretends_that_a_convicted_node_may_work_again(world, kit):
+    """Its captures would go on being undone: only the market takes a conviction back."""
+    node = await convicted(world, kit)
+    with pytest.raises(Conflict, match="convicted") as caught:
+        check_lift(fold(world), appeal_of(node, upheld=False))
+    assert "ledger reinstate" in caught.value.hint
+
+
+def test_lift_frees_a_suspended_node_if_the_appeal_speaks_for_it(world):
+    node, (me,) = world.add_node("good"), world.verifiers
+    suspension(world, me, node)
+    view = fold(world)
+    for not_for_it in (appeal_of(node, upheld=True), appeal_of(node, upheld=False, error="erased")):
+        with pytest.raises(Conflict, match="stays"):
+            check_lift(view, not_for_it)
+    check_lift(view, appeal_of(node, upheld=False))
+    assert view.node(node).suspended
+    world.ledger.log_envelope(seal(lifted(world.market, me, node), me))
+    assert not fold(world).node(node).suspended
+
+
+# The market's terms.
+
+
+def test_attack_a_sole_verifier_opens_an_epoch_that_owes_nothing(make_world):
+    world = make_world(audit_terms=DEFAULT_AUDIT_TERMS)
+    (me,) = world.verifiers
+    message = EpochOpen(market_id=world.market_id, verifier_id=me.identity, epoch=1)
+    world.ledger.log_envelope(seal(message, me))
+    view = fold(world)
+    assert not view.epochs.get(me.identity)
+    (found,) = accounts(view, 1, 0)
+    assert not found.kept and "below the market's floor" in found.refused
+    assert not payable(view, found).verdict_digests and payable(view, found).why_not
+
+
+async def test_an_honest_verifiers_epochs_keep_to_the_terms_whatever_its_policy(make_world, kit):
+    terms = AuditTerms(floor_ppm=300_000, duplicate_rate_ppm=400_000, max_gain_tokens=5)
+    world = make_world(audit_terms=terms)
+    world.ledger.stakes = {f"node-bond:{world.add_node('good')}": 10**18}
+    policy = RatePolicy(newcomer_tokens=1, floor_ppm=1, duplicate_ppm=1, epoch_ms=60_000)
+    policy = replace(policy, charge_reference_nano=10**9)
+    await kit.drive(world, (app := world.app(policy=policy)), app.service.ready.is_set)
+    for _ in range(4):
+        world.serve("good", HONEST)
+    app = world.app(policy=policy)
+    await kit.drive(world, app, lambda: len(app.service.agenda.my_epochs) >= 2)
+    opened = world.ledger.of_kind("epoch-open", EpochOpen)[-1]
+    assert [r.rate_ppm for r in opened.rates] == [300_000]
+    assert (opened.duplicate_rate_ppm, opened.charge_reference_nano) == (400_000, 0)
+    assert opened.gain_tokens == 5
+
+
+def test_the_largest_gain_that_is_believed_is_the_largest_that_verifiers_state():
+    assert MAX_GAIN_TOKENS == DETECTABLE_TOKENS
+
+
+@pytest.mark.parametrize(("kv_dtype", "outcome"), [("fp8", Verdict.INVALID_RECEIPT), ("auto", 0)])
+async def test_attack_a_node_with_an_fp8_kv_cache_is_paid(make_world, kit, kv_dtype, outcome):
+    """Should a router let it through, the verifier refunds its clients."""
+    world = make_world()
+    world.add_node("good")
+    await kit.drive(world, (app := world.app()), app.service.ready.is_set)
+
+    def declares(receipt):
+        receipt.fingerprint.engine = "vllm"
+        receipt.fingerprint.engine_version = "vllm 0.32.0"
+        receipt.fingerprint.dtype = "bfloat16"
+        receipt.fingerprint.kv_dtype = kv_dtype
+
+    world.serve("good", HONEST, lie=declares)
+    await kit.settle(world, world.app())
+    (verdict,) = world.ledger.of_kind("verdict", Verdict)
+    assert verdict.outcome == (outcome or Verdict.SCORED)
+    assert verdict.l0_failure == ("allowed" if outcome else "")
+    assert bool(world.ledger.refunds) is bool(outcome)
+
+
+async def test_who_may_not_see_balances_is_told_that_the_stake_is_unknown(world, kit):
+    world.ledger.stakes = {f"node-bond:{world.add_node('good')}": 10**12}
+    await kit.drive(world, (app := world.app()), app.service.ready.is_set)
+    world.serve("good", HONEST)
+    app = world.app()
+    await kit.settle(world, app)
+    (row,) = status_rows(app.service.view, None)
+    assert (row.at_stake_nano, row.cap_nano, row.deterred) == (None, None, None)
