@@ -73,12 +73,16 @@ async def test_a_reinstated_node_begins_anew_and_can_be_convicted_anew(world, ki
     assert state_of(fold(world), node) == "convicted", "lifting frees nobody who is convicted"
     reinstated(world, node, world.verifiers[0])
     assert fold(world).convicted(node), "verifiers do not reinstate"
+    for _ in range(8):
+        world.serve("bad", WRONG)  # not audited before the market decides
     reinstated(world, node)
     view = fold(world)
     assert state_of(view, node) == "clear" and view.node(node).pooled.wealth.r == 0
     assert "reinstated it" in explain(view, node).words
     app = world.app()
     await kit.settle(world, app)
+    assert len(world.ledger.of_kind("verdict", Verdict)) == 16
+    assert app.service.view.node(node).pooled.wealth.r == 0
     assert len(world.ledger.of_kind("conviction", Conviction)) == 1, "the past convicts nobody"
     world.ledger.convicted.clear()
     for _ in range(8):
