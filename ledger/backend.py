@@ -291,6 +291,7 @@ _PG_COLUMNS: dict[str, list[str]] = {
     "bundle": ["int8", "int4", "int8", "int8", "bytea"],
     "evidence": ["bytea", "int8"],
     "verdict": ["int8", "text", "text", "bytea", "bytea", "text", "int8", "int8", "int2"],
+    "audit_request": ["int8", "text", "bytea", "text", "int8", "int8", "int8"],
     "tile": ["int2", "int8", "bytea"],
     "checkpoint": ["int8", "bytea", "text", "int8"],
     "meta": ["text", "text"],

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.requests import RequestRow
 from trueweight.ledger.values import (
     CAPTURED,
     EXPIRED,
@@ -95,6 +96,7 @@ class Book:
         self.nodes: dict[str, NodeRow] = {}
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
+        self.requests: dict[tuple[str, bytes], RequestRow] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []
@@ -171,6 +173,9 @@ class Book:
 
     def node(self, node_id: str) -> NodeRow:
         return self.nodes.get(node_id) or self.snapshot.nodes.get(node_id) or NodeRow(node_id)
+
+    def request(self, key: tuple[str, bytes]) -> RequestRow | None:
+        return self.requests.get(key) or self.snapshot.requests.get(key)
 
     def reference(self, kind: str, key: str) -> bytes | None:
         found = self.references.get((kind, key))

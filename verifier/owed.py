@@ -34,6 +34,7 @@ class EpochAccount:
     several verifiers without a margin commitment from before the others' margins were known.
     ``disputed``: verdicts with which another verifier's verdict on the same receipt disagrees by
     more than two references do; one of the two is wrong, and replaying the bundle tells which.
+    ``refused``: why the epoch does not count, if it was opened outside the market's terms.
     """
 
     verifier_id: str
@@ -43,6 +44,7 @@ class EpochAccount:
     unasked: int = 0
     copied: int = 0
     disputed: tuple[int, ...] = ()
+    refused: str = ""
 
     def count(self, status: str) -> int:
         """Audits of one status."""
@@ -121,8 +123,13 @@ def _audit(view: LogView, epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: i
 
 
 def accounts(view: LogView, epoch: int, now_unix_ms: int) -> list[EpochAccount]:
-    """One account per verifier that opened this epoch."""
-    return [
+    """One account per verifier that opened this epoch, also outside the market's terms."""
+    refused = [
+        EpochAccount(verifier_id, epoch, revealed=False, refused=why)
+        for (verifier_id, number), why in view.refused_epochs.items()
+        if number == epoch
+    ]
+    return refused + [
         account(view, verifier_id, epoch, now_unix_ms)
         for verifier_id, epochs in sorted(view.epochs.items())
         if any(e.message.epoch == epoch for e in epochs)

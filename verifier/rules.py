@@ -28,6 +28,8 @@ def evidence_in(view: LogView, leaf: Leaf[Verdict]) -> tuple[str, Evidence | Non
     receipt = view.receipts.get(verdict.receipt_digest)
     if receipt is None or receipt.node_id != verdict.node_id:  # 2
         return "the log has no such receipt of this node", None
+    if receipt.index < view.node(receipt.node_id).reinstated:
+        return "the node was reinstated after this receipt", None
     if receipt.assignment_digest != verdict.assignment_digest:  # 3
         return "the verdict names another assignment", None
     if view.requests.get((verdict.verifier_id, verdict.receipt_digest)) is None:  # 4
