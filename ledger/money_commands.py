@@ -29,7 +29,13 @@ _BATCH = 256
 
 @click.command()
 @click.argument("payout_id")
-@option("--paid/--failed", default=None, required=True, help="What the rail answered.")
+# Without an environment twin: what one rail answered must not settle the next payout.
+@click.option(
+    "--paid/--failed",
+    required=True,
+    allow_from_autoenv=False,
+    help="What the rail answered.",
+)
 @ledger_options
 @option("--reference", default="", help="The rail's reference.")
 @json_option
