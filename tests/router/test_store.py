@@ -11,9 +11,9 @@ from sqlalchemy import select
 from trueweight.protos.errors import Erased, InvalidRequest, NotFound, StorageError, Unauthenticated
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.protos.v1.ledger_pb2 import Operation, Result, VoidHold
+from trueweight.router import settling
 from trueweight.router.api_keys import KeyGate, create_key, list_keys, revoke_key
 from trueweight.router.journal import CAPTURED, PENDING, Journal, RequestRecord
-from trueweight.router import settling
 from trueweight.router.settling import Settler
 from trueweight.router.store import Store, captures, data_keys, transcripts
 from trueweight.router.transcripts import TranscriptBox, erase_request, load_master_key
