@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trueweight.ledger import budget
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
@@ -233,25 +234,18 @@ class Book:
         debit.debits_posted, credit.credits_posted = debits, credits
         debit.debits_pending -= pending.amount
         credit.credits_pending -= pending.amount
-        id_, kind, debit_id, credit_id, amount, _, _, *rest = pending
-        resolved = Pending(id_, kind, debit_id, credit_id, amount, posted, state, *rest)
-        self.put(self.pendings, id_, resolved)
+        resolved = Pending(*pending[:5], posted, state, *pending[7:])
+        self.put(self.pendings, pending.id, resolved)
         self._record((debit, credit), posted, _PHASE_OF_STATE[state], pending.id, reason)
-        if pending.api_key_id:
-            self.spend(pending.api_key_id, posted - pending.amount)
-
-    def spend(self, api_key_id: str, amount: int) -> None:
-        """Counts against an API key's limit; a negative amount gives back."""
-        if not api_key_id or amount == 0:
-            return
-        row = self.spending_of(api_key_id)
-        self.put(self.spending, api_key_id, row._replace(spent=row.spent + amount))
+        if pending.api_key_id and posted < pending.amount:
+            row = self.spending_of(pending.api_key_id)
+            self.put(self.spending, row.api_key_id, budget.give_back(row, pending, posted))
 
     def spending_of(self, api_key_id: str) -> Spending:
         return (
             self.spending.get(api_key_id)
             or self.snapshot.spending.get(api_key_id)
-            or Spending(api_key_id, 0, 0)
+            or Spending(api_key_id)
         )
 
     # -- the log ------------------------------------------------------------------------------

@@ -113,6 +113,16 @@ async def test_a_limit_holds_from_the_next_hold_on(bench, earned, run):
     assert [r.code for r in results] == ["", "LIMIT_EXCEEDED"]
 
 
+async def test_a_budget_for_a_day_is_free_again_the_next_day(bench, earned, run):
+    world = bench.world
+    await run("limit", "key-1", "0.1", "--per", "day")
+    holds = [world.hold("acme", CREDIT // 10, api_key="key-1") for _ in range(2)]
+    assert [r.code for r in await bench.do("router", *holds)] == ["", "LIMIT_EXCEEDED"]
+    bench.advance(86_400_000)
+    again = world.hold("acme", CREDIT // 10, api_key="key-1")
+    assert [r.code for r in await bench.do("router", again)] == [""]
+
+
 async def test_every_verdict_is_rewarded_once_however_often_the_command_runs(bench, earned, run):
     world = bench.world
     digest = digest_of(earned.capture.receipts[0])
