@@ -7,6 +7,7 @@ amounts are integer nanocredits; sums beyond 2^63-1 are refused, never wrapped.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from trueweight.protos.errors import InvalidRequest
@@ -82,6 +83,7 @@ def check_owner(owner: str, what: str) -> str:
     return owner
 
 
+@lru_cache(maxsize=16_384)
 def clearing_of(client_account: str) -> str:
     """Holds of a client go through its own clearing account."""
     return f"clearing:{owner_of(client_account)}"

@@ -278,7 +278,7 @@ _PG_COLUMNS: dict[str, list[str]] = {
         "int8", "bytea", "int4", "int8", "int8", "int8", "int2", "bytea", "int2", "int8",
     ],
     "pending": [
-        "bytea", "int2", "text", "text", "int8", "int8", "int2", "int8", "text", "text",
+        "bytea", "int2", "text", "text", "int8", "int8", "int2", "int8", "text", "text", "int8",
     ],
     "operation": ["bytea", "bytea", "int8", "int8"],
     "leg": [
@@ -347,6 +347,12 @@ def _pg_errors() -> Any:
         yield
     except psycopg.errors.IntegrityError as error:
         raise ConstraintViolated(f"the database refused: {error.diag.message_primary}") from error
+    except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as error:
+        # The driver counts them among lost connections.
+        raise StorageError(
+            f"the database failed: {error.diag.message_primary}",
+            hint="Is the disk full? Nothing was half done.",
+        ) from error
     except psycopg.OperationalError as error:
         raise Unavailable(
             f"the database is not reachable: {str(error).partition(chr(10))[0]}",

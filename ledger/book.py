@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+from trueweight.ledger import budget
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
@@ -68,14 +69,8 @@ class _Working:
         )
 
 
-class Mark(NamedTuple):
-    """How far a book was at some moment."""
-
-    undo: int
-    transfers: int
-    leaves: int
-    debts: int
-    created: int
+# How far a book was at some moment: undo log, transfers, leaves, debts, accounts created.
+Mark = tuple[int, int, int, int, int]
 
 
 class Book:
@@ -87,6 +82,7 @@ class Book:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.now = snapshot.now_unix_ms
+        self._next_sequence = snapshot.next_sequence
         self.pendings: dict[bytes, Pending] = {}
         self.applied: dict[bytes, Applied] = {}
         self.legs: dict[bytes, Leg] = {}
@@ -112,7 +108,7 @@ class Book:
 
     def mark(self) -> Mark:
         """A point to come back to."""
-        return Mark(
+        return (
             len(self._undo),
             len(self.transfers),
             len(self.leaves),
@@ -122,20 +118,21 @@ class Book:
 
     def rewind(self, mark: Mark) -> None:
         """Undoes everything since the mark."""
+        undo, transfers, leaves, debts, created = mark
         # First the money: what a second phase gave back is known from its pending transfer.
-        while len(self.transfers) > mark.transfers:
+        while len(self.transfers) > transfers:
             self._take_back(self.transfers.pop())
-        while len(self._undo) > mark.undo:
+        while len(self._undo) > undo:
             table, key, old = self._undo.pop()
             if old is None:
                 del table[key]
             else:
                 table[key] = old
-        while len(self._created) > mark.created:
+        while len(self._created) > created:
             gone = self._created.pop()
             del self._working[gone.id], self._by_no[gone.no]
-        del self.leaves[mark.leaves :]
-        del self.debts[mark.debts :]
+        del self.leaves[leaves:]
+        del self.debts[debts:]
         self._movements = []
 
     def put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -150,10 +147,10 @@ class Book:
 
     def finish(self) -> None:
         """Puts the operation's transfers into the log."""
-        count = len(self._movements)
-        if count:
-            first = self.snapshot.next_sequence + len(self.transfers) - count
-            for body in encode_batches(self._operation, first, self.now, self._movements):
+        movements = self._movements
+        if movements:
+            first = self._next_sequence + len(self.transfers) - len(movements)
+            for body in encode_batches(self._operation, first, self.now, movements):
                 self.leaves.append(Leaf(TRANSFER, body, b""))
 
     @property
@@ -242,23 +239,18 @@ class Book:
         debit.debits_posted, credit.credits_posted = debits, credits
         debit.debits_pending -= pending.amount
         credit.credits_pending -= pending.amount
-        self.put(self.pendings, pending.id, pending._replace(state=state, posted=posted))
+        resolved = Pending(*pending[:5], posted, state, *pending[7:])
+        self.put(self.pendings, pending.id, resolved)
         self._record((debit, credit), posted, _PHASE_OF_STATE[state], pending.id, reason)
-        if pending.api_key_id:
-            self.spend(pending.api_key_id, posted - pending.amount)
-
-    def spend(self, api_key_id: str, amount: int) -> None:
-        """Counts against an API key's limit; a negative amount gives back."""
-        if not api_key_id or amount == 0:
-            return
-        row = self.spending_of(api_key_id)
-        self.put(self.spending, api_key_id, row._replace(spent=row.spent + amount))
+        if pending.api_key_id and posted < pending.amount:
+            row = self.spending_of(pending.api_key_id)
+            self.put(self.spending, row.api_key_id, budget.give_back(row, pending, posted))
 
     def spending_of(self, api_key_id: str) -> Spending:
         return (
             self.spending.get(api_key_id)
             or self.snapshot.spending.get(api_key_id)
-            or Spending(api_key_id, 0, 0)
+            or Spending(api_key_id)
         )
 
     # -- the log ------------------------------------------------------------------------------
@@ -280,9 +272,10 @@ class Book:
     def _sides(self, debit_id: str, credit_id: str, amount: int) -> tuple[_Working, _Working]:
         """Both accounts, the amount being available."""
         debit = self._working.get(debit_id) or self._open(debit_id)
-        if debit.kind != EXTERNAL and debit.available < amount:
+        available = debit.credits_posted - debit.debits_posted - debit.debits_pending
+        if available < amount and debit.kind != EXTERNAL:
             raise InsufficientFunds(
-                f"{debit.id} has {debit.available} nanocredits available, {amount} are needed",
+                f"{debit.id} has {available} nanocredits available, {amount} are needed",
                 hint="Deposit more, or ask for less.",
             )
         credit = self._working.get(credit_id) or self._open(credit_id)
@@ -310,11 +303,12 @@ class Book:
         reason: str,
     ) -> None:
         debit, credit = sides
-        self.transfers.append(
+        transfers, movements = self.transfers, self._movements
+        transfers.append(
             (
-                self.snapshot.next_sequence + len(self.transfers),
+                self._next_sequence + len(transfers),
                 self._operation,
-                len(self._movements),
+                len(movements),
                 debit.no,
                 credit.no,
                 amount,
@@ -324,9 +318,7 @@ class Book:
                 self.now,
             )
         )
-        self._movements.append(
-            encode_movement(debit.id, credit.id, amount, phase, pending_id, reason)
-        )
+        movements.append(encode_movement(debit.id, credit.id, amount, phase, pending_id, reason))
 
     def _take_back(self, transfer: TransferRow) -> None:
         _, _, _, debit_no, credit_no, amount, phase, pending_id, _, _ = transfer

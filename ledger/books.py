@@ -23,7 +23,7 @@ from trueweight.ledger.values import Leaf, Prepared, Terms
 from trueweight.protos.checkpoint import LogState, log_origin, sign_note
 from trueweight.protos.errors import StorageError, TrueweightError
 from trueweight.protos.identity import Signer
-from trueweight.protos.merkle import leaf_hash
+from trueweight.protos.merkle import leaf_hash, leaf_hashes_of
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class Books:
             ("first_index", "leaves", "kinds", "merged_at", "body"),
             [(edge.size, len(leaves), mask, now_unix_ms, body)],
         )
-        edge, tiles = edge.extend([leaf_hash(leaf.body) for leaf in leaves])
+        edge, tiles = edge.extend(leaf_hashes_of([leaf.body for leaf in leaves]))
         self._backend.insert("tile", ("level", "number", "hashes"), tiles)
         return edge
 

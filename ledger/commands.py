@@ -247,9 +247,9 @@ def archive_command(
 @option(
     "--format",
     "form",
-    type=click.Choice(["csv", "ledger", "parquet"]),
+    type=click.Choice(["csv", "ledger"]),
     default="csv",
-    help="csv, ledger (plain-text double entry) or parquet (needs pyarrow).",
+    help="csv, or ledger: plain-text double entry.",
 )
 @path_option("--out", required=True, help="File to write.")
 def export(*, database: str, archive: Path | None, form: str, out: Path) -> None:

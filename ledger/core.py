@@ -7,7 +7,7 @@ not at all; a refused one leaves no trace, so that it may be tried again under t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trueweight.ledger import movements, reinstatement, settlement
 from trueweight.ledger.book import Book
@@ -19,8 +19,7 @@ ALONE = frozenset({"convict", "release", "expire", "reinstate"})
 NO_INDEX = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one operation."""
 
     status: str  # "applied", "replayed", "refused"
@@ -92,7 +91,8 @@ def _run_one(book: Book, operation: Prepared, in_chain: bool, terms: Terms) -> O
     book.start(operation.id)
     amount, index = _HANDLERS[operation.kind](book, operation, terms)
     book.finish()
-    book.put(book.applied, operation.id, Applied(operation.id, operation.body_hash, amount, index))
+    applied = Applied(operation.id, operation.body_hash, amount, index)
+    book.put(book.applied, operation.id, applied)
     return Outcome("applied", amount, index)
 
 

@@ -192,14 +192,20 @@ def _check_forfeits(
 def _check_spending(connection: sa.Connection, findings: Findings) -> None:
     rows = connection.execute(
         sa.text(
-            "SELECT s.api_key_id, s.spent, COALESCE(SUM(CASE WHEN p.state = 1 THEN p.amount "
-            "ELSE p.posted END), 0) FROM spending s LEFT JOIN pending p "
-            "ON p.api_key_id = s.api_key_id GROUP BY s.api_key_id, s.spent"
+            "SELECT s.api_key_id, s.spent, s.period_spent, "
+            "COALESCE(SUM(CASE WHEN p.state = 1 THEN p.amount ELSE p.posted END), 0), "
+            "COALESCE(SUM(CASE WHEN p.period_no = 0 OR p.period_no <> s.period_no THEN 0 "
+            "WHEN p.state = 1 THEN p.amount ELSE p.posted END), 0) FROM spending s "
+            "LEFT JOIN pending p ON p.api_key_id = s.api_key_id "
+            "GROUP BY s.api_key_id, s.spent, s.period_spent"
         )
     )
-    for key, spent, folded in rows:
-        if spent != int(folded):
-            findings.add(f"API key {key} has spent {folded}, its row says {spent}")
+    for key, spent, in_period, folded, folded_in_period in rows:
+        if (spent, in_period) != (int(folded), int(folded_in_period)):
+            findings.add(
+                f"API key {key} has spent {folded}, {folded_in_period} of it in its period; "
+                f"its row says {spent} and {in_period}"
+            )
 
 
 def _check_operations(connection: sa.Connection, findings: Findings) -> None:

@@ -15,8 +15,12 @@ MAX_MOVEMENTS = 256
 _ONE = [bytes([n]) for n in range(128)]
 _MORE = [bytes([n & 127 | 128, n >> 7 | 128]) for n in range(16_384)]
 _LAST = [bytes([n & 127 | 128, n >> 7]) if n > 127 else bytes([n]) for n in range(16_384)]
+# A movement's phase, the tag of its pending id, and its reason; what most of them end with in one.
 _PHASES = [b"\x20" + bytes([phase]) for phase in range(6)]
 _REASONS = {reason: b"\x32" + bytes([len(reason)]) + reason.encode() for reason in REASONS}
+_ENDS = [{reason: phase + end for reason, end in _REASONS.items()} for phase in _PHASES]
+_PENDING_IDS = [phase + b"\x2a" for phase in _PHASES]
+_HEADS = [b"\x32" + length for length in _LAST]
 _CURRENCY = b"\x22" + bytes([len(CURRENCY)]) + CURRENCY.encode()
 
 
@@ -28,32 +32,38 @@ def encode_movement(  # noqa: PLR0917
     By hand because there are five of these for every request, and parts repeat. All texts and
     ids are shorter than 128 bytes, so every length is one byte.
     """
-    body = _sides(debit, credit)
+    head = _sides(debit, credit)
     if amount:
-        body += b"\x18" + _varint(amount)
-    body += _PHASES[phase]
+        head = b"%b\x18%b" % (head, _varint(amount))
     if pending_id:
-        body += b"\x2a" + _ONE[len(pending_id)] + pending_id
-    body += _REASONS[reason]
-    return b"\x32" + _LAST[len(body)] + body
+        body = b"".join(
+            (head, _PENDING_IDS[phase], _ONE[len(pending_id)], pending_id, _REASONS[reason])
+        )
+    else:
+        body = head + _ENDS[phase][reason]
+    return _HEADS[len(body)] + body
 
 
 def encode_batches(
     operation_id: bytes, first_sequence: int, created_at_unix_ms: int, movements: Sequence[bytes]
 ) -> list[bytes]:
     """The leaves of one operation's encoded movements: one, unless there are very many."""
-    return [
+    head = b"\x0a%b%b\x10" % (_ONE[len(operation_id)], operation_id)
+    tail = _head(created_at_unix_ms)
+    first = b"".join((head, _varint(first_sequence), tail, *movements[:MAX_MOVEMENTS]))
+    if len(movements) <= MAX_MOVEMENTS:
+        return [first]
+    return [first] + [
         b"".join(
             (
-                b"\x0a" + _ONE[len(operation_id)] + operation_id,
-                b"\x10" + _varint(first_sequence + start),
-                b"\x18" + _varint(start) if start else b"",
-                _CURRENCY,
-                _time(created_at_unix_ms),
+                head,
+                _varint(first_sequence + start),
+                b"\x18" + _varint(start),
+                tail,
                 *movements[start : start + MAX_MOVEMENTS],
             )
         )
-        for start in range(0, len(movements), MAX_MOVEMENTS)
+        for start in range(MAX_MOVEMENTS, len(movements), MAX_MOVEMENTS)
     ]
 
 
@@ -64,8 +74,9 @@ def _sides(debit: str, credit: str) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _time(unix_ms: int) -> bytes:
-    return b"\x28" + _varint(unix_ms)
+def _head(unix_ms: int) -> bytes:
+    """Currency and time."""
+    return _CURRENCY + b"\x28" + _varint(unix_ms)
 
 
 def transfer_record(transfer: Transfer) -> pb.TransferRecord:

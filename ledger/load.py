@@ -54,6 +54,7 @@ ACCOUNT_COLUMNS = (
 )  # fmt: skip
 PENDING_COLUMNS = (
     "id", "kind", "debit", "credit", "amount", "posted", "state", "due", "api_key_id", "router_id",
+    "period_no",
 )  # fmt: skip
 LEG_COLUMNS = (
     "receipt_digest", "hold_id", "node_id", "client", "charge", "fee", "pool", "node", "subsidy",
@@ -69,7 +70,11 @@ _ACCOUNTS = (
 _PENDINGS = f"SELECT {', '.join(PENDING_COLUMNS)} FROM pending"  # noqa: S608
 _LEGS = f"SELECT {', '.join(LEG_COLUMNS)} FROM leg"  # noqa: S608
 _CLAIMS = f"SELECT {', '.join(CLAIM_COLUMNS)} FROM claim"  # noqa: S608
-_SPENDING = ("SELECT api_key_id, limit_nano, spent FROM spending", "api_key_id")
+SPENDING_COLUMNS = (
+    "api_key_id", "limit_nano", "spent", "period_ms", "period_limit", "period_no", "period_from",
+    "period_spent",
+)  # fmt: skip
+_SPENDING = (f"SELECT {', '.join(SPENDING_COLUMNS)} FROM spending", "api_key_id")  # noqa: S608
 _NODES = (f"SELECT {', '.join(NodeRow._fields)} FROM node", "node_id")  # noqa: S608
 _REQUESTS = f"SELECT {', '.join(RequestRow._fields)} FROM audit_request"  # noqa: S608
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")

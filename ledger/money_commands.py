@@ -25,11 +25,25 @@ from trueweight.runtime.cli import json_option, option, print_json, print_table
 from trueweight.runtime.ledger_port import LedgerPort
 
 _BATCH = 256
+_HOUR_MS = 3_600_000
+# By the ledger's clock, one after the other from 1970 on.
+_PERIODS = {
+    "hour": _HOUR_MS,
+    "day": 24 * _HOUR_MS,
+    "week": 7 * 24 * _HOUR_MS,
+    "month": 30 * 24 * _HOUR_MS,
+}
 
 
 @click.command()
 @click.argument("payout_id")
-@option("--paid/--failed", default=None, required=True, help="What the rail answered.")
+# Without an environment twin: what one rail answered must not settle the next payout.
+@click.option(
+    "--paid/--failed",
+    required=True,
+    allow_from_autoenv=False,
+    help="What the rail answered.",
+)
 @ledger_options
 @option("--reference", default="", help="The rail's reference.")
 @json_option
@@ -57,21 +71,28 @@ def settle(
 @click.argument("api_key_id")
 @click.argument("credits")
 @ledger_options
+@option("--per", type=click.Choice(tuple(_PERIODS)), help="In each of these (month: 30 days).")
 @json_option
 def limit(
     *,
     api_key_id: str,
     credits: str,
+    per: str | None,
     market: Path,
     keys: Path,
     endpoint: str | None,
     as_json: bool,
 ) -> None:
-    """Let API_KEY_ID spend at most CREDITS in total, holds included; 0 removes the limit."""
+    """Let API_KEY_ID spend at most CREDITS in total, holds included; 0 removes the limit.
+
+    With --per: in each hour, day, week or month, beside any limit in total.
+    """
     operation = pb.Operation(
         id=new_id(),
         set_spending_limit=pb.SetSpendingLimit(
-            api_key_id=api_key_id, limit_nano=parse_credits(credits)
+            api_key_id=api_key_id,
+            limit_nano=parse_credits(credits),
+            period_ms=_PERIODS[per] if per else 0,
         ),
     )
     move(market, keys, endpoint, operation, as_json)

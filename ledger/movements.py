@@ -6,6 +6,7 @@ TrueweightError, after which the book is rewound.
 
 from __future__ import annotations
 
+from trueweight.ledger import budget
 from trueweight.ledger.accounts import (
     POOL_ACCOUNT,
     clearing_of,
@@ -24,13 +25,11 @@ from trueweight.ledger.values import (
     WITHDRAWAL,
     Pending,
     Prepared,
-    Spending,
     Terms,
 )
 from trueweight.protos.errors import (
     Conflict,
     InvalidRequest,
-    LimitExceeded,
     NotFound,
     PermissionDenied,
 )
@@ -60,8 +59,11 @@ def hold(book: Book, op: Prepared) -> int:
     body = op.body
     if not book.now < body.expires_at_unix_ms <= book.now + MAX_HOLD_MS:
         raise InvalidRequest("a hold expires in the future, within 7 days", hint="Check the clock.")
-    if body.api_key_id:
-        _check_limit(book, body.api_key_id, body.amount_nano)
+    key, period_no = body.api_key_id, 0
+    if key:
+        row = budget.take(book.spending_of(key), body.amount_nano, book.now)
+        period_no = row.period_no if row.period_ms else 0
+        book.put(book.spending, key, row)
     pending = Pending(
         op.id,
         HOLD,
@@ -71,11 +73,11 @@ def hold(book: Book, op: Prepared) -> int:
         0,
         OPEN,
         body.expires_at_unix_ms,
-        body.api_key_id,
+        key,
         body.router_id or op.caller,
+        period_no,
     )
     book.reserve(pending, "hold")
-    book.spend(body.api_key_id, body.amount_nano)
     return int(body.amount_nano)
 
 
@@ -176,29 +178,17 @@ def reward(book: Book, op: Prepared) -> int:
 
 
 def set_spending_limit(book: Book, op: Prepared) -> int:
-    """0 removes the limit; what was spent stays known."""
+    """0 removes the limit; what was spent in total stays known."""
     body = op.body
     row = book.spending_of(body.api_key_id)
-    book.put(
-        book.spending,
-        body.api_key_id,
-        Spending(body.api_key_id, body.limit_nano, row.spent),
-    )
+    row = budget.limited(row, body.limit_nano, body.period_ms, book.now)
+    book.put(book.spending, body.api_key_id, row)
     return int(body.limit_nano)
 
 
 def expired(book: Book, pending: Pending) -> None:
     """The end of a hold that nobody captured and nobody claimed from."""
     book.resolve(pending, EXPIRED, 0, "expire")
-
-
-def _check_limit(book: Book, api_key_id: str, amount: int) -> None:
-    row = book.spending_of(api_key_id)
-    if row.limit and row.spent + amount > row.limit:
-        raise LimitExceeded(
-            f"the API key may spend {row.limit} nanocredits, {row.spent} are spent or held",
-            hint="Raise its limit, or use another key.",
-        )
 
 
 def _rail_once(book: Book, rail: str, reference: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trueweight.ledger import evidence
 from trueweight.ledger.accounts import CLIENT, check_amount, check_owner, kind_of
+from trueweight.ledger.budget import MAX_PERIOD_MS, MIN_PERIOD_MS
 from trueweight.ledger.evidence import Court
 from trueweight.ledger.values import Prepared
 from trueweight.protos.envelope import digest_of
@@ -160,6 +161,8 @@ def _spending(_: bytes, body: pb.SetSpendingLimit, __: str, ___: Court) -> None:
     _text(body.api_key_id, "the API key id")
     if body.limit_nano > MAX_NANO:
         raise InvalidRequest("the limit is too large")
+    if body.period_ms and not MIN_PERIOD_MS <= body.period_ms <= MAX_PERIOD_MS:
+        raise InvalidRequest("a period is between a minute and 366 days")
 
 
 def _capture(id_: bytes, body: pb.Capture, caller: str, court: Court) -> evidence.CaptureFacts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,7 +180,7 @@ def fsck(
 
 
 def export(database: str, form: str, out: Path, archive: Path | None = None) -> int:
-    """All transfers as CSV, plain-text double entry, or Parquet; their number."""
+    """All transfers as CSV or plain-text double entry; their number."""
     reader = open_reader(database, archive)
     try:
         return _EXPORTS[form](_all_transfers(reader, ""), out)
@@ -287,18 +286,4 @@ def _to_text(records: Iterator[pb.TransferRecord], out: Path) -> int:
     return count
 
 
-def _to_parquet(records: Iterator[pb.TransferRecord], out: Path) -> int:
-    try:
-        arrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise InvalidRequest(
-            "Parquet needs the package pyarrow", hint="Install it, or use --format csv."
-        ) from None
-    rows = [_row(record) for record in records]
-    table = arrow.table({name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)})
-    parquet.write_table(table, out)
-    return len(rows)
-
-
-_EXPORTS = {"csv": _to_csv, "ledger": _to_text, "parquet": _to_parquet}
+_EXPORTS = {"csv": _to_csv, "ledger": _to_text}

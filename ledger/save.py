@@ -11,6 +11,7 @@ from trueweight.ledger.load import (
     CLAIM_COLUMNS,
     LEG_COLUMNS,
     PENDING_COLUMNS,
+    SPENDING_COLUMNS,
     Cache,
 )
 from trueweight.ledger.requests import RequestRow
@@ -95,9 +96,7 @@ def _save_rare(backend: Backend, book: Book) -> None:
         ("kind", "key", "operation_id"),
         [(kind, key, operation) for (kind, key), operation in book.references.items()],
     )
-    backend.upsert(
-        "spending", ("api_key_id", "limit_nano", "spent"), 1, list(book.spending.values())
-    )
+    backend.upsert("spending", SPENDING_COLUMNS, 1, list(book.spending.values()))
     backend.upsert("node", NodeRow._fields, 1, list(book.nodes.values()))
     backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))

@@ -61,20 +61,24 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
         raise PermissionDenied("the hold is another router's")
     if facts.charge > pending.amount:
         raise InvalidRequest("the bill is higher than its hold")
-    claimed = {c.assignment_digest for c in book.claims_of(pending.id)}
-    if not claimed <= {leg.assignment_digest for leg in facts.legs}:
+    claims = book.claims_of(pending.id)
+    if claims and not {c.assignment_digest for c in claims} <= {
+        leg.assignment_digest for leg in facts.legs
+    }:
         raise Conflict("a node has claimed a leg that the bill leaves out")
-    indices = []
+    indices, fee, pool = [], 0, 0
     for leg in facts.legs:
         if book.leg(leg.receipt_digest) is not None:
             raise Conflict("a receipt of the bill was settled before")
         indices.append(book.append(Leaf("receipt", leg.receipt, leg.receipt_digest)))
+        fee += leg.fee
+        pool += leg.pool
     book.append(Leaf("bill", facts.bill, facts.bill_digest))
     book.resolve(pending, CAPTURED, facts.charge, "capture")
     clearing = pending.credit
-    book.move(clearing, FEE_ACCOUNT, sum(leg.fee for leg in facts.legs), "fee")
+    book.move(clearing, FEE_ACCOUNT, fee, "fee")
     # Before the subsidies: they are at most what this bill itself brings to the pool.
-    book.move(clearing, POOL_ACCOUNT, sum(leg.pool for leg in facts.legs), "pool")
+    book.move(clearing, POOL_ACCOUNT, pool, "pool")
     for leg, index in zip(facts.legs, indices, strict=True):
         locked = node_locked(leg.node_id)
         book.move(clearing, locked, leg.node, "earning")
@@ -380,6 +384,8 @@ def _undo(book: Book, leg: Leg) -> None:
 
 
 def _pay_up_to(book: Book, source: str, target: str, amount: int, reason: str) -> int:
+    if not amount:
+        return 0
     paid = min(amount, max(0, book.available(source)))
     book.move(source, target, paid, reason)
     return paid

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,25 +35,22 @@ class Edge:
     size: int = 0
     levels: tuple[tuple[bytes, ...], ...] = ()
 
-    def extend(self, leaf_hashes: Iterable[bytes]) -> tuple[Edge, list[Tile]]:
+    def extend(self, leaf_hashes: Sequence[bytes]) -> tuple[Edge, list[Tile]]:
         """The edge with more leaves, and the tiles that became full."""
-        size, tiles = self.size, []
-        levels = [list(level) for level in self.levels]
-        for leaf in leaf_hashes:
-            size += 1
-            carried, level = leaf, 0
-            while True:
-                if level == len(levels):
-                    levels.append([])
-                levels[level].append(carried)
-                if len(levels[level]) < WIDTH:
-                    break
-                hashes = levels[level]
-                tiles.append(Tile(level, (size >> _BITS * (level + 1)) - 1, b"".join(hashes)))
-                carried = perfect_root(hashes)
-                levels[level] = []
-                level += 1
-        return Edge(size, tuple(tuple(level) for level in levels)), tiles
+        tiles: list[Tile] = []
+        levels: list[tuple[bytes, ...]] = []
+        carried, level = leaf_hashes, 0
+        while carried or level < len(self.levels):
+            hashes = (*self.levels[level], *carried) if level < len(self.levels) else carried
+            number = self.size >> _BITS * (level + 1)
+            full, carried = len(hashes) - len(hashes) % WIDTH, []
+            for start in range(0, full, WIDTH):
+                part = hashes[start : start + WIDTH]
+                tiles.append(Tile(level, number + start // WIDTH, b"".join(part)))
+                carried.append(perfect_root(part))
+            levels.append(tuple(hashes[full:]))
+            level += 1
+        return Edge(self.size + len(leaf_hashes), tuple(levels)), tiles
 
     def root(self) -> bytes:
         """RFC 6962 root of all leaves."""
@@ -65,12 +62,12 @@ class Edge:
         return EMPTY_ROOT if right is None else right
 
 
-def perfect_root(hashes: list[bytes]) -> bytes:
+def perfect_root(hashes: Sequence[bytes]) -> bytes:
     """Root over a power of two of hashes."""
+    sha256 = _sha256
     while len(hashes) > 1:
-        hashes = [
-            _sha256(b"\x01" + hashes[i] + hashes[i + 1]).digest() for i in range(0, len(hashes), 2)
-        ]
+        pairs = iter(hashes)
+        hashes = [sha256(b"\x01%b%b" % pair).digest() for pair in zip(pairs, pairs, strict=True)]
     return hashes[0]
 
 

@@ -72,6 +72,8 @@ class Pending(NamedTuple):
     due_unix_ms: int
     api_key_id: str
     router_id: str
+    # The period of its API key's budget in which it counts; 0: none.
+    period_no: int = 0
 
 
 class Leg(NamedTuple):
@@ -122,11 +124,17 @@ def conviction_key(row: NodeRow | None, node_and_verifier: str) -> str:
 
 
 class Spending(NamedTuple):
-    """Limit of an API key; ``spent`` counts open holds and captures. Limit 0: none."""
+    """Limits of an API key: in total, and in each period. ``spent`` counts open holds and captures,
+    ``period_spent`` those of the period that runs. Limit 0: none."""
 
     api_key_id: str
-    limit: int
-    spent: int
+    limit: int = 0
+    spent: int = 0
+    period_ms: int = 0
+    period_limit: int = 0
+    period_no: int = 0
+    period_from_unix_ms: int = 0
+    period_spent: int = 0
 
 
 class Debt(NamedTuple):

@@ -88,16 +88,16 @@ def message_digest(type_uri: str, payload: bytes) -> bytes:
 
 def seal(message: Message, signer: Signer) -> bytes:
     """Serialises once, signs with the operational key and returns the envelope's bytes."""
-    return _seal_with(message, signer.key)
+    return _seal_with(message, (signer.key_id, signer.key))
 
 
 def seal_key_event(event: envelope_pb2.KeyEvent, *keys: Ed25519PrivateKey) -> bytes:
     """A KeyEvent signed by all of these: the root key, for CERTIFY the operational key, and the
     root key of the operator that it names."""
-    return _seal_with(event, *keys)
+    return _seal_with(event, *((key_id(public_bytes(key)), key) for key in keys))
 
 
-def _seal_with(message: Message, *keys: Ed25519PrivateKey) -> bytes:
+def _seal_with(message: Message, *keys: tuple[str, Ed25519PrivateKey]) -> bytes:
     uri = payload_type(type(message))
     payload = message.SerializeToString(deterministic=True)
     encoding = pre_authentication_encoding(uri, payload)
@@ -105,8 +105,7 @@ def _seal_with(message: Message, *keys: Ed25519PrivateKey) -> bytes:
         payload_type=uri,
         payload=payload,
         signatures=[
-            envelope_pb2.Signature(key_id=key_id(public_bytes(key)), signature=key.sign(encoding))
-            for key in keys
+            envelope_pb2.Signature(key_id=name, signature=key.sign(encoding)) for name, key in keys
         ],
     ).SerializeToString()
 

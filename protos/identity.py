@@ -10,6 +10,7 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -43,8 +44,9 @@ class Signer:
     key: Ed25519PrivateKey = field(repr=False)
     key_event: bytes = field(repr=False)
 
-    @property
+    @cached_property
     def key_id(self) -> str:
+        """Kept: to derive the public key takes longer than to sign."""
         return key_id(public_bytes(self.key))
 
 

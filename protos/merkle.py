@@ -8,7 +8,7 @@ A node (level, index) is the root of the perfect subtree over leaves
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from trueweight.protos.errors import BadSignature, InvalidRequest
@@ -32,6 +32,12 @@ class Node:
 def leaf_hash(body: bytes) -> bytes:
     """SHA-256(0x00, body)."""
     return hashlib.sha256(b"\x00" + body).digest()
+
+
+def leaf_hashes_of(bodies: Iterable[bytes]) -> list[bytes]:
+    """``leaf_hash`` of each."""
+    sha256 = hashlib.sha256
+    return [sha256(b"\x00" + body).digest() for body in bodies]
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:

@@ -17,6 +17,7 @@ from trueweight.runtime.ledger_port import LedgerPort
 log = logging.getLogger(__name__)
 
 _PAUSES_MS = (100.0, 300.0, 1_000.0, 3_000.0, 10_000.0)
+# Beyond this a capture waits in the journal for the next replay, a void for its hold's expiry.
 MAX_IN_BACKGROUND = 10_000
 _REPLAY_BATCH = 200
 
@@ -70,6 +71,9 @@ class Settler:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _in_background(self, work: Coroutine[Any, Any, None], wait_ms: float) -> None:
+        if len(self._tasks) >= MAX_IN_BACKGROUND:
+            work.close()
+            return
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -25,6 +25,8 @@ SHARED_TWINS = {
     "--database": "TRUEWEIGHT_LEDGER_DATABASE",
     "--archive": "TRUEWEIGHT_LEDGER_ARCHIVE",
 }
+# Each run must say it: a left-over variable would answer for another payout.
+NO_TWIN = {"--failed", "--paid"}
 
 
 def leaves(command, path=()):
@@ -51,6 +53,9 @@ def test_help_teaches_every_flag_with_its_environment_twin(words):
             continue
         assert parameter.help, f"{' '.join(words)} {parameter.opts} has no help"
         flag = max(parameter.opts, key=len)
+        if flag in NO_TWIN:
+            assert "TRUEWEIGHT_LEDGER_SETTLE_PAID" not in result.output
+            continue
         name = "_".join(["TRUEWEIGHT", *words, flag.lstrip("-")]).replace("-", "_").upper()
         twin = SHARED_TWINS.get(flag, name)
         # Help texts are wrapped anywhere.

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from trueweight.protos.envelope import parse_envelope, parse_payload
 from trueweight.protos.errors import EngineError, OverCapacity
+from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.protos.v1.market_pb2 import EngineFingerprint, Offer
 from trueweight.protos.v1.node_pb2 import (
     ChallengeRequest,
@@ -164,6 +165,7 @@ class Scorer:
             )
             if len(response.results) != len(batch):
                 raise EngineError("the reference node returned another number of results")
+            _check_dtype(response.fingerprint)
         except asyncio.CancelledError:
             for waiting in batch:
                 waiting.answer.cancel()
@@ -178,3 +180,12 @@ class Scorer:
             self.scored_tokens += len(result.margins)
             if not waiting.answer.done():
                 waiting.answer.set_result(ItemScore(result, response.fingerprint))
+
+
+def _check_dtype(fingerprint: EngineFingerprint) -> None:
+    """Null means are those of float32 references: another would add noise that they leave out."""
+    if fingerprint.dtype != REFERENCE_DTYPE:
+        raise EngineError(
+            f"the reference node computes in {fingerprint.dtype[:16]!r}, not in {REFERENCE_DTYPE}",
+            hint=f"Start it with '--score-only --dtype {REFERENCE_DTYPE}'.",
+        )

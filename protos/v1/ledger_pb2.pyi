@@ -240,12 +240,14 @@ class BondWithdraw(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., amount_nano: _Optional[int] = ..., not_before_unix_ms: _Optional[int] = ...) -> None: ...
 
 class SetSpendingLimit(_message.Message):
-    __slots__ = ("api_key_id", "limit_nano")
+    __slots__ = ("api_key_id", "limit_nano", "period_ms")
     API_KEY_ID_FIELD_NUMBER: _ClassVar[int]
     LIMIT_NANO_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_MS_FIELD_NUMBER: _ClassVar[int]
     api_key_id: str
     limit_nano: int
-    def __init__(self, api_key_id: _Optional[str] = ..., limit_nano: _Optional[int] = ...) -> None: ...
+    period_ms: int
+    def __init__(self, api_key_id: _Optional[str] = ..., limit_nano: _Optional[int] = ..., period_ms: _Optional[int] = ...) -> None: ...
 
 class Publish(_message.Message):
     __slots__ = ("envelope",)

@@ -187,6 +187,42 @@ async def test_a_full_disk_is_a_clear_error_without_half_state(bench, monkeypatc
     assert await bench.available("client:acme") == 9 * CREDIT
 
 
+@pytest.mark.parametrize("moment", ["writing", "commit"])
+async def test_disk_full_as_a_postgresql_trigger_simulates_it_is_clear_whole_and_temporary(
+    bench, databases, moment
+):
+    """The refusal is simulated: a trigger raises what PostgreSQL raises when it cannot extend a
+    file, behind the first rows of a group or at its commit. What follows is the real thing. (When
+    the log itself does not fit, PostgreSQL dies and restarts: the kills above.)"""
+    if databases.kind == "sqlite":
+        pytest.skip("SQLite is really full below")
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 10 * CREDIT))
+    kind, when = ("CONSTRAINT", "DEFERRABLE INITIALLY DEFERRED") if moment == "commit" else ("", "")
+    with psycopg.connect(bench.url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE EXCEPTION 'could not extend file: No space left on device' "
+            "USING ERRCODE = 'disk_full'; END $$"
+        )
+        connection.execute(
+            f"CREATE {kind} TRIGGER full_disk AFTER INSERT ON operation {when} "
+            "FOR EACH ROW EXECUTE FUNCTION full_disk()"
+        )
+    hold, router = world.hold("acme", CREDIT), world.identity("router")
+    with pytest.raises(StorageError, match=r"No space left.*Is the disk full\? Nothing was half"):
+        await bench.do("router", hold)
+    assert fsck(bench.url, world).clean
+    assert await bench.available("client:acme") == 10 * CREDIT
+    for _ in range(3):
+        with pytest.raises(TrueweightError):
+            await bench.do("router", hold)
+    with psycopg.connect(bench.url, autocommit=True) as connection:
+        connection.execute("DROP TRIGGER full_disk ON operation")  # somebody made room
+    assert (await until_applied(bench, router, hold)).status == pb.Result.APPLIED
+    assert await bench.available("client:acme") == 9 * CREDIT
+
+
 async def test_a_really_full_sqlite_file_is_a_clear_error_and_recovers(  # noqa: PLR0917
     databases, migrated, world, clock, start, monkeypatch
 ):

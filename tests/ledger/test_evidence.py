@@ -231,6 +231,7 @@ def test_attack_operations_outside_the_callers_scope(w, court, operation, who):
         pb.Operation(id=HOLD, deposit=pb.Deposit(account="client:a", amount_nano=1, rail="r", reference="x\x00y")),
         pb.Operation(id=HOLD, deposit=pb.Deposit(account="client:" + "a" * 200, amount_nano=1, rail="r", reference="x")),
         pb.Operation(id=HOLD, set_spending_limit=pb.SetSpendingLimit(api_key_id="")),
+        pb.Operation(id=HOLD, set_spending_limit=pb.SetSpendingLimit(api_key_id="k", period_ms=1)),
         pb.Operation(id=HOLD, expire=pb.Expire(limit=0)),
         pb.Operation(id=HOLD, expire=pb.Expire(limit=5000)),
         pb.Operation(id=HOLD, release=pb.Release(node_id="../x")),

@@ -63,6 +63,16 @@ class Model:
     accused: dict = field(default_factory=dict)  # node -> (legs until then, its conviction)
     convicted: set = field(default_factory=set)
     refunded: set = field(default_factory=set)  # receipt digests
+    budget: tuple = (0, 0)  # most in a period, its length
+    era: int = 0  # how often the length was changed
+    keyed: dict = field(default_factory=dict)  # hold id -> [what it counts, when: era and period]
+
+    def period(self, now):
+        return (self.era, now // self.budget[1]) if self.budget[1] else None
+
+    def fits(self, amount, now):
+        used = sum(counts for counts, when in self.keyed.values() if when == self.period(now))
+        return not self.budget[1] or used + amount <= self.budget[0]
 
 
 def split_of(charge):
@@ -81,6 +91,8 @@ INTERESTING = [
     ("payout_settle", "applied"),
     ("hold", "applied"),
     ("hold", "INSUFFICIENT_FUNDS"),
+    ("hold", "LIMIT_EXCEEDED"),
+    ("set_spending_limit", "applied"),
     ("deposit", "replayed"),
     ("deposit", "ID_CONFLICT"),
     ("convict", "applied"),
@@ -141,17 +153,39 @@ class Machine(RuleBasedStateMachine):
         target=holds,
         client=st.sampled_from(CLIENTS),
         amount=AMOUNTS,
-        ttl=st.sampled_from([50, 10_000, 10_000]),
+        ttl=st.sampled_from([50, 10_000, 100_000]),
+        keyed=st.booleans(),
     )
-    def hold(self, client, amount, ttl):
-        operation = self.world.hold(client, amount, ttl_ms=ttl)
-        fits = amount <= self.model.have[client]
-        assert self.apply("router", operation) == ["applied" if fits else "INSUFFICIENT_FUNDS"]
-        if not fits:
+    def hold(self, client, amount, ttl, keyed=False):
+        operation = self.world.hold(client, amount, ttl_ms=ttl, api_key="key" if keyed else "")
+        answer = "applied"
+        if keyed and not self.model.fits(amount, self.world.now):
+            answer = "LIMIT_EXCEEDED"
+        elif amount > self.model.have[client]:
+            answer = "INSUFFICIENT_FUNDS"
+        assert self.apply("router", operation) == [answer]
+        if answer != "applied":
             return multiple()
+        if keyed:
+            self.model.keyed[operation.id] = [amount, self.model.period(self.world.now)]
         self.model.have[client] -= amount
         self.model.held[operation.id] = (client, amount, self.world.now + ttl)
         return operation
+
+    @rule(most=st.sampled_from([0, 30_000, 100_000]), minutes=st.sampled_from([1, 1, 2]))
+    def limit(self, most, minutes):
+        body = pb.SetSpendingLimit(api_key_id="key", limit_nano=most, period_ms=minutes * 60_000)
+        operation = pb.Operation(id=self.world.new_id(), set_spending_limit=body)
+        assert self.apply("admin", operation) == ["applied"]
+        length = minutes * 60_000 if most else 0
+        self.model.era += length != self.model.budget[1]
+        self.model.budget = (most, length)
+
+    @rule(target=holds, client=st.sampled_from(CLIENTS), first=AMOUNTS, second=AMOUNTS)
+    def use_up_a_budget(self, client, first, second):
+        self.limit(100_000, 1)
+        made = [self.hold(client, amount, 100_000, True) for amount in (first, second)]
+        return multiple(*(hold for hold in made if isinstance(hold, pb.Operation)))
 
     @rule(client=st.sampled_from(CLIENTS), beyond=st.integers(1, 1000))
     def overdraw(self, client, beyond):
@@ -219,6 +253,8 @@ class Machine(RuleBasedStateMachine):
         assert result == "applied"
         del self.model.held[hold.id]
         self.model.have[client] += amount - sum(charges)
+        if hold.id in self.model.keyed:
+            self.model.keyed[hold.id][0] = sum(charges)
         made = []
         for leg, charge, receipt in zip(legs, charges, operation.capture.receipts, strict=True):
             fee, pool, rest = split_of(charge)
@@ -245,8 +281,9 @@ class Machine(RuleBasedStateMachine):
         assert result == "applied"
         client, amount, _ = self.model.held.pop(hold.id)
         self.model.have[client] += amount
+        self.model.keyed.pop(hold.id, None)
 
-    @rule(ms=st.sampled_from([1, 100, 20_000]))
+    @rule(ms=st.sampled_from([1, 100, 20_000, 45_000]))
     def wait_and_expire(self, ms):
         self.world.now += ms
         operation = pb.Operation(id=self.world.new_id(), expire=pb.Expire(limit=1000))
@@ -255,6 +292,7 @@ class Machine(RuleBasedStateMachine):
         for id_ in due:
             client, amount, _ = self.model.held.pop(id_)
             self.model.have[client] += amount
+            self.model.keyed.pop(id_, None)
 
     @rule(digest=consumes(receipts))
     def refund(self, digest):

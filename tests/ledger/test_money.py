@@ -15,7 +15,7 @@ from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
 
 from .conftest import Bench
 
-CREDIT = 10**9
+CREDIT, HOUR_MS = 10**9, 3_600_000
 
 
 async def funded(bench, amount=10 * CREDIT, client="acme"):
@@ -204,6 +204,74 @@ async def test_spending_limit_of_a_key_holds_with_the_hold(bench):
     await bench.must("router", big)
     (over,) = await bench.do("router", world.hold("acme", 1, api_key="key-1"))
     assert over.code == "LIMIT_EXCEEDED"
+
+
+async def set_limit(bench, amount, period_ms=0):
+    body = pb.SetSpendingLimit(api_key_id="key-1", limit_nano=amount, period_ms=period_ms)
+    await bench.must("admin", pb.Operation(id=bench.world.new_id(), set_spending_limit=body))
+
+
+async def try_hold(bench, amount):
+    hold = bench.world.hold("acme", amount, api_key="key-1", ttl_ms=10 * HOUR_MS)
+    (result,) = await bench.do("router", hold)
+    return hold.id if result.status == pb.Result.APPLIED else result.code
+
+
+async def test_a_budget_counts_holds_in_the_period_in_which_they_were_taken(bench):
+    world = bench.world
+    await funded(bench)
+    bench.advance(HOUR_MS - world.now % HOUR_MS)
+    await set_limit(bench, 2 * CREDIT, HOUR_MS)
+    captured_now, voided_later = [await try_hold(bench, CREDIT) for _ in range(2)]
+    assert await try_hold(bench, 1) == "LIMIT_EXCEEDED"
+    # What a capture gives back may be spent in the same hour.
+    await bench.must("router", world.capture(captured_now, Leg(world.node[0])))
+    rest = CREDIT - leg_charge(Leg(world.node[0]))
+    assert await try_hold(bench, rest + 1) == "LIMIT_EXCEEDED"
+    assert await try_hold(bench, rest) != "LIMIT_EXCEEDED"
+    bench.advance(HOUR_MS - 1)
+    assert await try_hold(bench, 1) == "LIMIT_EXCEEDED"
+    bench.advance(1)
+    full = await try_hold(bench, 2 * CREDIT)
+    # It belongs to the hour before, so it makes no room in this one.
+    await bench.must("router", world.void(voided_later))
+    assert await try_hold(bench, 1) == "LIMIT_EXCEEDED"
+    await bench.must("router", world.void(full))
+    assert await try_hold(bench, 2 * CREDIT) != "LIMIT_EXCEEDED"
+
+
+async def test_a_budget_stands_beside_the_limit_in_total_and_can_be_changed(bench):
+    world = bench.world
+    await funded(bench)
+    await set_limit(bench, 3 * CREDIT)
+    await set_limit(bench, 2 * CREDIT, HOUR_MS)
+    first = await try_hold(bench, 2 * CREDIT)
+    bench.advance(HOUR_MS)
+    assert await try_hold(bench, CREDIT + 1) == "LIMIT_EXCEEDED"
+    await set_limit(bench, CREDIT // 2, HOUR_MS)
+    assert await try_hold(bench, CREDIT // 2 + 1) == "LIMIT_EXCEEDED"
+    assert await try_hold(bench, CREDIT // 2) != "LIMIT_EXCEEDED"
+    # Another length counts anew, and what was counted before does not come back into it.
+    await set_limit(bench, CREDIT // 4, 24 * HOUR_MS)
+    await bench.must("router", world.void(first))
+    assert await try_hold(bench, CREDIT // 4 + 1) == "LIMIT_EXCEEDED"
+    assert await try_hold(bench, CREDIT // 4) != "LIMIT_EXCEEDED"
+    assert await try_hold(bench, 1) == "LIMIT_EXCEEDED"
+    await set_limit(bench, 0, HOUR_MS)
+    assert await try_hold(bench, 2 * CREDIT) != "LIMIT_EXCEEDED"
+    assert await try_hold(bench, CREDIT) == "LIMIT_EXCEEDED"  # in total
+
+
+async def test_a_clock_that_is_set_back_opens_no_budget_twice(bench):
+    await funded(bench)
+    await set_limit(bench, CREDIT, HOUR_MS)
+    bench.advance(HOUR_MS)
+    held = await try_hold(bench, CREDIT)
+    bench.advance(-HOUR_MS)
+    assert await try_hold(bench, 1) == "LIMIT_EXCEEDED"
+    await set_limit(bench, CREDIT, 2 * HOUR_MS)
+    await bench.must("router", bench.world.void(held))
+    assert await try_hold(bench, CREDIT + 1) == "LIMIT_EXCEEDED"
 
 
 async def test_refund_gives_everything_back_once(bench):

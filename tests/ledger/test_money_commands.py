@@ -93,6 +93,15 @@ async def test_a_payout_is_pending_until_the_rail_answers(bench, earned, run):
     assert code and "32 hexadecimal" in str(error)
 
 
+def test_a_variable_left_in_the_environment_settles_nothing(monkeypatch):
+    for name in ("PAID", "FAILED"):
+        monkeypatch.setenv(f"TRUEWEIGHT_LEDGER_SETTLE_{name}", "1")
+    arguments = ["settle", "00" * 16, "--market", "m", "--keys", "k"]
+    result = CliRunner().invoke(commands, arguments, auto_envvar_prefix="TRUEWEIGHT_LEDGER")
+    assert result.exit_code == 2
+    assert "Missing option '--paid'" in result.output
+
+
 async def test_a_limit_holds_from_the_next_hold_on(bench, earned, run):
     world = bench.world
     await run("limit", "key-1", "0.1")
@@ -102,6 +111,16 @@ async def test_a_limit_holds_from_the_next_hold_on(bench, earned, run):
         world.hold("acme", 1, api_key="key-1"),
     )
     assert [r.code for r in results] == ["", "LIMIT_EXCEEDED"]
+
+
+async def test_a_budget_for_a_day_is_free_again_the_next_day(bench, earned, run):
+    world = bench.world
+    await run("limit", "key-1", "0.1", "--per", "day")
+    holds = [world.hold("acme", CREDIT // 10, api_key="key-1") for _ in range(2)]
+    assert [r.code for r in await bench.do("router", *holds)] == ["", "LIMIT_EXCEEDED"]
+    bench.advance(86_400_000)
+    again = world.hold("acme", CREDIT // 10, api_key="key-1")
+    assert [r.code for r in await bench.do("router", again)] == [""]
 
 
 async def test_every_verdict_is_rewarded_once_however_often_the_command_runs(bench, earned, run):

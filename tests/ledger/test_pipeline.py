@@ -95,14 +95,18 @@ def traffic(world, dice, steps):
     yield [("admin", world.deposit(c, 20 * CREDIT)) for c in ("a", "b")] + [
         ("router", world.publish(node.key_event)) for node in world.node
     ]
-    yield [("admin", pb.Operation(id=operation(), set_spending_limit=pb.SetSpendingLimit(
-        api_key_id="key", limit_nano=6 * CREDIT)))]  # fmt: skip
+    limits = {"key": 0, "hourly": 3_600_000}
+    bodies = [
+        pb.SetSpendingLimit(api_key_id=key, limit_nano=6 * CREDIT, period_ms=ms)
+        for key, ms in limits.items()
+    ]
+    yield [("admin", pb.Operation(id=operation(), set_spending_limit=body)) for body in bodies]
     for _ in range(steps):
         group = []
         for _ in range(dice.randint(1, 8)):
             kind = dice.random()
             if kind < 0.4 or not holds:
-                key = dice.choice(("", "key"))
+                key = dice.choice(("", *limits))
                 made = world.hold(dice.choice("ab"), dice.randint(1, 3) * CREDIT, api_key=key)
                 holds.append(made.id)
                 group.append(("router", made))

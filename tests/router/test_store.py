@@ -11,6 +11,7 @@ from sqlalchemy import select
 from trueweight.protos.errors import Erased, InvalidRequest, NotFound, StorageError, Unauthenticated
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.protos.v1.ledger_pb2 import Operation, Result, VoidHold
+from trueweight.router import settling
 from trueweight.router.api_keys import KeyGate, create_key, list_keys, revoke_key
 from trueweight.router.journal import CAPTURED, PENDING, Journal, RequestRecord
 from trueweight.router.settling import Settler
@@ -92,6 +93,30 @@ async def test_replay_after_a_crash_sends_what_was_journalled(store):
     assert await settler.replay() == 2
     assert (settler.captured, settler.refused) == (1, 1)
     assert await settler.replay() == 0
+
+
+async def test_beyond_its_bound_the_settler_leaves_captures_in_the_journal(store, monkeypatch):
+    monkeypatch.setattr(settling, "MAX_IN_BACKGROUND", 1)
+    journal = Journal(store)
+    for i in (1, 2):
+        await journal.record_bill(record(i), capture(i), [])
+    asked, answer = [], asyncio.Event()
+
+    class Silent:
+        async def apply(self, operations):
+            asked.extend(op.id for op in operations)
+            await answer.wait()
+            return [Result(status=Result.APPLIED)]
+
+    settler = Settler(Silent(), journal, SystemClock())
+    await settler.capture(capture(1), wait_ms=10)
+    await settler.capture(capture(2), wait_ms=5_000)
+    assert (settler.in_background, asked) == (1, [b"\x01" * 16])
+    answer.set()
+    await settler.close(wait_ms=5_000)
+    assert [op.id for op in await journal.pending()] == [b"\x02" * 16]
+    await settler.replay()
+    assert (await journal.pending(), settler.captured) == ([], 2)
 
 
 async def test_keys_are_hashed_checked_and_revoked(store, tmp_path):

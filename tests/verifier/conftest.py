@@ -30,7 +30,7 @@ from trueweight.verifier.calibration_file import Measured, weights_sha256
 from trueweight.verifier.epochs import RatePolicy
 
 FINGERPRINT = EngineFingerprint(
-    engine="synthetic", sampler_id="tw-gumbel-1", sampler_precision="fp32"
+    engine="synthetic", sampler_id="tw-gumbel-1", sampler_precision="fp32", dtype="float32"
 )
 MU0_NANO = 400_000
 

@@ -3,11 +3,15 @@
 import pytest
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.errors import EngineError
 from trueweight.protos.evidence import Wealth, sum_nano
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochOpen, Verdict
+from trueweight.protos.v1.market_pb2 import EngineFingerprint
+from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreResponse, ScoreResult
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.plot import write_png
+from trueweight.verifier.reference import Scorer
 from trueweight.verifier.report import explain, status_rows
 
 HONEST = [0.0] * 199 + [0.0078125]
@@ -230,3 +234,20 @@ async def test_explain_says_in_words_that_a_calibration_is_in_doubt(world, kit):
     for node in nodes:
         found = explain(app.service.view, node)
         assert found.state == "frozen" and "nobody is convicted by it" in found.words
+
+
+async def test_a_reference_that_rounds_like_the_nodes_is_refused_with_what_to_do():
+    class Rounding:
+        async def score(self, manifest_digest, items):
+            fingerprint = EngineFingerprint(dtype="bfloat16")
+            return ScoreResponse(results=[ScoreResult() for _ in items], fingerprint=fingerprint)
+
+        async def close(self):
+            pass
+
+    scorer = Scorer(Rounding())
+    with pytest.raises(EngineError, match="bfloat16") as refused:
+        await scorer.score(b"m" * 32, ScoreItem(output_token_ids=[1]))
+    assert "--dtype float32" in refused.value.hint
+    assert scorer.scored_items == 0
+    await scorer.close()

@@ -14,7 +14,7 @@ from trueweight.protos.envelope import parse_envelope
 from trueweight.protos.v1.audit_pb2 import AuditRequest
 
 revision = "0005"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
