@@ -51,7 +51,7 @@ CLAIMABLE = frozenset((market_pb2.EOS, market_pb2.LENGTH, market_pb2.STOPPED, ma
 # Evidence that anyone may publish who is entitled: kind -> roles of the signer.
 _PUBLISHERS: dict[str, frozenset[str]] = {
     "registry-entry": frozenset({"market"}),
-    "calibration": frozenset({"market", "verifier"}),
+    "calibration": frozenset({"verifier"}),
     "epoch-open": frozenset({"verifier"}),
     "epoch-reveal": frozenset({"verifier"}),
     "audit-request": frozenset({"verifier"}),

@@ -75,6 +75,11 @@ class NodeEvidence:
             return "convict"
         return "suspect" if self.wealth.value >= SUSPECT else "clear"
 
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens whose margins were looked at."""
+        return self.wealth.tokens
+
     def accepts(self, evidence: Evidence) -> bool:
         """True if the evidence counts: not after the decision, not beyond its client's share (but
         for every eighth). Decided before the outcome is looked at, so the wealth stays a

@@ -32,7 +32,7 @@ class Guilt:
 
 def guilt_of(world: World, node: Signer, client: str, by: str = "verifier") -> Guilt:
     """Enough to convict a node. The client needs one credit for each of the holds."""
-    calibration = seal(_calibration(world), world.signers[by])
+    calibration = seal(_calibration(world, by), world.signers[by])
     holds = [world.hold(client, 1) for _ in range(AUDITS)]
     free = Leg(node, billed_input=0, billed_output=0)
     captures = [world.capture(hold.id, free) for hold in holds]
@@ -77,7 +77,7 @@ def convict_by(
     return pb.Operation(id=world.new_id(), convict=body)
 
 
-def _calibration(world: World) -> audit_pb2.Calibration:
+def _calibration(world: World, by: str) -> audit_pb2.Calibration:
     entry = audit_pb2.CalibrationEntry(
         parameter_class=CLASS,
         mu0_nano=MU0_NANO,
@@ -87,7 +87,11 @@ def _calibration(world: World) -> audit_pb2.Calibration:
         refund_above_nano=100_000_000,
     )
     return audit_pb2.Calibration(
-        market_id=world.market_id, manifest_digest=b"m" * 32, version=1, entries=[entry]
+        market_id=world.market_id,
+        manifest_digest=b"m" * 32,
+        version=1,
+        entries=[entry],
+        verifier_id=world.identity(by),
     )
 
 

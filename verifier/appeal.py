@@ -15,7 +15,7 @@ from trueweight.verifier.audit import Auditor
 from trueweight.verifier.epochs import EpochPlan, audit_request
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
-from trueweight.verifier.verdicts import EVIDENCE, AuditContext, mean_x, outcome_name
+from trueweight.verifier.verdicts import AuditContext, mean_x, outcome_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ async def rerun(
         error, now = "", Verdict()
         try:
             now = await auditor.run(context, last_try=False)
-            if now.outcome not in EVIDENCE:
+            # A re-run is held against the null mean of then, whatever this verifier's own says.
+            if not now.scored_tokens:
                 error = f"now {outcome_name(now)}"
         except TrueweightError as found:
             error = found.message

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
-from trueweight.protos.conviction import frozen_pairs, should_convict
+from trueweight.protos.calibrations import CalibrationLeaf
+from trueweight.protos.conviction import NodeEvidence, frozen_pairs, should_convict
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.verifier.calibration_file import Measured, weights_sha256
@@ -152,9 +153,10 @@ class Agenda:
         return all(self.view.commitments.get(key) is not None for key in keys)
 
     def calibration_duties(self) -> Iterator[PublishCalibration]:
-        """Calibrations at hand that the log lacks. They apply to later receipts only."""
+        """Calibrations at hand that this verifier has not logged. They apply to its own verdicts
+        on later receipts only."""
         for digest, manifest in self.view.registry.manifests.items():
-            newest = self.view.calibrations.in_force(digest, self.view.next_index)
+            newest = self._own_calibration(digest)
             for measured in self.measured:
                 newer = newest is None or measured.version > newest.version
                 if newer and measured.weights == weights_sha256(manifest):
@@ -162,13 +164,16 @@ class Agenda:
 
     @property
     def has_calibrations(self) -> bool:
-        """True if all weights on sale have a calibration in the log or one at hand."""
+        """True if all weights on sale have a calibration of this verifier in the log or at hand."""
         at_hand = {m.weights for m in self.measured}
         return all(
-            weights_sha256(manifest) in at_hand
-            or self.view.calibrations.in_force(digest, self.view.next_index) is not None
+            weights_sha256(manifest) in at_hand or self._own_calibration(digest) is not None
             for digest, manifest in self.view.registry.manifests.items()
         )
+
+    def _own_calibration(self, manifest_digest: bytes) -> CalibrationLeaf | None:
+        calibrations = self.view.calibrations
+        return calibrations.in_force(self.verifier_id, manifest_digest, self.view.next_index)
 
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:
         epochs = self.my_epochs
@@ -197,7 +202,8 @@ class Agenda:
 
     def _conviction_duties(self) -> Iterator[Duty]:
         records = self.view.nodes
-        frozen = frozen_pairs([r.pooled for r in records.values()])
+        judged = [r.by_verifier.get(self.verifier_id) for r in records.values()]
+        frozen = frozen_pairs([own for own in judged if own is not None])
         for node_id, record in records.items():
             own = record.by_verifier.get(self.verifier_id)
             mine = record.convictions.get(self.verifier_id)
@@ -224,7 +230,8 @@ class Agenda:
                 continue
             if not self.view.may_judge(self.verifier_id, node_id):
                 continue
-            if record.suspended or record.pooled.state != "clear" or not record.pooled.wealth.r:
+            own = record.by_verifier.get(self.verifier_id, NodeEvidence())
+            if record.suspended or own.state != "clear" or not own.scored_tokens:
                 continue
             open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
             yield ReleaseEarnings(node_id, newest.message.epoch, min([newest.index, *open_audits]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from trueweight.protos.calibrations import CalibrationLeaf, read_calibration
 from trueweight.protos.envelope import (
     Opened,
     digest_of,
@@ -26,7 +27,6 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.runtime.market import Market
 from trueweight.verifier.bundle import Bundle
-from trueweight.verifier.calibration import CalibrationLeaf, read_calibration
 from trueweight.verifier.reference import Scorer
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.verdicts import AuditContext, Scored, agree, mean_x, scored
@@ -128,8 +128,8 @@ def _calibration(
         raise BadSignature("the bundle carries another calibration than the verdict cites")
     if opened.message.manifest_digest != manifest_digest:
         raise BadSignature("the cited calibration is for other weights")
-    if opened.signer != market.market_id and not market.has_role(opened.signer, Member.VERIFIER):
-        raise BadSignature("the calibration is signed by somebody who may not calibrate")
+    if not opened.signer == opened.message.verifier_id == verdict.verifier_id:
+        raise BadSignature("the cited calibration is not the verifier's own")
     return read_calibration(opened.message, opened.digest, 0)
 
 

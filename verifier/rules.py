@@ -32,10 +32,13 @@ def evidence_in(view: LogView, leaf: Leaf[Verdict]) -> tuple[str, Evidence | Non
         return "the verdict names another assignment", None
     if view.requests.get((verdict.verifier_id, verdict.receipt_digest)) is None:  # 4
         return "the audit was not requested in the log first", None
-    cited = view.calibrations.cited(verdict.calibration_digest, receipt.index)
+    cited = view.calibrations.cited(verdict.verifier_id, verdict.calibration_digest, receipt.index)
     entry = cited.entries.get(verdict.parameter_class) if cited else None
     if cited is None or entry is None:  # 5
-        return "the cited calibration is not in force for this receipt and class", None
+        return (
+            "the cited calibration is not its own in force for this receipt and class",
+            None,
+        )
     if not 0 < verdict.scored_tokens <= receipt.output_tokens:  # 6
         return "more or fewer tokens scored than the receipt has", None
     if verdict.sum_x_nano > verdict.scored_tokens * 10**9:  # 7

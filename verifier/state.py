@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.calibrations import CalibrationTable, read_calibration
 from trueweight.protos.conviction import Evidence, NodeEvidence
 from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.envelope import (
@@ -41,7 +42,6 @@ from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
-from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.registry import Registry
@@ -202,9 +202,7 @@ class LogView:
         self.registry.apply(leaf.message, entry.merged_at_unix_ms)
 
     def _on_calibration(self, entry: LogEntry) -> None:
-        opened = self._open_any(entry, Calibration)
-        if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
-            raise TrueweightError("only verifiers and the market calibrate")
+        opened = self._open_by_verifier(entry, Calibration)
         if opened.message.manifest_digest not in self.registry.manifests:
             raise TrueweightError("a calibration for weights that nobody registered")
         calibration = read_calibration(opened.message, opened.digest, entry.index)

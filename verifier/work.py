@@ -77,7 +77,7 @@ class Worker:
 
     async def _calibrate(self, duty: duties.PublishCalibration) -> None:
         message = duty.measured.statement(
-            self._market_id, duty.manifest_digest, self.clock.now_unix_ms()
+            self._market_id, self._me, duty.manifest_digest, self.clock.now_unix_ms()
         )
         version = duty.measured.version.to_bytes(4, "big")
         await self.publisher.publish(message, "calibration", duty.manifest_digest, version)
@@ -87,12 +87,12 @@ class Worker:
         now = self.clock.now_unix_ms()
         view = self.agenda.view
         records = await read_stakes(self.ledger, list(view.nodes))
-        known = power(view, self.cheats)
+        known = power(view, self._me, self.cheats)
         message = open_epoch(
             EpochPlan(self._market_id, self._me, epoch, now),
             secret,
             self.agenda.policy,
-            standings(view, stakes(view, records), known),
+            standings(view, self._me, stakes(view, records), known),
             known.gain_tokens if known else 0,
         )
         await self.publisher.publish(message, "epoch-open", epoch.to_bytes(8, "big"))
@@ -190,7 +190,7 @@ class Worker:
 
     async def _release(self, duty: duties.ReleaseEarnings) -> None:
         """Leaves as much at stake as deters at the node's frozen rate."""
-        view, known = self.agenda.view, power(self.agenda.view, self.cheats)
+        view, known = self.agenda.view, power(self.agenda.view, self._me, self.cheats)
         records = await read_stakes(self.ledger, [duty.node_id])
         stake = stakes(view, records)[duty.node_id]
         rate = self.agenda.my_epochs[-1].rate_ppm(duty.node_id)

@@ -53,14 +53,21 @@ class Forger:
         return self.view
 
     def setup(self, kit):
-        """A calibration in force, one served receipt and its audit request."""
+        """A calibration of each verifier in force, one served receipt and its audit request."""
         world, me = self.world, self.world.verifiers[0]
-        statement = world.measured().statement(world.market_id, world.manifest_digest, 0)
-        self.log(statement, me)
-        self.calibration = digest_of(self.world.ledger.entries[-1].body)
+        self.calibrations = {}
+        for verifier in world.verifiers:
+            self.log(self.statement(1, verifier), verifier)
+            self.calibrations[verifier.identity] = digest_of(world.ledger.entries[-1].body)
         self.receipt = world.serve("good", WRONG)
         self.log(self.request(me), me)
         return self.fold()
+
+    def statement(self, version, signer):
+        world = self.world
+        return world.measured(version).statement(
+            world.market_id, signer.identity, world.manifest_digest, 0
+        )
 
     def request(self, signer, receipt=None):
         return AuditRequest(
@@ -77,7 +84,7 @@ class Forger:
             "node_id": leaf.node_id,
             "assignment_digest": leaf.assignment_digest,
             "receipt_digest": self.receipt,
-            "calibration_digest": self.calibration,
+            "calibration_digest": self.calibrations.get(signer.identity, b""),
             "parameter_class": "plain",
             "sum_x_nano": 50 * 10**9,
             "scored_tokens": 50,
@@ -217,10 +224,10 @@ def test_attack_publishing_early_does_not_shut_others_out(forger):
 def test_attack_calibration_by_a_node_or_a_router(forger):
     world = forger.world
     for signer in (world.nodes["rival"], world.router):
-        statement = world.measured(9).statement(world.market_id, world.manifest_digest, 0)
-        forger.log(statement, signer)
+        forger.log(forger.statement(9, signer), signer)
+    forger.log(forger.statement(9, world.verifiers[1]), world.verifiers[0])
     view = forger.fold()
-    assert [c.version for c in view.calibrations.all()] == [1] and view.ignored == 2
+    assert [c.version for c in view.calibrations.all()] == [1, 1] and view.ignored == 3
 
 
 def test_attack_suspension_and_conviction_by_strangers(forger):
