@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
-from trueweight.ledger.audits import VerdictRow
+from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.values import (
     CAPTURED,
@@ -95,6 +95,7 @@ class Book:
         self.nodes: dict[str, NodeRow] = {}
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
+        self.steps: dict[int, StepRow] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []
@@ -165,6 +166,11 @@ class Book:
 
     def leg(self, receipt_digest: bytes) -> Leg | None:
         return self.legs.get(receipt_digest) or self.snapshot.legs.get(receipt_digest)
+
+    def served_by(self, receipt_digest: bytes) -> str:
+        """The node that a receipt was settled for; empty if none was."""
+        leg = self.legs.get(receipt_digest)
+        return leg.node_id if leg else self.snapshot.served_by.get(receipt_digest, "")
 
     def claims_of(self, hold_id: bytes) -> tuple[Claim, ...]:
         return self.claims.get(hold_id) or tuple(self.snapshot.claims.get(hold_id, ()))

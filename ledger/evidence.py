@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from trueweight.ledger.audits import VerdictRow, verdict_row
+from trueweight.ledger.audits import StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.values import Terms
 from trueweight.protos.envelope import (
     Opened,
@@ -91,6 +91,8 @@ class LegFacts(NamedTuple):
     pool: int
     node: int
     subsidy: int
+    output_tokens: int
+    manifest_digest: bytes
 
 
 class CaptureFacts(NamedTuple):
@@ -116,6 +118,8 @@ class ClaimFacts:
     charge: int
     # Before this the router may still settle, and a claim would stand in its way.
     not_before_unix_ms: int
+    output_tokens: int
+    manifest_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ class PublishFacts:
     conviction: str = ""
     # What a verdict says; its log index is not known yet.
     verdict: VerdictRow | None = None
+    # The same for requests, epochs and calibrations.
+    step: StepRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +241,8 @@ def _check_leg(
         leg.pool_nano,
         leg.node_nano,
         leg.pool_subsidy_nano,
+        receipt.output_tokens,
+        assignment.manifest_digest,
     )
 
 
@@ -295,6 +303,8 @@ def check_claim(body: ledger_pb2.Claim, caller: str, court: Court) -> ClaimFacts
         caller,
         charge,
         _claimable_from(assignment),
+        facts.output_tokens,
+        assignment.manifest_digest,
     )
 
 
@@ -329,7 +339,8 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
         conviction = f"{opened.message.node_id}:{opened.signer}"
     if isinstance(opened.message, audit_pb2.Verdict):
         verdict = verdict_row(opened.message)
-    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction, verdict)
+    step = step_row(opened.message, opened.digest, envelope)
+    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction, verdict, step)
 
 
 def check_not_owner(caller: str, node_id: str, court: Court) -> None:

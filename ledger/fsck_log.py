@@ -9,13 +9,13 @@ import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
-from trueweight.ledger.audits import VerdictRow, verdict_row
+from trueweight.ledger.audits import REQUEST, STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import REASONS
 from trueweight.protos.checkpoint import log_origin, open_note
-from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
+from trueweight.protos.envelope import digest_of, message_class, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
 from trueweight.protos.v1.audit_pb2 import Verdict
@@ -89,6 +89,9 @@ def _check_log(
     evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
     columns = ", ".join(VerdictRow._fields)
     verdicts = stream(connection, f"SELECT {columns} FROM verdict ORDER BY log_index")  # noqa: S608
+    columns = ", ".join(StepRow._fields)
+    steps = stream(connection, f"SELECT {columns} FROM audit_step ORDER BY log_index")  # noqa: S608
+    _check_audited(connection, findings)
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, (sizes, roots))
@@ -103,12 +106,16 @@ def _check_log(
             _check_leaf(findings, place, (kind, body), transfers, evidence)
             if kind == VERDICT:
                 _check_verdict(findings, place, body, verdicts)
+            elif kind in STEP_KINDS:
+                _check_step(findings, place, (kind, body), steps)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
     for left in transfers:
         findings.add(f"transfers have no leaf ({len(left)} bytes)")
     for row in verdicts:
         findings.add(f"the verdict of leaf {row[0]} is in no leaf")
+    for row in steps:
+        findings.add(f"the statement of leaf {row[0]} is in no leaf")
     for row in evidence:
         findings.add(f"evidence names leaf {row[0]}, which does not exist")
     for level, number in stored:
@@ -160,6 +167,37 @@ def _check_verdict(findings: Findings, place: int, body: bytes, rows: Iterator[A
     stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
     if said is None or stored != list(said._replace(log_index=place)):
         findings.add(f"the verdict in leaf {place} is not what is kept of it")
+
+
+def _check_step(
+    findings: Findings, place: int, leaf: tuple[str, bytes], rows: Iterator[Any]
+) -> None:
+    kind, body = leaf
+    row = next(rows, None)
+    try:
+        said = step_row(
+            parse_payload(parse_envelope(body), message_class(kind)), digest_of(body), body
+        )
+    except BadSignature:
+        said = None
+    stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
+    # Whose receipt was audited stands in no leaf of this kind: ``_check_audited``.
+    node_id = str(stored[StepRow._fields.index("node_id")]) if stored else ""
+    if said is None or stored != list(said._replace(log_index=place, node_id=node_id)):
+        findings.add(f"the {kind} in leaf {place} is not what is kept of it")
+
+
+def _check_audited(connection: sa.Connection, findings: Findings) -> None:
+    wrong = connection.execute(
+        sa.text(
+            "SELECT COUNT(*) FROM audit_step s LEFT JOIN leg l "
+            "ON l.receipt_digest = s.subject AND l.log_index < s.log_index "
+            "WHERE s.node_id <> CASE WHEN s.kind = :kind THEN COALESCE(l.node_id, '') ELSE '' END"
+        ),
+        {"kind": REQUEST},
+    ).scalar_one()
+    if wrong:
+        findings.add(f"{wrong} audit requests are kept under another node than their receipt's")
 
 
 def _extend(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from trueweight.ledger import bundle
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
     POOL_ACCOUNT,
@@ -18,9 +17,10 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
-from trueweight.ledger.audits import COUNTING, MAX_AUDITS, Audit, LoggedCalibration
+from trueweight.ledger.audits import REQUEST
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
+from trueweight.ledger.dockets import Dockets, read_cases
 from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, ConvictFacts, RefundFacts
 from trueweight.ledger.values import (
     OPEN,
@@ -49,10 +49,11 @@ PENDING_COLUMNS = (
 )  # fmt: skip
 LEG_COLUMNS = (
     "receipt_digest", "hold_id", "node_id", "client", "charge", "fee", "pool", "node", "subsidy",
-    "log_index", "captured_at", "refunded", "refunded_node",
+    "log_index", "captured_at", "refunded", "refunded_node", "output_tokens", "manifest_digest",
 )  # fmt: skip
 CLAIM_COLUMNS = (
     "hold_id", "assignment_digest", "receipt_digest", "receipt", "node_id", "charge",
+    "output_tokens", "manifest_digest",
 )  # fmt: skip
 _ACCOUNTS = (
     "SELECT no, id, kind, debits_pending, debits_posted, credits_pending, credits_posted "
@@ -76,6 +77,8 @@ class Cache:
     open_holds: dict[bytes, Pending] = field(default_factory=dict)
     # False: no hold has ever been claimed from, so nobody need look (None: not known yet).
     any_claims: bool | None = None
+    # Half-read histories of audits.
+    dockets: Dockets = field(default_factory=dict)
 
     def trim(self) -> None:
         """Keeps the cache bounded: a full one starts anew. Before the newest group is put in, so
@@ -98,6 +101,8 @@ class Needs:
     spending: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
+    # Receipts whose audit is requested.
+    audited: set[bytes] = field(default_factory=set)
 
 
 _NOTHING = Book(Snapshot())
@@ -129,7 +134,7 @@ def load(
     applied = _applied(backend, operations)
     _overlay(applied, last.applied, {op.id for op in operations})
     needs = _needs(op for op in operations if op.error is None and op.id not in applied)
-    special = _special(backend, operations[0], terms, needs, now_unix_ms)
+    special = _special(backend, cache, operations[0], needs, terms=terms, now_unix_ms=now_unix_ms)
     pendings = _pendings(backend, cache, needs)
     _overlay(pendings, last.pendings, needs.pendings)
     for pending in pendings.values():
@@ -162,6 +167,7 @@ def load(
         spending=spending,
         nodes=nodes,
         published=published,
+        served_by=_served_by(backend, needs.audited, last),
         judges=_judges(backend, operations, published, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
@@ -249,13 +255,15 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
         needs.digests.add(op.facts.digest)
         if op.facts.conviction:
             needs.references.add(("conviction", op.facts.conviction))
+        if op.facts.step is not None and op.facts.step.kind == REQUEST:
+            needs.audited.add(op.facts.step.subject)
     elif kind == "release":
         needs.nodes.add(body.node_id)
         needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
 
 
 def _special(
-    backend: Backend, op: Prepared, terms: Terms, needs: Needs, now_unix_ms: int
+    backend: Backend, cache: Cache, op: Prepared, needs: Needs, *, terms: Terms, now_unix_ms: int
 ) -> dict[str, object]:
     """What the operations that stand alone read besides their keys."""
     if op.error is not None:
@@ -265,7 +273,7 @@ def _special(
     if op.kind == "release":
         return {"leg_total": _leg_total(backend, op, terms, now_unix_ms)}
     if isinstance(op.facts, ConvictFacts):
-        return _conviction(backend, op.facts, terms, needs)
+        return _conviction(backend, cache, op.facts, terms, needs)
     return {}
 
 
@@ -296,7 +304,7 @@ def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -
 
 
 def _conviction(
-    backend: Backend, facts: ConvictFacts, terms: Terms, needs: Needs
+    backend: Backend, cache: Cache, facts: ConvictFacts, terms: Terms, needs: Needs
 ) -> dict[str, object]:
     node = facts.node_id
     legs = [
@@ -321,26 +329,15 @@ def _conviction(
         (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
     )
     needs.accounts.update(leg.client for leg in legs)
-    found = {verifier: _audits(backend, verifier, node) for verifier in terms.verifiers}
-    cited = {audit.calibration_digest for audits in found.values() for audit in audits}
-    return {
-        "node_legs": legs,
-        "withdrawals": withdrawals,
-        "audits": found,
-        "calibrations": _calibrations(backend, cited),
-    }
+    cases = read_cases(backend, cache.dockets, terms.verifiers, node)
+    return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
 
 
-def _audits(backend: Backend, verifier_id: str, node_id: str) -> list[Audit]:
-    rows = backend.query(
-        "SELECT v.log_index, v.receipt_digest, v.calibration_digest, v.parameter_class, "
-        "v.sum_x_nano, v.tokens, l.log_index, l.client FROM verdict v "
-        "JOIN leg l ON l.receipt_digest = v.receipt_digest AND l.node_id = v.node_id "
-        "WHERE v.node_id = ? AND v.verifier_id = ? AND v.outcome IN (?, ?) "
-        "AND l.log_index < v.log_index ORDER BY v.log_index LIMIT ?",
-        (node_id, verifier_id, *COUNTING, MAX_AUDITS + 1),
-    )
-    return [Audit(*row) for row in rows]
+def _served_by(backend: Backend, wanted: set[bytes], last: Book) -> dict[bytes, str]:
+    """Whose the receipts are whose audit is requested."""
+    rows = backend.by_keys("SELECT receipt_digest, node_id FROM leg", "receipt_digest", wanted)
+    found = {row[0]: row[1] for row in rows}
+    return found | {digest: leg.node_id for digest, leg in last.legs.items() if digest in wanted}
 
 
 def _judges(
@@ -355,25 +352,6 @@ def _judges(
     rows = backend.by_keys("SELECT log_index, verifier_id FROM verdict", "log_index", wanted)
     found = {row[0]: row[1] for row in rows}
     return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
-
-
-def _calibrations(backend: Backend, digests: set[bytes]) -> dict[bytes, LoggedCalibration]:
-    found = {}
-    for digest, index in backend.by_keys(
-        "SELECT digest, log_index FROM evidence", "digest", digests
-    ):
-        rows = backend.query(
-            "SELECT first_index, leaves, body FROM bundle WHERE first_index <= ? "
-            "ORDER BY first_index DESC LIMIT 1",
-            (index,),
-        )
-        if not rows or index >= rows[0][0] + rows[0][1]:
-            continue  # published in this very transaction, so after every receipt that counts
-        first, leaves, body = rows[0]
-        kind, leaf = list(bundle.unpack(leaves, bytes(body)))[index - first]
-        if kind == "calibration":
-            found[digest] = LoggedCalibration(index, leaf)
-    return found
 
 
 def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:

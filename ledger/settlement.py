@@ -91,6 +91,8 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
                 subsidy,
                 index,
                 book.now,
+                output_tokens=leg.output_tokens,
+                manifest_digest=leg.manifest_digest,
             ),
         )
     return facts.charge
@@ -121,6 +123,8 @@ def claim(book: Book, op: Prepared, _: Terms) -> int:
         facts.receipt,
         facts.node_id,
         facts.charge,
+        facts.output_tokens,
+        facts.manifest_digest,
     )
     book.put(book.claims, pending.id, (*claims, made))
     return facts.charge
@@ -165,6 +169,8 @@ def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Te
                 0,
                 index,
                 book.now,
+                output_tokens=made.output_tokens,
+                manifest_digest=made.manifest_digest,
             ),
         )
 
@@ -242,11 +248,11 @@ def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
     """Verifiers that have published a conviction which their own logged verdicts carry. Raises
     Conflict or InvalidRequest if the one at hand is none of these."""
     cases = {
-        verifier: audits.add_up(found, book.snapshot.calibrations)
-        for verifier, found in book.snapshot.audits.items()
+        verifier: case
+        for verifier, case in book.snapshot.cases.items()
         if book.reference("conviction", f"{facts.node_id}:{verifier}") is not None
     }
-    mine = cases.get(facts.verifier_id) or audits.add_up((), {})
+    mine = cases.get(facts.verifier_id) or audits.Case()
     audits.check_statement(facts.statement, mine, only_verifier=len(terms.verifiers) == 1)
     return sum(case.is_carried for case in cases.values())
 
@@ -309,6 +315,10 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
     index = book.append(Leaf(facts.kind, facts.envelope, facts.digest))
     if facts.verdict is not None:
         book.put(book.verdicts, index, facts.verdict._replace(log_index=index))
+    if facts.step is not None:
+        is_request = facts.step.kind == audits.REQUEST
+        node_id = book.served_by(facts.step.subject) if is_request else ""
+        book.put(book.steps, index, facts.step._replace(log_index=index, node_id=node_id))
     return index
 
 

@@ -55,7 +55,7 @@ class EpochReveal(_message.Message):
     def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class AuditRequest(_message.Message):
-    __slots__ = ("market_id", "verifier_id", "epoch", "assignment_digest", "receipt_digest", "wrap_public_key", "duplicate_index", "requested_at_unix_ms")
+    __slots__ = ("market_id", "verifier_id", "epoch", "assignment_digest", "receipt_digest", "wrap_public_key", "duplicate_index", "requested_at_unix_ms", "for_appeal")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class AuditRequest(_message.Message):
     WRAP_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_INDEX_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    FOR_APPEAL_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     verifier_id: str
     epoch: int
@@ -72,7 +73,8 @@ class AuditRequest(_message.Message):
     wrap_public_key: bytes
     duplicate_index: int
     requested_at_unix_ms: int
-    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., assignment_digest: _Optional[bytes] = ..., receipt_digest: _Optional[bytes] = ..., wrap_public_key: _Optional[bytes] = ..., duplicate_index: _Optional[int] = ..., requested_at_unix_ms: _Optional[int] = ...) -> None: ...
+    for_appeal: bool
+    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., assignment_digest: _Optional[bytes] = ..., receipt_digest: _Optional[bytes] = ..., wrap_public_key: _Optional[bytes] = ..., duplicate_index: _Optional[int] = ..., requested_at_unix_ms: _Optional[int] = ..., for_appeal: _Optional[bool] = ...) -> None: ...
 
 class Transcript(_message.Message):
     __slots__ = ("assignment_envelope", "receipt_envelope", "salt", "prompt_token_ids", "prefix_token_ids", "output_token_ids", "delivered_tokens", "grammar_source")
