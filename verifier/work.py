@@ -20,7 +20,7 @@ from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch
 from trueweight.verifier.plan import Agenda
-from trueweight.verifier.publishing import Publisher
+from trueweight.verifier.publishing import REWARD_PPM, Publisher
 from trueweight.verifier.standing import power, stakes, standings
 from trueweight.verifier.verdicts import AuditContext, outcome_name
 
@@ -36,7 +36,7 @@ class Worker:
     publisher: Publisher
     ledger: LedgerPort
     clock: Clock
-    reward_ppm: int = 50_000
+    reward_ppm: int = REWARD_PPM
     cheats: Sequence[Cheat] = KNOWN_CHEATS
 
     async def do(self, duty: duties.Duty) -> None:
