@@ -13,8 +13,9 @@ from pathlib import Path
 from trueweight.protos.envelope import ring_of, seal
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.identity import Signer
+from trueweight.protos.market_terms import DEFAULT_AUDIT_TERMS, DEFAULT_ENGINES
 from trueweight.protos.money import PPM
-from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
+from trueweight.protos.v1.market_pb2 import AuditTerms, EngineAllowList, MarketDescriptor, Member
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.keys import create_keys, load_signer
 from trueweight.runtime.market import Market, load_market, write_market
@@ -46,6 +47,9 @@ class MarketPlan:
     convictions_needed: int = 1
     # Members whose keys others hold, as they are in the descriptor.
     guests: Sequence[Member] = ()
+    # None: as in descriptors from before there were any.
+    engines: EngineAllowList | None = field(default_factory=lambda: DEFAULT_ENGINES)
+    audit_terms: AuditTerms | None = field(default_factory=lambda: DEFAULT_AUDIT_TERMS)
 
 
 def create_market(directory: Path, plan: MarketPlan, clock: Clock) -> Market:
@@ -70,6 +74,8 @@ class Changes:
     endpoints: Mapping[str, str] = field(default_factory=dict)
     verifiers: Sequence[bytes] = ()
     convictions_needed: int = 0
+    engines: EngineAllowList | None = None
+    audit_terms: AuditTerms | None = None
 
 
 def reissue_market(directory: Path, changes: Changes, clock: Clock) -> Market:
@@ -94,6 +100,9 @@ def reissue_market(directory: Path, changes: Changes, clock: Clock) -> Market:
         settlement_window_ms=old.settlement_window_ms,
         convictions_needed=changes.convictions_needed or old.convictions_needed,
         guests=tuple(guests.values()),
+        engines=changes.engines or (old.engines if old.HasField("engines") else None),
+        audit_terms=changes.audit_terms
+        or (old.audit_terms if old.HasField("audit_terms") else None),
     )
     _check(plan)
     return _issue(directory, plan, market, signers, sequence=old.sequence + 1, clock=clock)
@@ -137,6 +146,8 @@ def _issue(
         convictions_needed=plan.convictions_needed,
         issued_at_unix_ms=now,
         sequence=sequence,
+        engines=plan.engines,
+        audit_terms=plan.audit_terms,
     )
     path = directory / MARKET_FILE
     write_market(path, seal(descriptor, market), market.key_event)
@@ -156,6 +167,11 @@ def _check(plan: MarketPlan) -> None:
         raise InvalidRequest(
             "fee and verification pool are shares of the charge, at most all of it"
         )
+    terms = plan.audit_terms
+    if terms and max(terms.floor_ppm, terms.duplicate_rate_ppm) > PPM:
+        raise InvalidRequest("audit rates are shares of the requests, at most all of them")
+    if plan.engines is not None and not (plan.engines.engines and plan.engines.sampler_id):
+        raise InvalidRequest("the list of engines allows nothing")
     if plan.settlement_window_ms < 0 or plan.convictions_needed < 1:
         raise InvalidRequest("the settlement window and the convictions needed are positive")
     verifiers = 1 + sum(member.role == Member.VERIFIER for member in plan.guests)

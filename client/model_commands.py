@@ -32,6 +32,7 @@ from trueweight.runtime.cli import (
     keys_option,
     market_option,
     option,
+    optional_keys_option,
     path_option,
     print_json,
     print_table,
@@ -157,11 +158,12 @@ def revoke(model_id: str, market: Path, keys: Path, as_json: bool) -> None:
 @model.command()
 @click.argument("model_id", default="")
 @market_option
-@keys_option
+@optional_keys_option
 @json_option
-def show(model_id: str, market: Path, keys: Path, as_json: bool) -> None:
+def show(model_id: str, market: Path, keys: Path | None, as_json: bool) -> None:
     """List the models that the market sells now, from its log; or tell all about MODEL_ID."""
-    known, signer = load_market(market), load_signer(keys)
+    known = load_market(market)
+    signer = load_signer(keys) if keys else None
     current = _current(known, _with_ledger(known, signer, _registry))
     if model_id:
         if model_id not in current:
@@ -210,12 +212,16 @@ async def _registry(ledger: LedgerPort) -> list[tuple[int, bytes]]:
     return found
 
 
-def _with_ledger(market: Market, signer: Signer, use: Callable[[LedgerPort], Awaitable[T]]) -> T:
+def _with_ledger(
+    market: Market, signer: Signer | None, use: Callable[[LedgerPort], Awaitable[T]]
+) -> T:
     async def run() -> T:
         member = market.member(Member.LEDGER)
         if not member.endpoint:
             raise InvalidRequest("the market file names no ledger endpoint")
-        tokens = AccessTokens(signer, market.market_id, SystemClock(), os.urandom)
+        tokens = (
+            AccessTokens(signer, market.market_id, SystemClock(), os.urandom) if signer else None
+        )
         ledger = GrpcLedger(member.endpoint, member.tls_certificate_pem, member.identity, tokens)
         try:
             return await use(ledger)

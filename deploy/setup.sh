@@ -72,8 +72,13 @@ uv "${links[@]}" -r "$lock" || pip install --no-deps -r "$lock" ||
   die "the package index gave a torch without CUDA; remove .venv and name another index."
 uv --no-build-isolation -e . || die "installing Trueweight itself failed; see the message above."
 # Beside the environment, not in it: only the tests of the GPU kernels want it, by its interpreter.
-[ "$kind" != dev ] ||
-  uv --target .venv/triton "$(grep -E '^triton==' requirements/gpu.txt)" 2>/dev/null ||
-  say "setup: no Triton for this platform; the tests of the GPU kernels will be skipped."
+if [ "$kind" = dev ]; then
+  triton=$(grep -E '^triton==' requirements/gpu.txt)
+  uv --target .venv/triton "$triton" ||
+    { [ -n "${TRUEWEIGHT_WITHOUT_TRITON:-}" ] &&
+      say "setup: no $triton; the tests of the GPU kernels will be skipped, as you allowed."; } ||
+    die "cannot install $triton, which the tests of the GPU kernels need. \
+TRUEWEIGHT_WITHOUT_TRITON=1 goes on without it and skips them."
+fi
 touch "$stamp"
 say "setup: done in $(($(date +%s) - started)) s"

@@ -27,17 +27,10 @@ from trueweight.protos.conviction import (
 )
 from trueweight.protos.envelope import parse_envelope, parse_payload
 from trueweight.protos.errors import Conflict, InvalidRequest, Unavailable
-from trueweight.protos.v1.audit_pb2 import (
-    AuditRequest,
-    Calibration,
-    Conviction,
-    EpochOpen,
-    Verdict,
-)
+from trueweight.protos.v1.audit_pb2 import Calibration, Conviction, EpochOpen, Verdict
 
-REQUEST, EPOCH, CALIBRATION = 1, 2, 3
-STEP_KINDS = {"audit-request": REQUEST, "epoch-open": EPOCH, "calibration": CALIBRATION}
-DIGEST_BYTES = 32
+EPOCH, CALIBRATION = 1, 2
+STEP_KINDS = {"epoch-open": EPOCH, "calibration": CALIBRATION}
 _MOST = 2**63 - 1
 
 
@@ -58,15 +51,12 @@ class VerdictRow(NamedTuple):
 class StepRow(NamedTuple):
     """What else of a verifier's leaves a conviction follows from, as its table keeps it.
 
-    ``subject`` is a request's receipt or a calibration's manifest; ``node_id`` the node of that
-    receipt if the ledger had settled it before; ``version`` 1 for a request for an appeal, else the
-    number of the epoch or calibration; ``body`` a calibration's envelope."""
+    ``version`` is the number of the epoch or calibration; digest and envelope (``body``) are a
+    calibration's."""
 
     log_index: int
     kind: int
     verifier_id: str
-    node_id: str
-    subject: bytes
     version: int
     digest: bytes
     body: bytes
@@ -171,22 +161,12 @@ def verdict_row(message: Verdict) -> VerdictRow:
 
 def step_row(message: Message, digest: bytes, envelope: bytes) -> StepRow | None:
     """The row of a statement that is about to become a leaf; None for other kinds."""
-    if isinstance(message, AuditRequest):
-        subject, version = _digest(message.receipt_digest), int(message.for_appeal)
-        return StepRow(-1, REQUEST, message.verifier_id, "", subject, version, b"", b"")
     if isinstance(message, EpochOpen):
-        version = min(message.epoch, _MOST)
-        return StepRow(-1, EPOCH, message.verifier_id, "", b"", version, b"", b"")
+        return StepRow(-1, EPOCH, message.verifier_id, min(message.epoch, _MOST), b"", b"")
     if isinstance(message, Calibration):
-        subject = _digest(message.manifest_digest)
         who, version = message.verifier_id, message.version
-        return StepRow(-1, CALIBRATION, who, "", subject, version, digest, envelope)
+        return StepRow(-1, CALIBRATION, who, version, digest, envelope)
     return None
-
-
-def _digest(value: bytes) -> bytes:
-    """What is no digest would only fill the index."""
-    return value if len(value) == DIGEST_BYTES else b""
 
 
 def check_statement(statement: Conviction, case: Case, *, only_verifier: bool) -> None:

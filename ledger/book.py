@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.requests import RequestRow
 from trueweight.ledger.values import (
     CAPTURED,
     EXPIRED,
@@ -96,6 +97,7 @@ class Book:
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
         self.steps: dict[int, StepRow] = {}
+        self.requests: dict[tuple[str, bytes], RequestRow] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []
@@ -167,16 +169,14 @@ class Book:
     def leg(self, receipt_digest: bytes) -> Leg | None:
         return self.legs.get(receipt_digest) or self.snapshot.legs.get(receipt_digest)
 
-    def served_by(self, receipt_digest: bytes) -> str:
-        """The node that a receipt was settled for; empty if none was."""
-        leg = self.legs.get(receipt_digest)
-        return leg.node_id if leg else self.snapshot.served_by.get(receipt_digest, "")
-
     def claims_of(self, hold_id: bytes) -> tuple[Claim, ...]:
         return self.claims.get(hold_id) or tuple(self.snapshot.claims.get(hold_id, ()))
 
     def node(self, node_id: str) -> NodeRow:
         return self.nodes.get(node_id) or self.snapshot.nodes.get(node_id) or NodeRow(node_id)
+
+    def request(self, key: tuple[str, bytes]) -> RequestRow | None:
+        return self.requests.get(key) or self.snapshot.requests.get(key)
 
     def reference(self, kind: str, key: str) -> bytes | None:
         found = self.references.get((kind, key))

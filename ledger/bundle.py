@@ -15,6 +15,7 @@ from trueweight.protos.errors import StorageError
 KINDS = (
     "transfer", "receipt", "bill", "key-event", "registry-entry", "calibration", "epoch-open",
     "epoch-reveal", "audit-request", "margin-commitment", "verdict", "conviction", "suspension",
+    "reinstatement",
 )  # fmt: skip
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 # A bundle's mask above this has evidence that is worth an index of its own.

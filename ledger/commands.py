@@ -26,6 +26,7 @@ from trueweight.ledger.command_support import (
 from trueweight.ledger.connect import connected
 from trueweight.ledger.money_commands import debts, limit, reward, settle
 from trueweight.ledger.public_log import MAX_CONNECTIONS, error_response, make_app
+from trueweight.ledger.reinstate_command import reinstate
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
@@ -429,5 +430,5 @@ def _deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
     return derived_id("deposit", rail.encode(), reference.encode()), reference
 
 
-for _command in (settle, limit, reward, debts):
+for _command in (settle, limit, reward, debts, reinstate):
     ledger.add_command(_command)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trueweight.ledger import movements, settlement
+from trueweight.ledger import movements, reinstatement, settlement
 from trueweight.ledger.book import Book
 from trueweight.ledger.values import Applied, Prepared, Snapshot, Terms
 from trueweight.protos.errors import Conflict, IdConflict, InvalidRequest, TrueweightError
 
 # These read a part of the books that is not known from their ids: each is a group of its own.
-ALONE = frozenset({"convict", "release", "expire"})
+ALONE = frozenset({"convict", "release", "expire", "reinstate"})
 NO_INDEX = -1
 
 
@@ -127,5 +127,6 @@ _HANDLERS: dict[str, Handler] = {
     "refund": _settles(settlement.refund),
     "convict": _settles(settlement.convict),
     "release": _settles(settlement.release),
+    "reinstate": reinstatement.reinstate,
     "publish": _publish,
 }

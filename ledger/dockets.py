@@ -12,7 +12,6 @@ from typing import Any
 from trueweight.ledger.audits import (
     CALIBRATION,
     EPOCH,
-    REQUEST,
     Audit,
     Case,
     Docket,
@@ -25,24 +24,27 @@ from trueweight.ledger.backend import Backend
 STEP_ROWS = 20_000
 MAX_DOCKETS = 16
 
-Dockets = dict[tuple[str, str], Docket]
+# By verifier, node, and the log index since which the node's receipts count (a reinstated one
+# begins anew).
+Dockets = dict[tuple[str, str, int], Docket]
 _STEPS = ", ".join(StepRow._fields)
 _VERDICTS = ", ".join(VerdictRow._fields)
 
 
 def read_cases(
-    backend: Backend, dockets: Dockets, verifiers: Iterable[str], node_id: str
+    backend: Backend, dockets: Dockets, verifiers: Iterable[str], node: tuple[str, int]
 ) -> dict[str, Case]:
-    """By verifier: what its audits of the node add up to, or how far they were added up."""
-    return {verifier: _case(backend, dockets, verifier, node_id) for verifier in verifiers}
+    """By verifier: what its audits of the node add up to, or how far they were added up. ``node``
+    is its id and the log index from which on its receipts count."""
+    return {verifier: _case(backend, dockets, (verifier, *node)) for verifier in verifiers}
 
 
-def _case(backend: Backend, dockets: Dockets, verifier_id: str, node_id: str) -> Case:
-    key = (verifier_id, node_id)
+def _case(backend: Backend, dockets: Dockets, key: tuple[str, str, int]) -> Case:
+    verifier_id = key[0]
     docket = dockets.pop(key, None) or Docket(verifier_id)
     while len(dockets) >= MAX_DOCKETS:
         del dockets[next(iter(dockets))]
-    rows, until, is_cut = _next_rows(backend, verifier_id, node_id, docket.next_index)
+    rows, until, is_cut = _next_rows(backend, key, docket.next_index)
     docket.add(rows, until + 1)
     # Newest last, so that the oldest is forgotten first.
     dockets[key] = docket
@@ -50,12 +52,13 @@ def _case(backend: Backend, dockets: Dockets, verifier_id: str, node_id: str) ->
 
 
 def _next_rows(
-    backend: Backend, verifier_id: str, node_id: str, start: int
+    backend: Backend, key: tuple[str, str, int], start: int
 ) -> tuple[Sequence[Audit | StepRow | VerdictRow], int, bool]:
     """Rows from a log index on in the order of their leaves, the index up to which none is left
     out, and whether there may be more."""
+    verifier_id, node_id, _ = key
     found: list[Sequence[Any]] = [
-        _audits(backend, verifier_id, node_id, start),
+        _audits(backend, key, start),
         _verdicts(backend, verifier_id, node_id, start),
         *(_steps(backend, verifier_id, kind, start) for kind in (EPOCH, CALIBRATION)),
     ]
@@ -66,16 +69,14 @@ def _next_rows(
     return sorted(rows, key=lambda row: int(row.log_index)), until, bool(full)
 
 
-def _audits(backend: Backend, verifier_id: str, node_id: str, start: int) -> list[Audit]:
-    """First requests only: what was asked for before is no new audit."""
+def _audits(backend: Backend, key: tuple[str, str, int], start: int) -> list[Audit]:
     rows = backend.query(
-        "SELECT s.log_index, s.subject, s.version, l.log_index, l.client, l.output_tokens, "
-        "l.manifest_digest FROM audit_step s JOIN leg l ON l.receipt_digest = s.subject "
-        "WHERE s.verifier_id = ? AND s.node_id = ? AND s.kind = ? AND s.log_index >= ? "
-        "AND l.manifest_digest IS NOT NULL AND NOT EXISTS (SELECT 1 FROM audit_step e WHERE "
-        "e.subject = s.subject AND e.verifier_id = s.verifier_id AND e.kind = s.kind "
-        "AND e.node_id = s.node_id AND e.log_index < s.log_index) ORDER BY s.log_index LIMIT ?",
-        (verifier_id, node_id, REQUEST, start, STEP_ROWS),
+        "SELECT r.log_index, r.receipt_digest, r.for_appeal, l.log_index, l.client, "
+        "l.output_tokens, l.manifest_digest FROM audit_request r "
+        "JOIN leg l ON l.receipt_digest = r.receipt_digest "
+        "WHERE r.verifier_id = ? AND r.node_id = ? AND r.receipt_index >= ? AND r.log_index >= ? "
+        "AND l.manifest_digest IS NOT NULL ORDER BY r.log_index LIMIT ?",
+        (*key, start, STEP_ROWS),
     )
     return [Audit(*row) for row in rows]
 
@@ -91,8 +92,8 @@ def _verdicts(backend: Backend, verifier_id: str, node_id: str, start: int) -> l
 
 def _steps(backend: Backend, verifier_id: str, kind: int, start: int) -> list[StepRow]:
     rows = backend.query(
-        f"SELECT {_STEPS} FROM audit_step WHERE verifier_id = ? AND node_id = '' "  # noqa: S608
-        "AND kind = ? AND log_index >= ? ORDER BY log_index LIMIT ?",
+        f"SELECT {_STEPS} FROM audit_step WHERE verifier_id = ? AND kind = ? "  # noqa: S608
+        " AND log_index >= ? ORDER BY log_index LIMIT ?",
         (verifier_id, kind, start, STEP_ROWS),
     )
     return [StepRow(*row) for row in rows]

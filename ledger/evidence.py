@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from trueweight.ledger.audits import StepRow, VerdictRow, step_row, verdict_row
+from trueweight.ledger.requests import RequestRow, request_row
 from trueweight.ledger.values import Terms
 from trueweight.protos.envelope import (
     Opened,
@@ -42,7 +43,6 @@ CLAIM_GRACE_MS = 30_000
 REFUNDABLE = frozenset(
     (
         audit_pb2.Verdict.REFUND,
-        audit_pb2.Verdict.UNCALIBRATED,
         audit_pb2.Verdict.INVALID_RECEIPT,
         audit_pb2.Verdict.MISSING_TRANSCRIPT,
     )
@@ -134,7 +134,8 @@ class PublishFacts:
     conviction: str = ""
     # What a verdict says; its log index is not known yet.
     verdict: VerdictRow | None = None
-    # The same for requests, epochs and calibrations.
+    # The same of an audit request, and of an epoch or a calibration.
+    request: RequestRow | None = None
     step: StepRow | None = None
 
 
@@ -158,6 +159,15 @@ class ConvictFacts:
     verifier_id: str
     change_point: int
     statement: audit_pb2.Conviction
+
+
+@dataclass(frozen=True, slots=True)
+class ReinstateFacts:
+    """A checked reinstatement."""
+
+    published: PublishFacts
+    node_id: str
+    pay_back: int
 
 
 def check_capture(operation_id: bytes, body: ledger_pb2.Capture, court: Court) -> CaptureFacts:
@@ -334,13 +344,23 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
         if getattr(opened.message, name, opened.signer) != opened.signer:
             raise BadSignature(f"the {kind} names another signer")
     _check_no_owner(kind, opened, court)
-    conviction, verdict = "", None
+    conviction, verdict, request = "", None, None
     if isinstance(opened.message, audit_pb2.Conviction):
         conviction = f"{opened.message.node_id}:{opened.signer}"
     if isinstance(opened.message, audit_pb2.Verdict):
         verdict = verdict_row(opened.message)
-    step = step_row(opened.message, opened.digest, envelope)
-    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction, verdict, step)
+    if isinstance(opened.message, audit_pb2.AuditRequest):
+        request = request_row(opened.message)
+    return PublishFacts(
+        kind,
+        opened.digest,
+        envelope,
+        opened.signer,
+        conviction,
+        verdict,
+        request,
+        step_row(opened.message, opened.digest, envelope),
+    )
 
 
 def check_not_owner(caller: str, node_id: str, court: Court) -> None:
@@ -402,6 +422,19 @@ def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> Convic
         conviction.change_point_index,
         conviction,
     )
+
+
+def check_reinstate(body: ledger_pb2.Reinstate, court: Court) -> ReinstateFacts:
+    """The statement must be the market's or an administrator's."""
+    _bounded(body.reinstatement)
+    opened = open_envelope(
+        body.reinstatement, market_pb2.Reinstatement, court.ring, court.terms.market_id
+    )
+    entitled = court.roles_of(opened.signer) & {"market", "admin"}
+    if not entitled or opened.message.issuer != opened.signer:
+        raise BadSignature("the reinstatement is not signed by the market or an administrator")
+    published = PublishFacts("reinstatement", opened.digest, body.reinstatement, opened.signer)
+    return ReinstateFacts(published, opened.message.node_id, body.pay_back_nano)
 
 
 def _open_receipt(envelope: bytes, node_id: str, court: Court) -> Opened[Receipt]:

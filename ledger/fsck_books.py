@@ -25,6 +25,7 @@ from trueweight.ledger.values import (
 
 _STATE_OF_PHASE = {POST: 2, VOID: 3, EXPIRE: 4}
 _EARNED = (REASON_NO["earning"], REASON_NO["subsidy"])
+_FORFEIT, _REINSTATE = REASON_NO["forfeit"], REASON_NO["reinstate"]
 
 
 def _no_counters() -> list[int]:
@@ -40,6 +41,8 @@ class _Fold:
     open: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
     resolved: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     earned: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    # What convictions took from an account and reinstatements have not paid back.
+    forfeited: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
 
 
 def check_books(engine: sa.Engine, archive: Archive | None = None) -> Findings:
@@ -54,6 +57,7 @@ def check_books(engine: sa.Engine, archive: Archive | None = None) -> Findings:
         _check_accounts(findings, fold, accounts)
         _check_pendings(connection, findings, fold, names)
         _check_legs(connection, findings, fold, names)
+        _check_forfeits(connection, findings, fold, names)
         _check_spending(connection, findings)
         _check_operations(connection, findings)
     return findings
@@ -75,6 +79,10 @@ def _fold_transfers(
             credit[3] += amount
             if reason in _EARNED:
                 earned[credit_no] += amount
+            elif reason == _FORFEIT:
+                fold.forfeited[debit_no] += amount
+            elif reason == _REINSTATE:
+                fold.forfeited[credit_no] -= amount
         elif phase == PENDING:
             debit[0] += amount
             credit[2] += amount
@@ -163,6 +171,22 @@ def _check_legs(
     )
     if connection.execute(lost).scalar_one():
         findings.add("settled receipts are not in the log where they should be")
+
+
+def _check_forfeits(
+    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+) -> None:
+    """Nobody was or may be paid back more than convictions took from him."""
+    left: defaultdict[str, int] = defaultdict(int)
+    for no, amount in fold.forfeited.items():
+        left[names.get(no, "?").partition(":")[2]] += amount
+    for node, amount in left.items():
+        if amount < 0:
+            findings.add(f"node {node} was paid back more than convictions took from it")
+    for node, stored in connection.execute(sa.text("SELECT node_id, forfeited FROM node")):
+        # Less where books were archived before the row knew.
+        if stored > left.get(node, 0):
+            findings.add(f"node {node} may be paid back more than convictions took from it")
 
 
 def _check_spending(connection: sa.Connection, findings: Findings) -> None:

@@ -9,18 +9,19 @@ import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
-from trueweight.ledger.audits import REQUEST, STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
+from trueweight.ledger.audits import STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import REASONS
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import digest_of, message_class, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
-from trueweight.protos.v1.audit_pb2 import Verdict
+from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
 
-VERDICT = "verdict"
+VERDICT, REQUEST = "verdict", "audit-request"
 
 
 def check_log(
@@ -87,11 +88,12 @@ def _check_log(
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
     evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
-    columns = ", ".join(VerdictRow._fields)
-    verdicts = stream(connection, f"SELECT {columns} FROM verdict ORDER BY log_index")  # noqa: S608
-    columns = ", ".join(StepRow._fields)
-    steps = stream(connection, f"SELECT {columns} FROM audit_step ORDER BY log_index")  # noqa: S608
-    _check_audited(connection, findings)
+    kept = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
+    verdicts, steps = (
+        stream(connection, f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index")  # noqa: S608
+        for table, columns in kept.items()
+    )
+    requests = _Requests(connection)
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, (sizes, roots))
@@ -106,16 +108,17 @@ def _check_log(
             _check_leaf(findings, place, (kind, body), transfers, evidence)
             if kind == VERDICT:
                 _check_verdict(findings, place, body, verdicts)
+            elif kind == REQUEST:
+                requests.check(findings, place, body)
             elif kind in STEP_KINDS:
                 _check_step(findings, place, (kind, body), steps)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
     for left in transfers:
         findings.add(f"transfers have no leaf ({len(left)} bytes)")
-    for row in verdicts:
-        findings.add(f"the verdict of leaf {row[0]} is in no leaf")
-    for row in steps:
-        findings.add(f"the statement of leaf {row[0]} is in no leaf")
+    for row in (*verdicts, *steps):
+        findings.add(f"what is kept of leaf {row[0]} is in no leaf")
+    requests.finish(findings)
     for row in evidence:
         findings.add(f"evidence names leaf {row[0]}, which does not exist")
     for level, number in stored:
@@ -181,23 +184,53 @@ def _check_step(
     except BadSignature:
         said = None
     stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
-    # Whose receipt was audited stands in no leaf of this kind: ``_check_audited``.
-    node_id = str(stored[StepRow._fields.index("node_id")]) if stored else ""
-    if said is None or stored != list(said._replace(log_index=place, node_id=node_id)):
+    if said is None or stored != list(said._replace(log_index=place)):
         findings.add(f"the {kind} in leaf {place} is not what is kept of it")
 
 
-def _check_audited(connection: sa.Connection, findings: Findings) -> None:
-    wrong = connection.execute(
-        sa.text(
-            "SELECT COUNT(*) FROM audit_step s LEFT JOIN leg l "
-            "ON l.receipt_digest = s.subject AND l.log_index < s.log_index "
-            "WHERE s.node_id <> CASE WHEN s.kind = :kind THEN COALESCE(l.node_id, '') ELSE '' END"
-        ),
-        {"kind": REQUEST},
-    ).scalar_one()
-    if wrong:
-        findings.add(f"{wrong} audit requests are kept under another node than their receipt's")
+class _Requests:
+    """The rows of audit requests against their leaves; the first of a verifier for a receipt."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self._rows = stream(
+            connection,
+            "SELECT log_index, verifier_id, receipt_digest, for_appeal FROM audit_request "
+            "ORDER BY log_index",
+        )
+        self._seen: set[tuple[str, bytes]] = set()
+
+    def check(self, findings: Findings, place: int, body: bytes) -> None:
+        """One leaf."""
+        try:
+            said = request_row(parse_payload(parse_envelope(body), AuditRequest))
+        except BadSignature:
+            findings.add(f"leaf {place} is not the audit request it says")
+            return
+        if said.key in self._seen:
+            return
+        self._seen.add(said.key)
+        row = next(self._rows, None)
+        stored = (*row[:2], bytes(row[2]), row[3]) if row else ()
+        if stored != (place, *said.key, said.for_appeal):
+            findings.add(f"the audit request in leaf {place} is not what is kept of it")
+
+    def finish(self, findings: Findings) -> None:
+        """After the last leaf."""
+        for row in self._rows:
+            findings.add(f"the audit request of leaf {row[0]} is in no leaf")
+        wrong = sa.text(
+            "SELECT COUNT(*) FROM audit_request r "
+            "LEFT JOIN leg l ON l.receipt_digest = r.receipt_digest AND l.log_index < r.log_index "
+            "WHERE r.node_id <> COALESCE(l.node_id, '') "
+            "OR r.receipt_index <> COALESCE(l.log_index, -1) "
+            "OR r.captured_at <> COALESCE(l.captured_at, 0) "
+            "OR r.verdict_index <> COALESCE((SELECT MIN(v.log_index) FROM verdict v "
+            "WHERE v.receipt_digest = r.receipt_digest AND v.verifier_id = r.verifier_id "
+            "AND v.log_index > r.log_index), -1)"
+        )
+        if self._connection.execute(wrong).scalar_one():
+            findings.add("audit requests do not say what became of them")
 
 
 def _extend(

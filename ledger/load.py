@@ -17,11 +17,17 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
-from trueweight.ledger.audits import REQUEST
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.dockets import Dockets, read_cases
-from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, ConvictFacts, RefundFacts
+from trueweight.ledger.evidence import (
+    CaptureFacts,
+    ClaimFacts,
+    ConvictFacts,
+    PublishFacts,
+    RefundFacts,
+)
+from trueweight.ledger.requests import NONE, RequestRow, held_since_unix_ms
 from trueweight.ledger.values import (
     OPEN,
     WITHDRAWAL,
@@ -35,6 +41,7 @@ from trueweight.ledger.values import (
     Snapshot,
     Spending,
     Terms,
+    conviction_key,
 )
 
 _MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
@@ -63,7 +70,8 @@ _PENDINGS = f"SELECT {', '.join(PENDING_COLUMNS)} FROM pending"  # noqa: S608
 _LEGS = f"SELECT {', '.join(LEG_COLUMNS)} FROM leg"  # noqa: S608
 _CLAIMS = f"SELECT {', '.join(CLAIM_COLUMNS)} FROM claim"  # noqa: S608
 _SPENDING = ("SELECT api_key_id, limit_nano, spent FROM spending", "api_key_id")
-_NODES = ("SELECT node_id, released, convicted FROM node", "node_id")
+_NODES = (f"SELECT {', '.join(NodeRow._fields)} FROM node", "node_id")  # noqa: S608
+_REQUESTS = f"SELECT {', '.join(RequestRow._fields)} FROM audit_request"  # noqa: S608
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
 K = TypeVar("K")
 V = TypeVar("V")
@@ -101,8 +109,10 @@ class Needs:
     spending: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
-    # Receipts whose audit is requested.
+    # Receipts that an audit was asked for.
     audited: set[bytes] = field(default_factory=set)
+    # (node, "<node>:<verifier>") of convictions: their references depend on the node's row.
+    convictions: set[tuple[str, str]] = field(default_factory=set)
 
 
 _NOTHING = Book(Snapshot())
@@ -149,12 +159,15 @@ def load(
         needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
     claims = _claims(backend, needs.claims) if _any_claims(backend, cache) else {}
     _overlay(claims, last.claims, needs.claims)
+    nodes = {k: NodeRow(*row) for k, row in _by_first(backend, _NODES, needs.nodes)}
+    _overlay(nodes, last.nodes, needs.nodes)
+    needs.references.update(
+        ("conviction", conviction_key(nodes.get(node), key)) for node, key in needs.convictions
+    )
     references = _references(backend, needs.references)
     _overlay(references, last.references, needs.references)
     spending = {k: Spending(*row) for k, row in _by_first(backend, _SPENDING, needs.spending)}
     _overlay(spending, last.spending, needs.spending)
-    nodes = {k: NodeRow(*row) for k, row in _by_first(backend, _NODES, needs.nodes)}
-    _overlay(nodes, last.nodes, needs.nodes)
     published = {k: row[1] for k, row in _by_first(backend, _EVIDENCE, needs.digests)}
     _overlay(published, last.published, needs.digests)
     return Snapshot(
@@ -167,7 +180,7 @@ def load(
         spending=spending,
         nodes=nodes,
         published=published,
-        served_by=_served_by(backend, needs.audited, last),
+        requests=_requests(backend, needs.audited, last),
         judges=_judges(backend, operations, published, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
@@ -225,7 +238,7 @@ def _add_needs(needs: Needs, op: Prepared) -> None:
         needs.legs.add(facts.receipt_digest)
         needs.accounts.update(_MARKET)
         if facts.verdict is not None:
-            needs.digests.add(facts.verdict.digest)
+            _add_publication(needs, facts.verdict)
     else:
         _add_rare_needs(needs, op)
 
@@ -252,14 +265,27 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
     elif kind == "set_spending_limit":
         needs.spending.add(body.api_key_id)
     elif kind == "publish":
-        needs.digests.add(op.facts.digest)
-        if op.facts.conviction:
-            needs.references.add(("conviction", op.facts.conviction))
-        if op.facts.step is not None and op.facts.step.kind == REQUEST:
-            needs.audited.add(op.facts.step.subject)
+        _add_publication(needs, op.facts)
+    elif kind == "reinstate":
+        needs.digests.add(op.facts.published.digest)
+        needs.nodes.add(op.facts.node_id)
+        needs.accounts.update((TREASURY_ACCOUNT, node_bond(op.facts.node_id)))
     elif kind == "release":
         needs.nodes.add(body.node_id)
         needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
+
+
+def _add_publication(needs: Needs, facts: PublishFacts) -> None:
+    needs.digests.add(facts.digest)
+    if facts.conviction:
+        node = facts.conviction.partition(":")[0]
+        needs.nodes.add(node)
+        needs.convictions.add((node, facts.conviction))
+    if facts.verdict is not None:
+        needs.audited.add(facts.verdict.receipt_digest)
+    if facts.request is not None:
+        needs.audited.add(facts.request.receipt_digest)
+        needs.legs.add(facts.request.receipt_digest)
 
 
 def _special(
@@ -272,6 +298,8 @@ def _special(
         return {"due_holds": _due_holds(backend, needs, now_unix_ms, op.body.limit)}
     if op.kind == "release":
         return {"leg_total": _leg_total(backend, op, terms, now_unix_ms)}
+    if op.kind == "reinstate":
+        return {"leg_total": _all_earned(backend, op.facts.node_id)}
     if isinstance(op.facts, ConvictFacts):
         return _conviction(backend, cache, op.facts, terms, needs)
     return {}
@@ -295,10 +323,25 @@ def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> 
 
 
 def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -> LegTotal:
+    node, below = op.body.node_id, op.body.below_log_index
+    ((oldest,),) = backend.query(
+        "SELECT MIN(receipt_index) FROM audit_request "
+        "WHERE node_id = ? AND verdict_index < 0 AND for_appeal = 0 AND captured_at > ?",
+        (node, held_since_unix_ms(now_unix_ms, terms.window_ms)),
+    )
+    waits_for = NONE if oldest is None or oldest >= below else int(oldest)
     rows = backend.query(
         "SELECT COALESCE(SUM(node + subsidy - refunded_node), 0) FROM leg "
         "WHERE node_id = ? AND log_index < ? AND captured_at <= ?",
-        (op.body.node_id, op.body.below_log_index, now_unix_ms - terms.window_ms),
+        (node, below if waits_for == NONE else waits_for, now_unix_ms - terms.window_ms),
+    )
+    return LegTotal(int(rows[0][0]), waits_for)
+
+
+def _all_earned(backend: Backend, node_id: str) -> LegTotal:
+    rows = backend.query(
+        "SELECT COALESCE(SUM(node + subsidy - refunded_node), 0) FROM leg WHERE node_id = ?",
+        (node_id,),
     )
     return LegTotal(int(rows[0][0]))
 
@@ -307,11 +350,13 @@ def _conviction(
     backend: Backend, cache: Cache, facts: ConvictFacts, terms: Terms, needs: Needs
 ) -> dict[str, object]:
     node = facts.node_id
+    rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
+    since = int(rows[0][0]) if rows else 0
     legs = [
         Leg(*row)
         for row in backend.query(
             f"{_LEGS} WHERE node_id = ? AND log_index >= ? ORDER BY log_index",
-            (node, facts.change_point),
+            (node, max(since, facts.change_point)),
         )
     ]
     withdrawals = [
@@ -324,20 +369,13 @@ def _conviction(
     needs.nodes.add(node)
     needs.digests.add(facts.published.digest)
     needs.pendings.update(p.id for p in withdrawals)
-    needs.references.update(("conviction", f"{node}:{v}") for v in terms.verifiers)
+    needs.convictions.update((node, f"{node}:{v}") for v in terms.verifiers)
     needs.accounts.update(
         (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
     )
     needs.accounts.update(leg.client for leg in legs)
-    cases = read_cases(backend, cache.dockets, terms.verifiers, node)
+    cases = read_cases(backend, cache.dockets, terms.verifiers, (node, since))
     return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
-
-
-def _served_by(backend: Backend, wanted: set[bytes], last: Book) -> dict[bytes, str]:
-    """Whose the receipts are whose audit is requested."""
-    rows = backend.by_keys("SELECT receipt_digest, node_id FROM leg", "receipt_digest", wanted)
-    found = {row[0]: row[1] for row in rows}
-    return found | {digest: leg.node_id for digest, leg in last.legs.items() if digest in wanted}
 
 
 def _judges(
@@ -352,6 +390,17 @@ def _judges(
     rows = backend.by_keys("SELECT log_index, verifier_id FROM verdict", "log_index", wanted)
     found = {row[0]: row[1] for row in rows}
     return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
+
+
+def _requests(
+    backend: Backend, wanted: set[bytes], last: Book
+) -> dict[tuple[str, bytes], RequestRow]:
+    found = {}
+    for row in backend.by_keys(_REQUESTS, "receipt_digest", wanted):
+        made = RequestRow(*row)
+        found[made.key] = made
+    found.update((k, r) for k, r in last.requests.items() if r.receipt_digest in wanted)
+    return found
 
 
 def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:

@@ -32,6 +32,7 @@ _SCOPES: dict[str, frozenset[str]] = {
     "void_hold": frozenset({"router"}),
     "refund": frozenset({"verifier", "admin"}),
     "convict": frozenset({"verifier", "admin"}),
+    "reinstate": frozenset({"market", "admin"}),
     "release": frozenset({"verifier", "admin"}),
     "payout_start": frozenset({"admin", "operator", _NODE}),
     "payout_settle": frozenset({"admin"}),
@@ -187,6 +188,14 @@ def _convict(_: bytes, body: pb.Convict, caller: str, court: Court) -> evidence.
     return facts
 
 
+def _reinstate(_: bytes, body: pb.Reinstate, __: str, court: Court) -> evidence.ReinstateFacts:
+    facts = evidence.check_reinstate(body, court)
+    check_owner(facts.node_id, "the node id")
+    if facts.pay_back > MAX_NANO:
+        raise InvalidRequest("the amount is too large")
+    return facts
+
+
 def _publish(_: bytes, body: pb.Publish, __: str, court: Court) -> evidence.PublishFacts:
     return evidence.check_publish(body.envelope, court)
 
@@ -199,6 +208,7 @@ _CHECKS: dict[str, Callable[[bytes, Any, str, Court], Any]] = {
     "void_hold": _void,
     "refund": _refund,
     "convict": _convict,
+    "reinstate": _reinstate,
     "release": _release,
     "payout_start": _payout_start,
     "payout_settle": _payout_settle,

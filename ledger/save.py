@@ -13,7 +13,8 @@ from trueweight.ledger.load import (
     PENDING_COLUMNS,
     Cache,
 )
-from trueweight.ledger.values import OPEN, Claim
+from trueweight.ledger.requests import RequestRow
+from trueweight.ledger.values import OPEN, Claim, NodeRow
 
 _TRANSFER_COLUMNS = (
     "sequence", "operation_id", "ordinal", "debit", "credit", "amount", "phase", "pending_id",
@@ -97,11 +98,21 @@ def _save_rare(backend: Backend, book: Book) -> None:
     backend.upsert(
         "spending", ("api_key_id", "limit_nano", "spent"), 1, list(book.spending.values())
     )
-    backend.upsert("node", ("node_id", "released", "convicted"), 1, list(book.nodes.values()))
+    backend.upsert("node", NodeRow._fields, 1, list(book.nodes.values()))
     backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
     backend.insert("verdict", VerdictRow._fields, list(book.verdicts.values()))
     backend.insert("audit_step", StepRow._fields, list(book.steps.values()))
+    known = book.snapshot.requests
+    backend.insert(
+        "audit_request", RequestRow._fields, [r for k, r in book.requests.items() if k not in known]
+    )
+    backend.update(
+        "audit_request",
+        ("verdict_index",),
+        ("log_index",),
+        [(r.verdict_index, r.log_index) for k, r in book.requests.items() if k in known],
+    )
 
 
 def _summed(book: Book) -> list[tuple[bytes, str, int]]:

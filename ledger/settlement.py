@@ -17,6 +17,7 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
+from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import (
     CaptureFacts,
@@ -25,6 +26,7 @@ from trueweight.ledger.evidence import (
     PublishFacts,
     RefundFacts,
 )
+from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.ledger.values import (
     CAPTURED,
     EXPIRED,
@@ -37,6 +39,7 @@ from trueweight.ledger.values import (
     Pending,
     Prepared,
     Terms,
+    conviction_key,
 )
 from trueweight.protos.errors import (
     Conflict,
@@ -175,8 +178,11 @@ def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Te
         )
 
 
-def refund(book: Book, op: Prepared, _: Terms) -> int:
+def refund(book: Book, op: Prepared, terms: Terms) -> int:
     """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back.
+
+    A verifier must have asked for the audit in the log first. Where it takes several to convict,
+    one alone does not touch the bond.
 
     If the router cannot show the transcript, the market pays for its router: a node that did its
     work keeps what it earned, or routers and clients could drain nodes together. Only what a node
@@ -190,10 +196,12 @@ def refund(book: Book, op: Prepared, _: Terms) -> int:
     if leg.refunded:
         raise Conflict("the leg was refunded before")
     if facts.verdict is not None:
-        publish_evidence(book, facts.verdict)
+        _publish_asked_for(book, facts.verdict, facts.receipt_digest)
     claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
     from_market = facts.by_router and not claimed
-    sources = (FEE_ACCOUNT,) if from_market else (node_locked(leg.node_id), node_bond(leg.node_id))
+    sources = [FEE_ACCOUNT] if from_market else [node_locked(leg.node_id)]
+    if not from_market and (facts.verdict is None or terms.convictions_needed == 1):
+        sources.append(node_bond(leg.node_id))
     from_node = 0
     for source in sources:
         from_node += _pay_up_to(book, source, leg.client, leg.node - from_node, "refund")
@@ -215,6 +223,16 @@ def refund(book: Book, op: Prepared, _: Terms) -> int:
     return paid
 
 
+def _publish_asked_for(book: Book, verdict: PublishFacts, receipt_digest: bytes) -> None:
+    index = publish_evidence(book, verdict)
+    request = book.request((verdict.signer, receipt_digest))
+    if request is None or request.log_index >= index:
+        raise Conflict(
+            "the verifier did not ask for this audit in the log before its verdict",
+            hint="Publish an AuditRequest for the receipt first.",
+        )
+
+
 def convict(book: Book, op: Prepared, terms: Terms) -> int:
     """Forfeits locked and bond into the treasury, pays the challenger and the clients from it."""
     facts: ConvictFacts = op.facts
@@ -228,7 +246,6 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
             f"{judges} of {terms.convictions_needed} verifiers have convicted this node",
             hint="The others publish their convictions first.",
         )
-    book.put(book.nodes, facts.node_id, row._replace(convicted=1))
     for withdrawal in book.snapshot.withdrawals:
         pending = book.pending(withdrawal.id) or withdrawal
         if pending.state == OPEN:
@@ -238,6 +255,8 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
         amount = book.available(source)
         book.move(source, TREASURY_ACCOUNT, amount, "forfeit")
         forfeited += amount
+    taken = row._replace(convicted=1, forfeited=row.forfeited + forfeited)
+    book.put(book.nodes, facts.node_id, taken)
     reward = forfeited * op.body.reward_ppm // PPM
     book.move(TREASURY_ACCOUNT, f"verifier:{facts.verifier_id}", reward, "challenger")
     _refund_pro_rata(book, facts, forfeited - reward)
@@ -247,10 +266,12 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
 def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
     """Verifiers that have published a conviction which their own logged verdicts carry. Raises
     Conflict or InvalidRequest if the one at hand is none of these."""
+    row = book.node(facts.node_id)
     cases = {
         verifier: case
         for verifier, case in book.snapshot.cases.items()
-        if book.reference("conviction", f"{facts.node_id}:{verifier}") is not None
+        if book.reference("conviction", conviction_key(row, f"{facts.node_id}:{verifier}"))
+        is not None
     }
     mine = cases.get(facts.verifier_id) or audits.Case()
     audits.check_statement(facts.statement, mine, only_verifier=len(terms.verifiers) == 1)
@@ -286,18 +307,20 @@ def _refund_pro_rata(book: Book, facts: ConvictFacts, available: int) -> None:
 
 
 def release(book: Book, op: Prepared, _: Terms) -> int:
-    """locked -> available, up to what the counted captures earned and was not released yet."""
+    """locked -> available, up to what the counted captures earned and was not released yet. None
+    counts from the oldest receipt on whose audit was asked for and not answered."""
     body = op.body
     row = book.node(body.node_id)
     if row.convicted:
         raise Conflict("a convicted node's earnings are not released")
-    earned = book.snapshot.leg_total.earned if book.snapshot.leg_total else 0
+    earned, waits_for = book.snapshot.leg_total or (0, NONE)
     locked = node_locked(body.node_id)
     most = max(0, min(earned - row.released, book.available(locked)))
     amount = body.amount_nano or most
     if amount > most:
+        waits = "" if waits_for == NONE else f": the audit of receipt leaf {waits_for} is asked for"
         raise Conflict(
-            f"only {most} nanocredits may be released now",
+            f"only {most} nanocredits may be released now{waits}",
             hint="Wait for the settlement window and the audits that are owed.",
         )
     book.move(locked, node_available(body.node_id), amount, "release")
@@ -310,16 +333,39 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
     known = book.published_at(facts.digest)
     if known is not None:
         return known
-    if facts.conviction and book.reference("conviction", facts.conviction) is None:
-        book.put(book.references, ("conviction", facts.conviction), book.operation_id)
+    if facts.conviction:
+        row = book.node(facts.conviction.partition(":")[0])
+        key = ("conviction", conviction_key(row, facts.conviction))
+        if book.reference(*key) is None:
+            book.put(book.references, key, book.operation_id)
     index = book.append(Leaf(facts.kind, facts.envelope, facts.digest))
     if facts.verdict is not None:
         book.put(book.verdicts, index, facts.verdict._replace(log_index=index))
+        _note_answer(book, facts.verdict, index)
+    if facts.request is not None:
+        _note_request(book, facts.request, index)
     if facts.step is not None:
-        is_request = facts.step.kind == audits.REQUEST
-        node_id = book.served_by(facts.step.subject) if is_request else ""
-        book.put(book.steps, index, facts.step._replace(log_index=index, node_id=node_id))
+        book.put(book.steps, index, facts.step._replace(log_index=index))
     return index
+
+
+def _note_request(book: Book, asked: RequestRow, index: int) -> None:
+    if book.request(asked.key) is not None:
+        return  # the first counts
+    leg = book.leg(asked.receipt_digest)
+    row = asked._replace(log_index=index)
+    if leg is not None:
+        row = row._replace(
+            node_id=leg.node_id, receipt_index=leg.log_index, captured_at=leg.captured_at_unix_ms
+        )
+    book.put(book.requests, asked.key, row)
+
+
+def _note_answer(book: Book, verdict: VerdictRow, index: int) -> None:
+    key = (verdict.verifier_id, verdict.receipt_digest)
+    request = book.request(key)
+    if request is not None and request.verdict_index == NONE:
+        book.put(book.requests, key, request._replace(verdict_index=index))
 
 
 def _keep_leg(book: Book, leg: Leg) -> None:

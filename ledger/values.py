@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import Account
 from trueweight.ledger.audits import Case
+from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.protos.errors import TrueweightError
 
 # Phases of a transfer; the numbers of TransferRecord.Phase.
@@ -20,7 +21,7 @@ OPEN, CAPTURED, VOIDED, EXPIRED = 1, 2, 3, 4
 REASONS = (
     "deposit", "bond-deposit", "hold", "capture", "earning", "fee", "pool", "subsidy", "void",
     "expire", "refund", "forfeit", "challenger", "treasury", "release", "payout", "reward",
-    "bond-withdrawal", "claim",
+    "bond-withdrawal", "claim", "reinstate",
 )  # fmt: skip
 REASON_NO = {name: number for number, name in enumerate(REASONS, start=1)}
 
@@ -113,6 +114,16 @@ class NodeRow(NamedTuple):
     node_id: str
     released: int = 0
     convicted: int = 0
+    # Evidence about receipts below this log index counts no more: the node was reinstated.
+    reinstated: int = 0
+    # What convictions took from it and reinstatements have not paid back.
+    forfeited: int = 0
+
+
+def conviction_key(row: NodeRow | None, node_and_verifier: str) -> str:
+    """Unique for each time that a node may be convicted: a reinstatement begins anew."""
+    since = row.reinstated if row else 0
+    return f"{node_and_verifier}:{since}" if since else node_and_verifier
 
 
 class Spending(NamedTuple):
@@ -152,6 +163,8 @@ class LegTotal(NamedTuple):
     """Earnings of a node's captures that the release conditions allow to count."""
 
     earned: int
+    # Receipt leaf of the oldest audit that was asked for and not answered; NONE if there is none.
+    waits_for: int = NONE
 
 
 class Prepared(NamedTuple):
@@ -181,6 +194,8 @@ class Snapshot:
     nodes: Mapping[str, NodeRow] = field(default_factory=dict)
     # Message digest -> log index, for evidence that may be published twice.
     published: Mapping[bytes, int] = field(default_factory=dict)
+    # By verifier and receipt.
+    requests: Mapping[tuple[str, bytes], RequestRow] = field(default_factory=dict)
     # Only for a group of one such operation:
     due_holds: Sequence[Pending] = ()
     node_legs: Sequence[Leg] = ()
@@ -188,8 +203,6 @@ class Snapshot:
     leg_total: LegTotal | None = None
     # By verifier: what its audits of the node that is to be convicted add up to.
     cases: Mapping[str, Case] = field(default_factory=dict)
-    # Receipt of a requested audit -> the node that it was settled for.
-    served_by: Mapping[bytes, str] = field(default_factory=dict)
     # Log index of verdicts that are to be rewarded -> whose they are.
     judges: Mapping[int, str] = field(default_factory=dict)
     next_sequence: int = 1

@@ -16,6 +16,7 @@ from trueweight.node.describe import Description, describe
 from trueweight.node.engine import Engine
 from trueweight.node.engines import ENGINE_NAMES, RUNNERS, EngineChoice, make_engine
 from trueweight.protos.envelope import digest_of
+from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.runtime import cli
 from trueweight.runtime.market import Market, load_market
@@ -47,7 +48,9 @@ def node() -> None:
 @cli.option("--engine", type=click.Choice(ENGINE_NAMES), default="vllm", help="What computes.")
 @cli.option("--capacity", default=0, type=click.IntRange(0, 4096), help="Requests at once.")
 @cli.option("--max-context", default=0, type=click.IntRange(0), help="Tokens; 0: what fits.")
-@cli.option("--dtype", default="auto", help="vllm: dtype of the weights.")
+@cli.option(
+    "--dtype", default="auto", help="vllm: auto is the weights' own, float32 to score only."
+)
 @cli.option("--threads", default=1, type=click.IntRange(0, 512), help="vllm: threads per worker.")
 @cli.option("--kv-cache-mib", default=256, type=click.IntRange(0), help="vllm: 0 leaves it to it.")
 @cli.option("--tensor-parallel", default=1, type=click.IntRange(1, 64), help="vllm: workers.")
@@ -171,12 +174,16 @@ def _config(options: dict[str, Any], market: Market) -> NodeConfig:
     )
 
 
+def _dtype(asked: str, *, score_only: bool) -> str:
+    return REFERENCE_DTYPE if score_only and asked == "auto" else asked
+
+
 def _choice(options: dict[str, Any]) -> EngineChoice:
     return EngineChoice(
         name=options["engine"],
         capacity=options["capacity"],
         max_context_tokens=options["max_context"],
-        dtype=options["dtype"],
+        dtype=_dtype(options["dtype"], score_only=options["score_only"]),
         threads=options["threads"],
         kv_cache_mib=options["kv_cache_mib"],
         tensor_parallel=options["tensor_parallel"],

@@ -294,6 +294,8 @@ class AuditLine:
     def __init__(self) -> None:
         self.evidence = NodeEvidence()
         self.counted: deque[Evidence] = deque(maxlen=MAX_COUNTED)
+        # The latest receipt whose margins were added up; -1: none.
+        self.last_scored = -1
         self._waiting: OrderedDict[bytes, tuple[Asked, Answer | None]] = OrderedDict()
         self._epochs = (-1,) * PATIENCE_EPOCHS
 
@@ -362,5 +364,7 @@ class AuditLine:
         self.evidence = self.evidence.add(evidence)
         if is_added:
             self.counted.append(evidence)
+            if evidence.is_scored:
+                self.last_scored = max(self.last_scored, evidence.receipt_index)
         why_not = answer.why_not if is_added else NOT_ADDED
         return Settled(receipt_digest, evidence, is_added, why_not)

@@ -12,6 +12,7 @@ work beyond ``unsettled_cap_nano``.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trueweight.protos.money import PPM, TOKENS_PER_MTOK
@@ -20,6 +21,13 @@ SAFETY = 2
 # Share of a stake that the audit rate may use up; the rest is for work that is not settled yet.
 RATE_SHARE_PPM = 500_000
 MAX_LEGS_KEPT = 4_096
+
+
+def kth_largest(values: Sequence[int], k: int) -> int:
+    """What at least k of the values reach, the largest if there are fewer: one verifier alone can
+    neither stop a market by an absurd gain nor, where k have spoken, hide one."""
+    ordered = sorted(values, reverse=True)
+    return ordered[min(k, len(ordered)) - 1] if ordered else 0
 
 
 def needed_nano(price_nano_per_mtok: int, gain_tokens: int, rate_ppm: int) -> int:

@@ -37,6 +37,7 @@ _TYPES: dict[str, type[Message]] = {
     "receipt": market_pb2.Receipt,
     "bill": market_pb2.Bill,
     "suspension": market_pb2.Suspension,
+    "reinstatement": market_pb2.Reinstatement,
     "epoch-open": audit_pb2.EpochOpen,
     "epoch-reveal": audit_pb2.EpochReveal,
     "audit-request": audit_pb2.AuditRequest,

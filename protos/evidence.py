@@ -23,6 +23,9 @@ LAMBDAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 FULL_WEIGHT_TOKENS = 256
 # Smallest null mean that a calibration may state: 2 * 10^-4.
 MU0_FLOOR_NANO = 200_000
+# What references compute in. Margins grow with the square of the rounding on both sides: one that
+# rounds like the nodes doubles an honest node's and hides small cheats behind its own noise.
+REFERENCE_DTYPE = "float32"
 # Far above every threshold and far below overflow, also after one more factor.
 _MAX_SUM = 1e300
 

@@ -58,7 +58,8 @@ class ReceiptFacts:
     ``assignment`` was verified by ``open_assignment``. ``received`` are the ids that the router
     got for this leg, in order, all of them. ``manifest_digest`` is what the model id stands for
     in the registry at the assignment. ``events`` None: unknown here. ``offered`` None: the
-    node's offer is not at hand.
+    node's offer is not at hand. ``refusal`` says why the market gives an engine no paid work;
+    None: not asked here.
     """
 
     assignment: Opened[Assignment]
@@ -71,6 +72,7 @@ class ReceiptFacts:
     vocabulary_size: int
     events: RouterEvents | None = None
     offered: EngineFingerprint | None = None
+    refusal: Callable[[EngineFingerprint], str] | None = None
 
 
 _Ids = NDArray[np.int64]
@@ -251,6 +253,10 @@ def _fingerprint_is_offered(case: _Case) -> bool:
     return case.facts.offered is None or case.receipt.fingerprint == case.facts.offered
 
 
+def _engine_is_allowed(case: _Case) -> bool:
+    return case.facts.refusal is None or not case.facts.refusal(case.receipt.fingerprint)
+
+
 class Check(NamedTuple):
     """One L0 check: its stable name, what it demands, and the decision."""
 
@@ -312,8 +318,9 @@ CHECKS: tuple[Check, ...] = (
     Check("durations", "durations are in order and an engine could reach them",
           _durations_possible),
     Check("elapsed", "it does not claim more time than the router saw", _durations_seen),
-    # 23, 24
+    # 23 to 25
     Check("sampler", "canonical sampling in fp32", _sampler_is_canonical),
     Check("fingerprint", "the engine is the one that was offered", _fingerprint_is_offered),
+    Check("allowed", "the engine is on the market's allow-list", _engine_is_allowed),
 )
 # fmt: on

@@ -15,6 +15,7 @@ import grpc.aio
 
 from trueweight.protos.errors import TrueweightError
 from trueweight.protos.identity import Signer
+from trueweight.protos.market_terms import allow_list_of
 from trueweight.protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 from trueweight.router.api_keys import KeyGate
 from trueweight.router.billing import Terms
@@ -98,7 +99,7 @@ class Router:
         self._clock = clock or SystemClock()
         self.store = Store(config.data / STORE_FILE)
         keys = Keys(market.market_id, market.ring)
-        allow = AllowList().with_synthetic() if config.allow_synthetic else AllowList()
+        allow = AllowList(allow_list_of(market.descriptor), config.allow_synthetic)
         judges = Judges(market, keys)
         exposure = Exposure(judges)
         self.fleet = Fleet(

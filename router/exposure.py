@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trueweight.protos.deterrence import UnsettledWork, needed_nano, unsettled_cap_nano
+from trueweight.protos.deterrence import UnsettledWork, kth_largest, needed_nano, unsettled_cap_nano
 from trueweight.protos.money import PPM, TOKENS_PER_MTOK
 from trueweight.protos.v1.audit_pb2 import EpochOpen, Verdict
 from trueweight.protos.v1.market_pb2 import Bill
@@ -86,7 +86,8 @@ class Exposure:
 
         An unknown stake (below 0) is none. ``ask_nano_per_mtok`` is what an output token costs by
         its offer; dearer if its clients were charged more."""
-        gain_tokens = max((e.gain_tokens for e in self._epochs.values()), default=0)
+        gains = [e.gain_tokens for e in self._epochs.values()]
+        gain_tokens = kth_largest(gains, self._judges.needed)
         if not gain_tokens:
             return None
         if (rate := self._rate_ppm(node_id)) <= 0:

@@ -6,10 +6,12 @@ import logging
 from collections import defaultdict
 
 from trueweight.protos.envelope import open_envelope, parse_envelope, parse_payload
-from trueweight.protos.errors import BadSignature, TrueweightError
+from trueweight.protos.errors import BadSignature, InvalidRequest, TrueweightError
+from trueweight.protos.market_terms import epoch_refusal
+from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import Conviction, EpochOpen, Verdict
 from trueweight.protos.v1.log_pb2 import LogEntry
-from trueweight.protos.v1.market_pb2 import Bill, Member, Suspension
+from trueweight.protos.v1.market_pb2 import Bill, Member, Reinstatement, Suspension
 from trueweight.router.catalog import Catalog
 from trueweight.router.exposure import Exposure
 from trueweight.router.fleet import Fleet
@@ -20,7 +22,10 @@ from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
-KINDS = ("key-event", "registry-entry", "suspension", "conviction", "verdict", "epoch-open")
+KINDS = (
+    *("key-event", "registry-entry", "suspension", "conviction", "reinstatement"),
+    *("verdict", "epoch-open"),
+)
 # At a start, bills further back than this are not read again: a verifier that is so far behind
 # shows in ``verifier owed``.
 RECENT_LEAVES = 200_000
@@ -43,7 +48,9 @@ class MarketFeed:
     ) -> None:
         self._market, self._keys, self._catalog, self._fleet = market, keys, catalog, fleet
         self._judges, self._exposure = judges, exposure
-        self._convictions: defaultdict[str, set[str]] = defaultdict(set)
+        self._standing: defaultdict[str, Suspensions] = defaultdict(
+            lambda: Suspensions(judges.needed)
+        )
         self.next_index = 0
 
     async def follow(self, ledger: LedgerPort) -> None:
@@ -83,6 +90,8 @@ class MarketFeed:
             self._suspend(entry.body)
         elif kind == "conviction":
             self._convict(entry.body)
+        elif kind == "reinstatement":
+            self._reinstate(entry.body)
         elif kind == "verdict":
             self._note_verdict(entry.body, entry.index)
         elif kind == "epoch-open":
@@ -95,6 +104,8 @@ class MarketFeed:
         opened = open_envelope(body, EpochOpen, self._keys.ring, self._market.market_id)
         if not self._is_verifier(opened.signer) or opened.message.verifier_id != opened.signer:
             raise BadSignature("an epoch opened by somebody who is no verifier")
+        if refusal := epoch_refusal(self._market.descriptor, opened.message):
+            raise InvalidRequest(refusal)
         self._exposure.opened(opened.message)
 
     def _note_verdict(self, body: bytes, log_index: int) -> None:
@@ -117,12 +128,14 @@ class MarketFeed:
             raise BadSignature("a suspension by somebody who may not suspend")
         if message.issuer != opened.signer:
             raise BadSignature("a suspension in another's name")
+        self._judges.check(opened.signer, message.node_id)
+        who = "" if opened.signer == self._market.market_id else opened.signer
+        standing = self._standing[message.node_id]
         if message.lifted:
-            self._judges.check(opened.signer, message.node_id)
-            self._fleet.lift(message.node_id)
+            standing.lift(who)
         else:
-            self._fleet.suspend(message.node_id)
-        log.info("node %s %s", message.node_id, "is back" if message.lifted else "is suspended")
+            standing.suspend(who)
+        self._apply_standing(message.node_id)
 
     def _convict(self, body: bytes) -> None:
         opened = open_envelope(body, Conviction, self._keys.ring, self._market.market_id)
@@ -130,11 +143,27 @@ class MarketFeed:
             raise BadSignature("a conviction by somebody who is no verifier")
         node_id = opened.message.node_id
         self._judges.check(opened.signer, node_id)
-        self._convictions[node_id].add(opened.signer)
-        needed = max(1, self._market.descriptor.convictions_needed)
-        if len(self._convictions[node_id]) >= needed:
+        self._standing[node_id].convict(opened.signer)
+        self._apply_standing(node_id)
+
+    def _reinstate(self, body: bytes) -> None:
+        opened = open_envelope(body, Reinstatement, self._keys.ring, self._market.market_id)
+        admin = self._market.has_role(opened.signer, Member.ADMIN)
+        if opened.signer != self._market.market_id and not admin:
+            raise BadSignature("a reinstatement by somebody who may not reinstate")
+        node_id = opened.message.node_id
+        self._standing[node_id].reinstate()
+        self._apply_standing(node_id)
+
+    def _apply_standing(self, node_id: str) -> None:
+        stopped = self._standing[node_id].stopped
+        if stopped == self._fleet.is_suspended(node_id):
+            return
+        if stopped:
             self._fleet.suspend(node_id)
-            log.info("node %s is convicted", node_id)
+        else:
+            self._fleet.lift(node_id)
+        log.info("node %s %s", node_id, "gets no more work" if stopped else "is back")
 
     def _is_verifier(self, identity: str) -> bool:
         return self._market.has_role(identity, Member.VERIFIER)

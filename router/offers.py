@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trueweight.protos.envelope import (
     Opened,
@@ -14,8 +14,14 @@ from trueweight.protos.envelope import (
 )
 from trueweight.protos.errors import BadSignature, InvalidRequest
 from trueweight.protos.identity import KeyRing
+from trueweight.protos.market_terms import (
+    DEFAULT_ENGINES,
+    SYNTHETIC,
+    engine_refusal,
+    with_synthetic,
+)
 from trueweight.protos.money import MAX_NANO
-from trueweight.protos.v1.market_pb2 import EngineFingerprint, Offer
+from trueweight.protos.v1.market_pb2 import EngineAllowList, EngineFingerprint, Offer
 
 MAX_OFFER_BYTES = 128 * 1024
 MAX_KEY_EVENTS = 16
@@ -30,37 +36,20 @@ MAX_ASK_NANO_PER_MTOK = MAX_NANO // 10**7
 
 @dataclass(frozen=True, slots=True)
 class AllowList:
-    """Engines that get paid work. A fingerprint is a claim; this bounds which claims are heard.
+    """Engines that get paid work: the market's signed list. A fingerprint is a claim; this bounds
+    which claims are heard. The synthetic engine makes no use of weights: it takes this router's own
+    word as well, and that is enough, because verifiers go by the market's list."""
 
-    ``synthetic`` makes no use of weights and is for simulation only.
-    """
-
-    engines: frozenset[str] = frozenset({"vllm"})
-    quantizations: frozenset[str] = frozenset({"", "none"})
-    sampler_id: str = "tw-gumbel-1"
-    sampler_precision: str = "fp32"
-
-    def with_synthetic(self) -> AllowList:
-        """The same list plus the synthetic engine."""
-        return AllowList(
-            self.engines | {"synthetic"},
-            self.quantizations,
-            self.sampler_id,
-            self.sampler_precision,
-        )
+    listed: EngineAllowList = field(default_factory=lambda: DEFAULT_ENGINES)
+    synthetic: bool = False
 
     def refusal(self, fingerprint: EngineFingerprint) -> str:
         """Why this engine gets no paid work; empty if it does."""
-        if fingerprint.engine not in self.engines:
-            return f"engine {fingerprint.engine[:40]!r} is not on this router's allow-list"
-        if fingerprint.quantization not in self.quantizations:
-            return f"quantisation {fingerprint.quantization[:40]!r} is not on the allow-list"
-        if (fingerprint.sampler_id, fingerprint.sampler_precision) != (
-            self.sampler_id,
-            self.sampler_precision,
-        ):
-            return "the sampler is not tw-gumbel-1 in fp32"
-        return ""
+        if fingerprint.engine != SYNTHETIC:
+            return engine_refusal(self.listed, fingerprint)
+        if not self.synthetic:
+            return "this router gives synthetic engines no work"
+        return engine_refusal(with_synthetic(self.listed), fingerprint)
 
 
 def open_offer(

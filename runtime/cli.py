@@ -80,6 +80,12 @@ def keys_option(function: F) -> F:
     )
 
 
+def optional_keys_option(function: F) -> F:
+    """--keys DIR where the public log is enough."""
+    text = "Directory with an identity's key files; not needed to read the public log."
+    return path_option("--keys", default=None, help=text)(function)
+
+
 def log_options(function: F) -> F:
     """--log-level and --log-json; call ``configure_logs`` with them."""
     function = option(

@@ -95,10 +95,15 @@ def raise_refused(result: pb.Result) -> pb.Result:
 
 
 class GrpcLedger:
-    """LedgerPort over one channel. Concurrent ``apply`` calls share micro-batches on one stream."""
+    """LedgerPort over one channel. Concurrent ``apply`` calls share micro-batches on one stream.
+    Without ``tokens`` it is nobody's: then it reads the log, which is public, and nothing else."""
 
     def __init__(
-        self, endpoint: str, pinned_pem: str, ledger_identity: str, tokens: rpc.AccessTokens
+        self,
+        endpoint: str,
+        pinned_pem: str,
+        ledger_identity: str,
+        tokens: rpc.AccessTokens | None = None,
     ) -> None:
         self._channel = rpc.make_channel(endpoint, pinned_pem)
         self._stub = LedgerStub(self._channel)
@@ -178,7 +183,7 @@ class GrpcLedger:
         await self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return self._tokens.metadata(self._identity)
+        return self._tokens.metadata(self._identity) if self._tokens else ()
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         metadata = self._metadata()

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trueweight.ledger.service import Ledger
 from trueweight.node.engine import Engine, EngineFinish, GenerateJob
@@ -99,7 +100,7 @@ class Order:
 class AuditedMarket:
     """Start it, ``join`` nodes, ``serve`` orders, run a ``verifier``."""
 
-    def __init__(self, directory: Path, manifest: model_pb2.Manifest, **world: int) -> None:
+    def __init__(self, directory: Path, manifest: model_pb2.Manifest, **world: Any) -> None:
         self.clock: Clock = SystemClock()
         self.world = World(now=self.clock.now_unix_ms(), **world)
         self.market = self.world.market

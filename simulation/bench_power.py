@@ -130,7 +130,12 @@ def as_figures(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     """For the last line: JSON knows no infinity, never convicted is null."""
     rows = []
     for s in shown:
-        row = {**asdict(s.found), "refunded": s.refunded, "target": s.row.target}
+        row = {
+            **asdict(s.found),
+            "refunded": s.refunded,
+            "target": s.row.target,
+            "target_requests": s.row.target_requests,
+        }
         del row["tokens"]
         rows.append({k: None if v == float("inf") else v for k, v in row.items()})
     return rows

@@ -23,7 +23,8 @@ from trueweight.simulation import demo_corpus
 
 MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 96, 200
 SHORT_OUTPUT_TOKENS = 16
-_TEMPERATURES = (0.3, 0.6, 0.8, 1.0, 1.0, 1.0, 1.3)
+_TEMPERATURES = (0.1, 0.3, 0.6, 0.8, 1.0, 1.0, 1.0, 1.3, 2.0)
+_MASKED_SHARE = 0.25
 _LOW_TEMPERATURES = (0.2, 0.3, 0.4)
 
 
@@ -83,10 +84,25 @@ def draw_sampling(wanted: str, chance: random.Random, stop_ids: tuple[int, ...])
         drawn = _with_penalties(base, chance, cuts)
     else:
         drawn = base
+    if chance.random() < _MASKED_SHARE:
+        drawn = replace(drawn, **_masks(chance))
     resolved = resolve(drawn)
     if parameter_class(resolved) != wanted:
         raise ValueError(f"drew {parameter_class(resolved)} for {wanted}")
     return resolved
+
+
+def _masks(chance: random.Random) -> dict[str, Any]:
+    """Biases and masks make no class of their own, so every class must cover them."""
+    kind = chance.choice(("logit_bias", "allowed_token_ids", "min_tokens", "bad_words"))
+    some = _some_ids(chance)
+    values: dict[str, Any] = {
+        "logit_bias": tuple((token, chance.choice((-5.0, -1.0, 1.0, 3.0))) for token in some[:8]),
+        "allowed_token_ids": tuple(range(3, 500)),
+        "min_tokens": chance.choice((4, 16, 64)),
+        "bad_words": (*((token,) for token in some[:8]), tuple(some[8:10]), tuple(some[10:13])),
+    }
+    return {kind: values[kind]}
 
 
 def _with_penalties(base: Sampling, chance: random.Random, cuts: dict[str, Any]) -> Sampling:
@@ -195,8 +211,10 @@ def draw_jobs(
         room = max(1, min(longest, max_context - len(prompt) - 1))
         most = chance.choice((1, 8, room, room, room, room, room, room))
         number += 1
+        limit = min(most, room)
         source = chance.choice(GRAMMARS) if kind == "grammar" else b""
         sampling = _draw(kind, chance, prompts.stop_ids)
+        sampling = replace(sampling, min_tokens=min(sampling.min_tokens, limit))
         if source:
             sampling = with_grammar(sampling, source)
         yield GenerateJob(
@@ -205,6 +223,6 @@ def draw_jobs(
             prefix=(),
             sampling=sampling,
             seed=chance.randrange(2**63 - 1),
-            max_tokens=min(most, room),
+            max_tokens=limit,
             grammar_source=source,
         )

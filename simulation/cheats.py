@@ -81,13 +81,14 @@ SERVED = (
 @dataclass(frozen=True)
 class Row:
     """One line of the table. ``pool`` names the source; ``target`` is the median that the project
-    has set itself, in audited tokens."""
+    has set itself, in audited tokens, ``target_requests`` the 95th percentile in requests."""
 
     name: str
     pool: str
     traffic: str = "plain"
     mix: Mix = field(default_factory=Mix)
     target: int | None = None
+    target_requests: int | None = None
 
 
 def _disguises(pool: str) -> tuple[Row, ...]:
@@ -100,16 +101,19 @@ def _disguises(pool: str) -> tuple[Row, ...]:
 
 ROWS = (
     *(Row(f"honest, {kind}", HONEST, kind) for kind in SERVED[0].traffic),
-    Row("wrong seed", "wrong seed"),
-    Row("text from another seed (the same thing)", "wrong seed"),
+    Row("wrong seed", "wrong seed", target_requests=10),
+    Row("text from another seed (the same thing)", "wrong seed", target_requests=10),
+    *_disguises("wrong seed"),
     Row("wrong seed, short outputs", "wrong seed", SHORT),
-    Row("another model", "another model"),
+    Row("another model", "another model", target_requests=10),
+    *_disguises("another model"),
     Row("another model, T = 0", "another model", "greedy"),
     Row("another model, short outputs", "another model", SHORT),
     Row("another model, low entropy", "another model", LOW),
     Row("hidden prompt or truncated context", "hidden prompt"),
     Row("early end with a forged stop token", "early end"),
     Row("top-p 0.9 unasked", "top-p 0.9 unasked"),
+    *_disguises("top-p 0.9 unasked"),
     Row("top-p 0.9 for 0.5 to 0.99", "another top-p than asked for", "top_p"),
     Row("4-bit weights", "4-bit weights", target=1500),
     Row("4-bit weights, then a prefill with the true ones (the same text)", "4-bit weights"),
@@ -119,6 +123,7 @@ ROWS = (
     *_disguises("4-bit weights"),
     Row("5 % weight noise", "5 % weight noise"),
     Row("fine-tuned weights", "fine-tuned weights"),
+    *_disguises("fine-tuned weights"),
     Row("fine-tuned weights, T = 0", "fine-tuned weights", "greedy"),
     Row("T = 0.95 for 1", "T = 0.95 for 1", target=1500),
     Row("T = 0.95 for 1, short outputs", "T = 0.95 for 1", SHORT),

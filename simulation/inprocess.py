@@ -29,6 +29,7 @@ from trueweight.protos.errors import DeadlineExceeded
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import uuid7
 from trueweight.protos.manifest import build_manifest
+from trueweight.protos.market_terms import DEFAULT_ENGINES, with_synthetic
 from trueweight.protos.money import NANO_PER_CREDIT
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -101,7 +102,11 @@ class InProcessMarket:
 
     async def start(self) -> None:
         """Ledger, registered model, router, nodes; returns when all nodes can get work."""
-        self.market = create_market(self.directory, MarketPlan(name="in process"), self.clock)
+        self.market = create_market(
+            self.directory,
+            MarketPlan("in process", engines=with_synthetic(DEFAULT_ENGINES)),
+            self.clock,
+        )
         database = f"sqlite:///{self.directory / 'ledger.sqlite'}"
         self.ledger = Ledger(self.market, self.signer("ledger"), database, self.clock)
         await self.ledger.start()

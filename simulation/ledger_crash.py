@@ -152,14 +152,12 @@ def make_load() -> Load:
         (router, world.void(h.id) if i % 5 == 4 else c)
         for i, (h, c) in enumerate(zip(holds, captures, strict=True))
     ]
+    judged = {i: digest_of(captures[i].capture.receipts[0]) for i in (0, 7)}
+    asked = [(verifier, world.request(digest)) for digest in judged.values()]
     refunds = [
-        (
-            verifier,
-            world.refund(digest_of(captures[i].capture.receipts[0]), world.node[i % 3].identity),
-        )
-        for i in (0, 7)
+        (verifier, world.refund(digest, world.node[i % 3].identity)) for i, digest in judged.items()
     ]
-    waves = [first, [(router, h) for h in holds], ends, refunds]
+    waves = [first, [(router, h) for h in holds], ends, asked, refunds]
     return Load(world, [*waves, *_conviction(world)])
 
 

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from trueweight.protos.envelope import digest_of, ring_of, seal, seal_key_event
 from trueweight.protos.identity import Signer, key_id, public_bytes
 from trueweight.protos.ids import uuid7
+from trueweight.protos.market_terms import DEFAULT_ENGINES, with_synthetic
 from trueweight.protos.money import charge_nano, split_charge
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
@@ -84,6 +85,7 @@ class World:
     nodes: int = 3
     verifiers: int = 1
     convictions_needed: int = 1
+    audit_terms: market_pb2.AuditTerms | None = None
     now: int = START_UNIX_MS
     market_signer: Signer = field(init=False)
     signers: dict[str, Signer] = field(init=False)
@@ -111,6 +113,8 @@ class World:
             verification_pool_ppm=self.pool_ppm,
             settlement_window_ms=self.window_ms,
             convictions_needed=self.convictions_needed,
+            engines=with_synthetic(DEFAULT_ENGINES),
+            audit_terms=self.audit_terms,
         )
         events = [self.market_signer.key_event, *(m.key_event for m in members)]
         self.market = Market(self.market_id, descriptor, ring_of(events, self.market_id))
@@ -281,18 +285,28 @@ class World:
             self.signers[by],
         )
 
+    def request(self, receipt_digest: bytes, by: str = "verifier") -> pb.Operation:
+        """A verifier asks for an audit in the log."""
+        message = audit_pb2.AuditRequest(
+            market_id=self.market_id,
+            verifier_id=self.identity(by),
+            receipt_digest=receipt_digest,
+        )
+        return self.publish(seal(message, self.signers[by]))
+
     def refund(
         self,
         receipt_digest: bytes,
         node_id: str,
         outcome: audit_pb2.Verdict.Outcome = audit_pb2.Verdict.REFUND,
+        by: str = "verifier",
     ) -> pb.Operation:
         return pb.Operation(
             id=self.new_id(),
             refund=pb.Refund(
                 receipt_digest=receipt_digest,
                 reason="far outside",
-                verdict=self.verdict(receipt_digest, node_id, outcome),
+                verdict=self.verdict(receipt_digest, node_id, outcome, by),
             ),
         )
 

@@ -29,6 +29,7 @@ from trueweight.client.model_files import check_model_id, registry_entry, sign_d
 from trueweight.protos.errors import DeadlineExceeded, InvalidRequest, TrueweightError
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import derived_id
+from trueweight.protos.market_terms import DEFAULT_ENGINES, SYNTHETIC, with_synthetic
 from trueweight.protos.money import parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -296,9 +297,11 @@ class LocalMarket:
             raise InvalidRequest(
                 f"{settings.sold_as!r} cannot be sold: {error.message}", hint="Name it: --model-id."
             ) from None
+        is_synthetic = settings.engine == SYNTHETIC
         plan = MarketPlan(
             name=self.directory.name,
             endpoints={"ledger": self.addresses.ledger, "router": self.addresses.router_grpc},
+            engines=with_synthetic(DEFAULT_ENGINES) if is_synthetic else DEFAULT_ENGINES,
         )
         self.market = create_market(self.directory, plan, self._clock)
         self._link_model()

@@ -31,13 +31,12 @@ from trueweight.simulation.calibration_traffic import (
     random_prompts,
 )
 from trueweight.simulation.margin_store import MarginStore, Ragged, SliceKey
-from trueweight.simulation.swapping_engine import SwappingEngine
 from trueweight.verifier.calibration import PairSample
 from trueweight.verifier.calibration_file import weights_sha256
 
 # One prefill batch of the size that verifiers use.
 SCORE_BATCH = 32
-TRANSFORMERS = "transformers bfloat16"
+TRANSFORMERS = "transformers float32"
 
 
 MakeEngine = Callable[[Path, VllmOptions], Engine]
@@ -205,21 +204,25 @@ class Measurement:
             await engine.close()
 
     async def run_cheats(self, wanted: Sequence[tuple[Source, Mapping[str, int]]]) -> None:
-        """Answers what these sources lack, on one engine: starting takes longer than answering.
-
-        All must have the same options."""
+        """Answers what these sources lack: an engine for each that has weights of its own, one for
+        all others, which must have the same options."""
         missing = [(s, tokens) for s, tokens in wanted if self.missing_answers(s, tokens)]
-        if self.out_of_time() or not missing:
-            return
-        engine = SwappingEngine(self._model, missing[0][0].options)
+        for source, tokens in missing:
+            if source.weights is not None and not self.out_of_time():
+                with tempfile.TemporaryDirectory() as place:
+                    weights = source.weights(self._model, Path(place) / "weights")
+                    await self._answer_all(weights, [(source, tokens)])
+        same = [(s, tokens) for s, tokens in missing if s.weights is None]
+        if same and not self.out_of_time():
+            await self._answer_all(self._model, same)
+
+    async def _answer_all(
+        self, model: Path, wanted: Sequence[tuple[Source, Mapping[str, int]]]
+    ) -> None:
+        engine = self._make_engine(model, wanted[0][0].options)
         await engine.start()
         try:
-            for source, tokens in missing:
-                with tempfile.TemporaryDirectory() as place:
-                    weights = (
-                        source.weights(self._model, Path(place) / "w") if source.weights else None
-                    )
-                    await engine.swap_weights(weights or self._model)
+            for source, tokens in wanted:
                 _say(source.name)
                 await self._answer(engine, source, tokens)
         finally:
@@ -288,7 +291,7 @@ class Measurement:
         # Needs transformers, which takes seconds to import.
         from trueweight.simulation.hf_reference import HfReference  # noqa: PLC0415
 
-        reference, started = HfReference(self._model, "bfloat16"), time.monotonic()
+        reference, started = HfReference(self._model, "float32"), time.monotonic()
         for source, key in missing:
             if self.out_of_time():
                 break

@@ -18,7 +18,8 @@ TOOLS = ("bash", "env", "cat", "cut", "date", "dirname", "grep", "sha256sum", "t
 def clone(tmp_path):
     """What setup reads of a checkout, in a path with a blank, and a PATH with little in it."""
     top, tools = tmp_path / "a clone", tmp_path / "bin"
-    for path in ("deploy/setup.sh", "requirements/cpu.txt", "pyproject.toml"):
+    locks = [f"requirements/{kind}.txt" for kind in ("cpu", "dev", "gpu")]
+    for path in ("deploy/setup.sh", *locks, "pyproject.toml"):
         (top / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(TOP / path, top / path)
     tools.mkdir()
@@ -33,10 +34,10 @@ def script(path, text):
     path.chmod(0o755)
 
 
-def setup(clone, **environment):
+def setup(clone, kind="cpu", **environment):
     top, tools = clone
     return subprocess.run(
-        [str(top / "deploy/setup.sh"), "cpu"],
+        [str(top / "deploy/setup.sh"), kind],
         env={"PATH": str(tools), "HOME": str(top), **environment},
         capture_output=True,
         text=True,
@@ -93,3 +94,18 @@ def test_make_down_where_nothing_is_installed(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "No market is up.\n")
+
+
+def test_without_triton_the_developers_set_up_fails_unless_that_is_allowed(clone):
+    """Else the continuous integration would pass without the tests of the GPU kernels."""
+    (clone[1] / "python3.11").symlink_to(sys.executable)
+    programs = clone[0] / ".venv/bin"
+    programs.mkdir(parents=True)
+    script(programs / "python", "exit 0")
+    script(programs / "uv", 'case "$*" in *triton*) exit 1;; esac')
+    done = setup(clone, "dev")
+    assert done.returncode == 1
+    assert "TRUEWEIGHT_WITHOUT_TRITON=1" in done.stderr
+    assert not list((clone[0] / ".venv").glob(".installed-*"))
+    done = setup(clone, "dev", TRUEWEIGHT_WITHOUT_TRITON="1")
+    assert done.returncode == 0 and "will be skipped, as you allowed" in done.stderr

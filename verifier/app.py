@@ -17,7 +17,7 @@ from trueweight.runtime.market import Market
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.calibration_file import Measured
 from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat
-from trueweight.verifier.epochs import RatePolicy, SecretStore
+from trueweight.verifier.epochs import RatePolicy, SecretStore, within_terms
 from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import REWARD_PPM, Publisher
@@ -61,7 +61,7 @@ class VerifierApp:
             view,
             signer.identity,
             secrets,
-            policy or RatePolicy(),
+            within_terms(policy or RatePolicy(), market.descriptor),
             Outbox(data_directory / "outbox"),
             measured=tuple(measured),
         )
@@ -106,8 +106,8 @@ class VerifierConfig:
     reward_ppm: int = REWARD_PPM
 
 
-def connect_ledger(market: Market, tokens: rpc.AccessTokens) -> GrpcLedger:
-    """The market's ledger over gRPC."""
+def connect_ledger(market: Market, tokens: rpc.AccessTokens | None = None) -> GrpcLedger:
+    """The market's ledger over gRPC; without tokens only its public log."""
     member = market.member(Member.LEDGER)
     return GrpcLedger(member.endpoint, member.tls_certificate_pem, member.identity, tokens)
 

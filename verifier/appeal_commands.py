@@ -16,16 +16,29 @@ from trueweight.protos.v1.market_pb2 import Member, Suspension
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.market import Market, load_market
+from trueweight.runtime.market import Market
 from trueweight.verifier.app import access_tokens, connect_ledger
 from trueweight.verifier.appeal import Appeal, missing_requests, rerun
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, read_bundle, write_bundle
-from trueweight.verifier.command_support import at_endpoint, ledger_option, market_of, read_view
+from trueweight.verifier.command_support import (
+    at_endpoint,
+    fetch_view,
+    ledger_option,
+    market_of,
+    read_view,
+)
 from trueweight.verifier.epochs import EpochPlan, SecretStore
-from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
-from trueweight.verifier.recheck import Replay, replay
+from trueweight.verifier.export import (
+    find_any_verdict,
+    find_verdict,
+    held_transcript,
+    make_bundle,
+    open_transcript,
+)
+from trueweight.verifier.recheck import Replay, replay, with_log
 from trueweight.verifier.reference import GrpcNode, Scorer
+from trueweight.verifier.state import LogView
 from trueweight.verifier.transcripts import GrpcTranscripts
 
 
@@ -50,14 +63,32 @@ def _with_router(options: dict[str, Any]) -> Market:
 @click.command()
 @click.argument("leaf", type=click.IntRange(0))
 @cli.market_option
-@cli.keys_option
+@cli.optional_keys_option
 @ledger_option
 @cli.option("--router", default="", help="Router HOST:PORT, if not the market file's.")
-@cli.path_option("--data", required=True, help="The verifier's data directory.")
+@cli.path_option("--data", default=None, help="One's data directory, to open one's own audit.")
+@cli.path_option(
+    "--transcript",
+    default=None,
+    help="What one holds of the request: the client's receipt file, or another bundle.",
+)
 @cli.path_option("--out", required=True, help="Bundle to write. It holds the request's text.")
 def bundle(leaf: int, **options: Any) -> None:
-    """Write the evidence bundle of one's own audit (log index of its receipt or verdict)."""
-    made = cli.run_async(_export(leaf, options))
+    """Write the evidence bundle of one audit (log index of its receipt or verdict).
+
+    A verifier opens the transcript of its own audit (--keys, --data); anybody else brings it."""
+    if options["transcript"] is None and not (options["keys"] and options["data"]):
+        raise InvalidRequest(
+            "nothing says what was asked and answered",
+            hint="Name --transcript FILE, or as the verifier --keys and --data.",
+        )
+    held: Path | None = options["transcript"]
+    if held is None:
+        made = cli.run_async(_export(leaf, options))
+    elif held.is_file() and held.stat().st_size <= MAX_BUNDLE_BYTES:
+        made = cli.run_async(_export_held(leaf, held.read_bytes(), options))
+    else:
+        raise InvalidRequest(f"{held} is not there, or too large for a transcript")
     write_bundle(options["out"], made)
     click.echo(f"wrote {options['out']}; it holds the text of a request", err=True)
 
@@ -77,6 +108,18 @@ async def _export(leaf: int, options: dict[str, Any]) -> Bundle:
         await ledger.close()
 
 
+async def _export_held(leaf: int, data: bytes, options: dict[str, Any]) -> Bundle:
+    market = market_of(options)
+    ledger = connect_ledger(market)
+    try:
+        view = await read_view(market, ledger)
+        found = find_any_verdict(view, leaf)
+        held = held_transcript(data, found.leaf.message.receipt_digest)
+        return await make_bundle(view, ledger, found, held)
+    finally:
+        await ledger.close()
+
+
 def _no_new_secrets(_count: int) -> bytes:
     raise InvalidRequest("this is not the data directory of the verifier", hint="Name --data.")
 
@@ -85,7 +128,13 @@ def _no_new_secrets(_count: int) -> bytes:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @cli.market_option
 @cli.keys_option
+@ledger_option
 @_reference_options
+@cli.option(
+    "--log/--no-log",
+    default=True,
+    help="Also look in the market's log for verdict, receipt, request and calibration.",
+)
 @cli.json_option
 def recheck(file: Path, as_json: bool, **options: Any) -> None:
     """Replay the audit in an evidence bundle on one's own reference node."""
@@ -103,12 +152,15 @@ def recheck(file: Path, as_json: bool, **options: Any) -> None:
 
 
 async def _recheck(evidence: Bundle, options: dict[str, Any]) -> Replay:
-    market = load_market(options["market"])
+    market = market_of(options)
+    # First what fails fast: without the log, say so with --no-log.
+    view = await fetch_view(market) if options["log"] else None
     scorer = _scorer(options, market, load_signer(options["keys"]))
     try:
-        return await replay(evidence, market, scorer)
+        found = await replay(evidence, market, scorer)
     finally:
         await scorer.close()
+    return found if view is None else with_log(found, view)
 
 
 @click.command()
@@ -120,7 +172,9 @@ async def _recheck(evidence: Bundle, options: dict[str, Any]) -> Replay:
 @cli.path_option("--data", required=True, help="The verifier's data directory.")
 @_reference_options
 @cli.option("--of", "of_verifier", default="", help="Whose conviction; default: one's own.")
-@cli.option("--lift", is_flag=True, help="If it is not upheld, publish that the node may work.")
+@cli.option(
+    "--lift", is_flag=True, help="If it is not upheld, say in the log that the node may work."
+)
 @cli.json_option
 def appeal(node_id: str, lift: bool, as_json: bool, **options: Any) -> None:
     """Re-run the audits that convicted NODE_ID on another reference node, also another's."""
@@ -155,6 +209,8 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         view = await read_view(market, ledger)
         if node_id not in view.nodes:
             raise NotFound(f"the log knows no node {node_id}")
+        if lift:
+            check_not_convicted(view, node_id)
         secrets = SecretStore(options["data"], _no_new_secrets)
         whose, me = options["of_verifier"] or signer.identity, signer.identity
         reader = EpochPlan(market.market_id, me, 0, SystemClock().now_unix_ms())
@@ -166,9 +222,8 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         auditor = Auditor(view, secrets, transcripts, scorer)
         found = await rerun(view, auditor, whose, node_id, me)
         if lift:
-            if found.upheld or any(r.error for r in found.retried):
-                raise Conflict("the suspension stays: the appeal is upheld or incomplete")
-            await ledger.publish(seal(_lifted(market, signer, node_id), signer))
+            check_lift(view, found)
+            await ledger.publish(seal(lifted(market, signer, node_id), signer))
         return found
     finally:
         await scorer.close()
@@ -176,7 +231,24 @@ async def _appeal(node_id: str, lift: bool, options: dict[str, Any]) -> Appeal:
         await ledger.close()
 
 
-def _lifted(market: Market, signer: Signer, node_id: str) -> Suspension:
+def check_not_convicted(view: LogView, node_id: str) -> None:
+    """Raises Conflict: no verifier frees a convicted node, whose captures the ledger undoes."""
+    if view.convicted(node_id):
+        raise Conflict(
+            "the node is convicted, so that lifting its suspension would not let it earn",
+            hint="Appeal without --lift; the market's owner then runs 'trueweight ledger "
+            "reinstate'.",
+        )
+
+
+def check_lift(view: LogView, found: Appeal) -> None:
+    """Raises Conflict unless the appeal speaks for the node."""
+    check_not_convicted(view, found.node_id)
+    if found.upheld or any(r.error for r in found.retried):
+        raise Conflict("the suspension stays: the appeal is upheld or incomplete")
+
+
+def lifted(market: Market, signer: Signer, node_id: str) -> Suspension:
     return Suspension(
         market_id=market.market_id,
         node_id=node_id,

@@ -16,6 +16,7 @@ from trueweight.protos.errors import (
     TrueweightError,
 )
 from trueweight.protos.grammar import digest_of_source
+from trueweight.protos.market_terms import refusal_in
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
 from trueweight.protos.tokens import SALT_BYTES, token_digest
@@ -129,6 +130,7 @@ class Auditor:
             received=transcript.output_token_ids,
             manifest_digest=order.manifest_digest if known else b"",
             vocabulary_size=manifest.vocabulary_size if manifest else 0,
+            refusal=refusal_in(self.view.market.descriptor),
         )
         check_receipt(facts, self.view.ring, self.view.market.market_id)
 

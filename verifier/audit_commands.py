@@ -27,7 +27,7 @@ _PAID_BEFORE = ("CONFLICT", "ID_CONFLICT")
 @click.command()
 @click.argument("epoch", type=click.IntRange(1))
 @cli.market_option
-@cli.keys_option
+@cli.optional_keys_option
 @ledger_option
 @cli.json_option
 def owed(epoch: int, as_json: bool, **options: Any) -> None:
@@ -57,6 +57,9 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
             for entry in found
         ],
     )
+    for entry in found:
+        if entry.refused:
+            click.echo(f"{entry.verifier_id}: the epoch does not count: {entry.refused}")
     broken = [a for entry in found for a in entry.audits if a.status in (LATE, MISSING)]
     if broken:
         cli.print_table(

@@ -6,6 +6,7 @@ Pure: measured margins in, ``CalibrationEntry`` out. When a logged calibration a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ REFUND_CEILING_NANO = 300_000_000
 _REFUND_FACTOR = 3
 # A mean over fewer tokens than this is no mean; such requests are judged as if they had so many.
 SHORT_TOKENS = 8
+# However long a request is, its client is not refunded for less than so many times the null mean.
+REFUND_TIMES_NULL = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class PairSample:
 
 @dataclass(frozen=True, slots=True)
 class PairResult:
-    """A pair's bound, and the largest mean that one honest request of it had."""
+    """A pair's bound, and the most that one honest request of it had: its sum of x over
+    ``_spread`` of its length."""
 
     pair: str
     bound: MeanBound
@@ -55,8 +59,8 @@ def measure(sample: PairSample, confidence: float = CONFIDENCE) -> PairResult:
     requests = [r for r in sample.requests if r]
     sums = [sum(r) / NANO for r in requests]
     bound = upper_bound(sums, [len(r) for r in requests], confidence)
-    means = [sum(r) // max(len(r), SHORT_TOKENS) for r in requests]
-    return PairResult(sample.pair, bound, len(requests), max(means, default=0))
+    levels = [sum(r) // _spread(len(r)) for r in requests]
+    return PairResult(sample.pair, bound, len(requests), max(levels, default=0))
 
 
 def calibrate_class(parameter_class: str, samples: Sequence[PairSample]) -> CalibrationEntry:
@@ -89,5 +93,12 @@ def _ceil_nano(value: float) -> int:
 
 
 def is_far_outside(sum_x_nano: int, tokens: int, entry: CalibrationEntry) -> bool:
-    """True if one request alone is so far outside that its client is refunded at once."""
-    return sum_x_nano > entry.refund_above_nano * max(tokens, SHORT_TOKENS)
+    """True if one request alone is so far outside that its client is refunded at once: three
+    times what any honest request showed when the class was calibrated, or more."""
+    by_chance = entry.refund_above_nano * _spread(tokens)
+    return sum_x_nano > max(by_chance, REFUND_TIMES_NULL * entry.mu0_nano * tokens)
+
+
+def _spread(tokens: int) -> int:
+    """How the chance part of an honest request's sum of x grows: with the root of its length."""
+    return math.isqrt(SHORT_TOKENS * max(tokens, SHORT_TOKENS))

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from trueweight.protos.identity import Signer
 from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
 from trueweight.runtime import cli
-from trueweight.runtime.clock import SystemClock
-from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import Market, load_market
-from trueweight.verifier.app import access_tokens, connect_ledger
+from trueweight.verifier.app import connect_ledger
 from trueweight.verifier.state import KINDS, LogView
 
 
@@ -43,14 +40,13 @@ def at_endpoint(market: Market, role: Member.Role, endpoint: str) -> Market:
 
 
 def read_log(options: dict[str, Any]) -> LogView:
-    """The fold of the log, for a command."""
-    return cli.run_async(fetch_view(market_of(options), load_signer(options["keys"])))
+    """The fold of the public log, for a command."""
+    return cli.run_async(fetch_view(market_of(options)))
 
 
-async def fetch_view(market: Market, signer: Signer) -> LogView:
-    """Connects, folds the log as it is now, disconnects."""
-    tokens = access_tokens(market, signer, SystemClock())
-    ledger = connect_ledger(market, tokens)
+async def fetch_view(market: Market) -> LogView:
+    """Connects as nobody, folds the log as it is now, disconnects."""
+    ledger = connect_ledger(market)
     try:
         return await read_view(market, ledger)
     finally:

@@ -157,12 +157,15 @@ def policy_of(options: dict[str, Any]) -> RatePolicy:
 
 @verifier.command()
 @cli.market_option
-@cli.keys_option
+@cli.optional_keys_option
 @ledger_option
 @cli.json_option
 def status(as_json: bool, **options: Any) -> None:
-    """Every node: wealth, state, audit rate, audited tokens, and whether cheating would pay."""
-    view, rows = cli.run_async(_status(market_of(options), load_signer(options["keys"])))
+    """Every node: wealth, state, audit rate, audited tokens, and whether cheating would pay.
+
+    What is at stake are balances, which the ledger shows to members (--keys) only."""
+    signer = load_signer(options["keys"]) if options["keys"] else None
+    view, rows = cli.run_async(_status(market_of(options), signer))
     if as_json:
         cli.print_json([asdict(row) for row in rows])
         return
@@ -184,7 +187,7 @@ def status(as_json: bool, **options: Any) -> None:
                 row.audited_tokens,
                 f"{row.mean_x:.6f}",
                 row.refunds,
-                format_credits(row.at_stake_nano),
+                _credits(row.at_stake_nano),
                 _credits(row.needed_nano),
                 _credits(row.unsettled_nano),
                 _credits(row.cap_nano),
@@ -200,10 +203,13 @@ def _credits(nano: int | None) -> str:
     return "unknown" if nano is None else format_credits(nano)
 
 
-async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.NodeRow]]:
-    ledger = connect_ledger(market, access_tokens(market, signer, SystemClock()))
+async def _status(market: Market, signer: Signer | None) -> tuple[LogView, list[report.NodeRow]]:
+    tokens = access_tokens(market, signer, SystemClock()) if signer else None
+    ledger = connect_ledger(market, tokens)
     try:
         view = await read_view(market, ledger)
+        if signer is None:
+            return view, report.status_rows(view, None)
         return view, report.status_rows(view, await read_stakes(ledger, list(view.nodes)))
     finally:
         await ledger.close()
@@ -212,11 +218,11 @@ async def _status(market: Market, signer: Signer) -> tuple[LogView, list[report.
 @verifier.command()
 @click.argument("node_id")
 @cli.market_option
-@cli.keys_option
+@cli.optional_keys_option
 @ledger_option
 @cli.option("--verifier-id", default="", help="Whose verdicts; default: who gave most.")
 @cli.option("--last", default=30, type=click.IntRange(1), help="Audits to list.")
-@cli.path_option("--png", default=None, help="Also draw the wealth into this file.")
+@cli.path_option("--png", default=None, help="Also draw the wealth (needs matplotlib).")
 @cli.json_option
 def explain(node_id: str, as_json: bool, **options: Any) -> None:
     """Recompute a node's wealth from logged verdicts and say what it means."""
@@ -291,7 +297,7 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
     node = GrpcNode(endpoint, options["node_cert"].read_text(), "", tokens)
     try:
         offer = await node.offer()
-        view = await fetch_view(market, signer)
+        view = await fetch_view(market)
         for served in offer.models:
             manifest = view.registry.manifests.get(served.manifest_digest)
             if manifest is not None:

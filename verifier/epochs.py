@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from trueweight.protos.audit import commitment
 from trueweight.protos.errors import NotFound, StorageError
 from trueweight.protos.v1.audit_pb2 import AuditRequest, EpochOpen, NodeRate
+from trueweight.protos.v1.market_pb2 import MarketDescriptor
 from trueweight.verifier.selection import MAX_RATES
 
 SECRET_BYTES = 32
@@ -39,6 +40,22 @@ class RatePolicy:
     charge_reference_nano: int = 0
     # Second opinions on what other verifiers audit.
     duplicate_ppm: int = 100_000
+    # Largest gain that the market believes; None: any.
+    max_gain_tokens: int | None = None
+
+
+def within_terms(policy: RatePolicy, descriptor: MarketDescriptor) -> RatePolicy:
+    """The policy as far as the market's terms let it be: an epoch outside them does not count."""
+    if not descriptor.HasField("audit_terms"):
+        return policy
+    terms = descriptor.audit_terms
+    return replace(
+        policy,
+        floor_ppm=max(policy.floor_ppm, terms.floor_ppm),
+        duplicate_ppm=max(policy.duplicate_ppm, terms.duplicate_rate_ppm),
+        charge_reference_nano=min(policy.charge_reference_nano, terms.max_charge_reference_nano),
+        max_gain_tokens=terms.max_gain_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,7 @@ def open_epoch(
 ) -> EpochOpen:
     """The commitment, the frozen rates and the power of an epoch. Nodes at the default rate are
     left out."""
+    most = policy.max_gain_tokens
     rates = {node: rate_ppm(policy, standing) for node, standing in standings.items()}
     below = sorted(node for node, rate in rates.items() if rate != PPM)[:MAX_RATES]
     return EpochOpen(
@@ -89,7 +107,7 @@ def open_epoch(
         charge_reference_nano=policy.charge_reference_nano,
         opened_at_unix_ms=plan.now_unix_ms,
         audit_deadline_ms=policy.audit_deadline_ms,
-        gain_tokens=gain_tokens,
+        gain_tokens=gain_tokens if most is None else min(most, gain_tokens),
         duplicate_rate_ppm=policy.duplicate_ppm,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trueweight.protos.envelope import digest_of, kind_of_type, parse_envelope, parse_payload
-from trueweight.protos.errors import NotFound
+from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
+from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.receipts import open_assignment
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
@@ -11,7 +12,7 @@ from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.protos.v1.router_pb2 import OpenTranscriptRequest
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.verifier.bundle import MAX_KEY_EVENTS, Bundle
+from trueweight.verifier.bundle import FORMAT, MAX_KEY_EVENTS, Bundle, read_bundle
 from trueweight.verifier.epochs import SecretStore, wrap_private_key
 from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.state import LogView
@@ -31,6 +32,53 @@ def find_verdict(view: LogView, verifier_id: str, index: int) -> VerdictLeaf:
         f"leaf {index} is neither a verdict of this verifier nor a receipt it has judged",
         hint="See 'trueweight verifier explain NODE'.",
     )
+
+
+def find_any_verdict(view: LogView, index: int) -> VerdictLeaf:
+    """Anybody's verdict, by its own log index or its receipt's. Raises NotFound."""
+    found = [
+        v
+        for v in view.verdicts.values()
+        if index in (v.leaf.index, v.leaf.message.receipt_log_index)
+    ]
+    if len(found) > 1:
+        raise NotFound(
+            f"{len(found)} verifiers have judged receipt leaf {index}",
+            hint="Name a verdict's own leaf, as 'trueweight verifier explain' shows it.",
+        )
+    if not found:
+        raise NotFound(f"leaf {index} is neither a verdict nor a receipt that was judged")
+    return found[0]
+
+
+def held_transcript(data: bytes, receipt_digest: bytes) -> Transcript:
+    """The transcript of a receipt in a file that somebody holds: a client's receipt file, or an
+    evidence bundle. What it says is judged at the replay. Raises InvalidRequest or NotFound."""
+    if FORMAT.encode() in data[:200]:
+        transcript = read_bundle(data).transcript
+        if digest_of(transcript.receipt_envelope) != receipt_digest:
+            raise NotFound("the bundle holds the transcript of another receipt")
+        return transcript
+    held = parse_bundle(data)
+    for leg, receipt in enumerate(held.receipts):
+        if _digest(receipt) == receipt_digest:
+            return Transcript(
+                assignment_envelope=held.assignments[leg],
+                receipt_envelope=receipt,
+                salt=held.salt,
+                prompt_token_ids=held.prompt_token_ids,
+                prefix_token_ids=held.prefix_token_ids[leg],
+                output_token_ids=held.output_token_ids[leg],
+                delivered_tokens=len(held.output_token_ids[leg]),
+            )
+    raise NotFound("the receipt file holds another request than the verdict judges")
+
+
+def _digest(envelope: bytes) -> bytes:
+    try:
+        return digest_of(envelope)
+    except BadSignature as error:
+        raise InvalidRequest(f"the receipt file is damaged: {error.message}") from None
 
 
 async def open_transcript(

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from trueweight.protos.conviction import AuditLine, Evidence, NodeEvidence
 from trueweight.protos.deterrence import UnsettledWork
+from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
 
 K = TypeVar("K")
@@ -41,6 +42,10 @@ class Recent(Generic[K, V]):
     def values(self) -> list[V]:
         """Oldest first."""
         return list(self._items.values())
+
+    def items(self) -> list[tuple[K, V]]:
+        """Oldest first."""
+        return list(self._items.items())
 
     def __len__(self) -> int:
         return len(self._items)
@@ -88,9 +93,24 @@ class NodeRecord:
     # First verdict of each receipt, whoever gave it: the node's one public wealth.
     pooled: NodeEvidence = field(default_factory=NodeEvidence)
     convictions: dict[str, Leaf[Conviction]] = field(default_factory=dict)
-    suspended: bool = False
-    suspended_for: set[bytes] = field(default_factory=set)
+    standing: Suspensions = field(default_factory=Suspensions)
+    # The conviction that each verifier's newest suspension cites.
+    suspended_for: dict[str, bytes] = field(default_factory=dict)
+    # Evidence about receipts below this log index counts no more: the node was reinstated.
+    reinstated: int = 0
     receipts: int = 0
     charged_nano: int = 0
     billed_output_tokens: int = 0
     unsettled: UnsettledWork = field(default_factory=UnsettledWork)
+
+    @property
+    def suspended(self) -> bool:
+        """True if the market or enough verifiers suspended it, whether they convicted it or not."""
+        return self.standing.by_word
+
+    def reinstate(self, log_index: int) -> None:
+        """The market took its conviction back: it begins anew after this leaf."""
+        self.standing.reinstate()
+        self.lines, self.by_verifier, self.pooled = {}, {}, NodeEvidence()
+        self.convictions, self.suspended_for = {}, {}
+        self.reinstated = log_index + 1

@@ -38,6 +38,7 @@ class EpochAccount:
     ``contradicted``: nodes about which another verifier's verdicts on receipts up to the end of
     this epoch differ by what honest noise cannot explain (``verifier.agreement``); one of the two
     is wrong, and replaying the bundles tells which.
+    ``refused``: why the epoch does not count, if it was opened outside the market's terms.
     """
 
     verifier_id: str
@@ -48,6 +49,7 @@ class EpochAccount:
     copied: int = 0
     disputed: tuple[int, ...] = ()
     contradicted: tuple[str, ...] = ()
+    refused: str = ""
 
     def count(self, status: str) -> int:
         """Audits of one status."""
@@ -129,8 +131,13 @@ def _audit(view: LogView, epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: i
 
 
 def accounts(view: LogView, epoch: int, now_unix_ms: int) -> list[EpochAccount]:
-    """One account per verifier that opened this epoch."""
-    return [
+    """One account per verifier that opened this epoch, also outside the market's terms."""
+    refused = [
+        EpochAccount(verifier_id, epoch, revealed=False, refused=why)
+        for (verifier_id, number), why in view.refused_epochs.items()
+        if number == epoch
+    ]
+    return refused + [
         account(view, verifier_id, epoch, now_unix_ms)
         for verifier_id, epochs in sorted(view.epochs.items())
         if any(e.message.epoch == epoch for e in epochs)

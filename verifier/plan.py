@@ -63,12 +63,14 @@ class Agenda:
     owed: dict[bytes, tuple[ReceiptLeaf, int]] = field(default_factory=dict)
     _undecided: dict[bytes, None] = field(default_factory=dict)
     _refunds: dict[bytes, None] = field(default_factory=dict)
-    # Nodes whose forfeit this process has applied; after a restart it is applied once more.
-    forfeited: set[str] = field(default_factory=set)
+    # Convictions whose forfeit this process has applied; after a restart each is applied once more.
+    forfeited: set[bytes] = field(default_factory=set)
     # (epoch, node) whose release this process has applied; ids keep a repeat harmless.
     released: set[tuple[int, str]] = field(default_factory=set)
     # Epochs whose secret is lost: nothing of them can be audited or revealed.
     lost_epochs: set[int] = field(default_factory=set)
+    # First receipt of each node that fell into such an epoch and has no verdict of this verifier.
+    _unauditable: dict[str, int] = field(default_factory=dict)
 
     def on_receipt(self, receipt_digest: bytes) -> None:
         """A receipt leaf was folded."""
@@ -213,14 +215,13 @@ class Agenda:
                 continue
             if not self.view.convicted(node_id):
                 continue
-            if not record.suspended and not record.suspended_for:
+            if record.suspended_for.get(self.verifier_id) != mine.digest:
                 yield PublishSuspension(node_id)
-            if node_id not in self.forfeited:
+            if mine.digest not in self.forfeited:
                 yield ApplyConvict(node_id)
 
     def _release_duties(self) -> Iterator[ReleaseEarnings]:
-        """Once per epoch and clear node: everything before the newest epoch, except from its
-        oldest owed audit on, and only if audits after that speak for it."""
+        """Once per epoch and clear node: what this verifier's audits speak for."""
         epochs = self.my_epochs
         if len(epochs) < 2 or self._undecided:
             return
@@ -231,10 +232,29 @@ class Agenda:
             if not self.view.may_judge(self.verifier_id, node_id):
                 continue
             own = record.by_verifier.get(self.verifier_id, NodeEvidence())
-            if record.suspended or own.state != "clear" or not own.scored_tokens:
+            if record.suspended or own.state != "clear":
                 continue
-            open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
-            yield ReleaseEarnings(node_id, newest.message.epoch, min([newest.index, *open_audits]))
+            below = self._releasable_below(node_id, record.reinstated)
+            if below > 0:
+                yield ReleaseEarnings(node_id, newest.message.epoch, below)
+
+    def _releasable_below(self, node_id: str, since: int) -> int:
+        """The log index below which a node's earnings may be released; 0: none. Up to the receipt
+        of this verifier's last counted verdict: of what came later nobody knows anything. Before
+        the newest epoch, the oldest owed audit, and the first receipt that cannot be audited any
+        more because the secret of its epoch is lost."""
+        spoken_for = self._spoken_for(node_id)
+        if spoken_for < since:
+            return 0
+        open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
+        ends = [self.my_epochs[-1].index, spoken_for + 1, *open_audits]
+        if node_id in self._unauditable:
+            ends.append(self._unauditable[node_id])
+        return min(ends)
+
+    def _spoken_for(self, node_id: str) -> int:
+        line = self.view.node(node_id).lines.get(self.verifier_id)
+        return line.last_scored if line else -1
 
     def _decide(self, now_unix_ms: int) -> None:
         for digest in list(self._undecided):
@@ -260,4 +280,5 @@ class Agenda:
             return owes(epoch, secret, receipt, asked_by_another=asked)
         except NotFound:
             self.lost_epochs.add(epoch.message.epoch)
+            self._unauditable.setdefault(receipt.node_id, receipt.index)
             return False

@@ -48,12 +48,14 @@ class Publisher:
         # receipt was never charged (a claim that was not captured).
         return await self._apply(operation, tolerated=(Conflict, NotFound))
 
-    async def convict(self, conviction_envelope: bytes, node_id: str, reward_ppm: int) -> int:
+    async def convict(
+        self, conviction_envelope: bytes, about: tuple[bytes, ...], reward_ppm: int
+    ) -> int:
         """Forfeits and refunds by one's own conviction; nanocredits moved, 0 if the node was
         convicted before."""
         body = Convict(conviction=conviction_envelope, reward_ppm=min(reward_ppm, MAX_REWARD_PPM))
         me = self._signer.identity.encode()
-        operation = Operation(id=derived_id("convict", me, node_id.encode()), convict=body)
+        operation = Operation(id=derived_id("convict", me, *about), convict=body)
         return await self._apply(operation, tolerated=(Conflict,))
 
     async def release(self, duty: ReleaseEarnings, amount_nano: int) -> int:

@@ -1,6 +1,7 @@
 """Replaying an audit: does the verdict follow from the signed evidence and the public weights?
 
-The steps are numbered; the first that fails ends the replay. Only step 6 needs an engine.
+The steps are numbered; the first that fails ends the replay. Only step 6 needs an engine, only 8
+and 9 need the market's log.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trueweight.protos.calibrations import CalibrationLeaf, read_calibration
+from trueweight.protos.conviction import Asked
 from trueweight.protos.envelope import (
     Opened,
     digest_of,
@@ -19,6 +21,7 @@ from trueweight.protos.envelope import (
 )
 from trueweight.protos.errors import BadSignature, InvalidRequest, ReceiptRefused, TrueweightError
 from trueweight.protos.identity import KeyRing
+from trueweight.protos.market_terms import refusal_in
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
 from trueweight.protos.v1.audit_pb2 import Calibration, Verdict
@@ -28,7 +31,9 @@ from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.runtime.market import Market
 from trueweight.verifier.bundle import Bundle
 from trueweight.verifier.reference import Scorer
+from trueweight.verifier.rules import answer_in
 from trueweight.verifier.selection import ReceiptLeaf
+from trueweight.verifier.state import LogView
 from trueweight.verifier.verdicts import AuditContext, Scored, agree, mean_x, scored
 
 
@@ -73,7 +78,7 @@ async def replay(bundle: Bundle, market: Market, scorer: Scorer) -> Replay:
     steps: list[Step] = []
     try:
         case = _signed(bundle, market, steps)
-        l0_failure = _l0(bundle, case, market.market_id, steps)
+        l0_failure = _l0(bundle, case, market, steps)
         if l0_failure or case.verdict.outcome == Verdict.INVALID_RECEIPT:
             return Replay(tuple(steps), case.verdict)
         found = await _score(bundle, case, scorer)
@@ -133,7 +138,7 @@ def _calibration(
     return read_calibration(opened.message, opened.digest, 0)
 
 
-def _l0(bundle: Bundle, case: _Case, market_id: str, steps: list[Step]) -> str:
+def _l0(bundle: Bundle, case: _Case, market: Market, steps: list[Step]) -> str:
     transcript = bundle.transcript
     facts = ReceiptFacts(
         assignment=case.assignment,
@@ -144,10 +149,11 @@ def _l0(bundle: Bundle, case: _Case, market_id: str, steps: list[Step]) -> str:
         received=transcript.output_token_ids,
         manifest_digest=case.manifest_digest,
         vocabulary_size=case.manifest.vocabulary_size,
+        refusal=refusal_in(market.descriptor),
     )
     failed = ""
     try:
-        check_receipt(facts, case.ring, market_id)
+        check_receipt(facts, case.ring, market.market_id)
         Sampling.from_proto(case.assignment.message.sampling)
     except ReceiptRefused as error:
         failed = error.check
@@ -196,3 +202,43 @@ def _compare(case: _Case, found: Verdict) -> Iterator[Step]:
     same = claimed.outcome == found.outcome and claimed.parameter_class == found.parameter_class
     name = Verdict.Outcome.Name
     yield Step(7, "outcome", same, f"{name(claimed.outcome)}, recomputed {name(found.outcome)}")
+
+
+def with_log(found: Replay, view: LogView) -> Replay:
+    """The replay and what the log says: 8. the verdict, its receipt and its request are there, the
+    request before the verdict; 9. the verdict counts as evidence, so that the calibration it cites
+    was in force. Not asked of what is no verdict at all."""
+    if found.verdict is None:
+        return found
+    steps = [*found.steps, _logged(found.verdict, view)]
+    if steps[-1].passed and found.verdict.outcome in (Verdict.SCORED, Verdict.REFUND):
+        steps.append(_in_force(found.verdict, view))
+    return Replay(tuple(steps), found.verdict, found.recomputed)
+
+
+def _logged(verdict: Verdict, view: LogView) -> Step:
+    key = (verdict.verifier_id, verdict.receipt_digest)
+    logged, request = view.verdicts.get(key), view.requests.get(key)
+    receipt = view.receipts.get(verdict.receipt_digest)
+    if logged is None or logged.leaf.message != verdict:
+        return Step(8, "log", False, "this is not the verdict that the log has")
+    if receipt is None or receipt.node_id != verdict.node_id:
+        return Step(8, "log", False, "the log has no such receipt of this node")
+    if request is None or request.index > logged.leaf.index:
+        return Step(8, "log", False, "the audit was not requested in the log first")
+    leaves = f"receipt {receipt.index}, request {request.index}, verdict {logged.leaf.index}"
+    return Step(8, "log", True, leaves)
+
+
+def _in_force(verdict: Verdict, view: LogView) -> Step:
+    """Whether its margins count, whatever became of the audits before it."""
+    key = (verdict.verifier_id, verdict.receipt_digest)
+    logged, request = view.verdicts.get(key), view.requests.get(key)
+    receipt = view.receipts.get(verdict.receipt_digest)
+    if logged is None or request is None or receipt is None:
+        return Step(9, "in force", False, "it is not in the log")
+    why_not = "the node was reinstated after this receipt"
+    if receipt.index >= view.node(receipt.node_id).reinstated:
+        asked = Asked(request.index, receipt.index, receipt.output_tokens, "")
+        why_not = answer_in(view, logged.leaf, asked, copied=False).why_not
+    return Step(9, "in force", not why_not, why_not or "the cited calibration was in force")

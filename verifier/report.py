@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from trueweight.protos.conviction import Evidence, NodeEvidence, frozen_pairs
+from trueweight.protos.deterrence import kth_largest
 from trueweight.protos.evidence import CONVICT, SUSPECT, Wealth
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
@@ -35,8 +36,8 @@ class NodeRow:
     convicted: bool
     suspended: bool
     # Nanocredits a conviction would take, and what it takes for cheating not to pay at this rate;
-    # None where no calibration tells the power of audits.
-    at_stake_nano: int
+    # None where no calibration tells the power of audits, or who asks may not see balances.
+    at_stake_nano: int | None
     needed_nano: int | None
     # Charges that no verifier has come to yet, and how many routers let there be at a time.
     unsettled_nano: int
@@ -72,7 +73,8 @@ def current_rate_ppm(view: LogView, node_id: str) -> int:
 
 def current_gain_tokens(view: LogView) -> int:
     """What the best detectable cheat gains, as the newest epochs state it; 0 if unknown."""
-    return max((e[-1].message.gain_tokens for e in view.epochs.values() if e), default=0)
+    gains = [e[-1].message.gain_tokens for e in view.epochs.values() if e]
+    return kth_largest(gains, view.convictions_needed)
 
 
 def verdicts_of(view: LogView, node_id: str) -> list[VerdictLeaf]:
@@ -89,7 +91,8 @@ def node_row(
 ) -> NodeRow:
     """The node's row, from the pooled evidence, all verdicts about it and its stake."""
     record = view.nodes[node_id]
-    counted = [v.evidence for v in verdicts if v.evidence is not None]
+    found_in = [v.evidence for v in verdicts if v.evidence is not None]
+    counted = [e for e in found_in if e.receipt_index >= record.reinstated]
     tokens = sum(e.tokens for e in counted)
     total = sum(e.sum_x_nano for e in counted)
     rate_ppm, gain_tokens = current_rate_ppm(view, node_id), current_gain_tokens(view)
@@ -122,15 +125,18 @@ def row_of(view: LogView, node_id: str) -> NodeRow:
     return node_row(view, node_id, verdicts_of(view, node_id))
 
 
-def status_rows(view: LogView, records: Sequence[AccountRecord] = ()) -> list[NodeRow]:
-    """All nodes, the most suspicious first. ``records`` are balances of their stakes."""
-    held = stakes(view, records)
+def status_rows(view: LogView, records: Sequence[AccountRecord] | None = ()) -> list[NodeRow]:
+    """All nodes, the most suspicious first. ``records`` are balances of their stakes; None if they
+    are not known."""
+    held = stakes(view, records or ())
     verdicts: dict[str, list[VerdictLeaf]] = {}
     for verdict in view.verdicts.values():
         verdicts.setdefault(verdict.leaf.message.node_id, []).append(verdict)
     rows = [
         node_row(view, node_id, verdicts.get(node_id, ()), held[node_id]) for node_id in view.nodes
     ]
+    if records is None:
+        rows = [replace(r, at_stake_nano=None, cap_nano=None, deterred=None) for r in rows]
     return sorted(rows, key=lambda row: (-row.wealth, row.node_id))
 
 
@@ -229,7 +235,7 @@ _REASONS = {
     "more work; its locked earnings and bond were forfeited and its clients refunded.",
     "frozen": "The median node looks just as guilty under the same calibration, so the "
     "calibration is in doubt and nobody is convicted by it.",
-    "suspended": "A verifier or the market suspended it without a conviction.",
+    "suspended": "The market, or as many verifiers as convict, suspended it without a conviction.",
 }
 
 
@@ -254,6 +260,11 @@ def _words(
     if own.unscored:
         lines.append(f"{own.unscored} of them have no margins and count as zero.")
     lines.append(_REASONS.get(state, ""))
+    if since := view.nodes[node_id].reinstated:
+        lines.append(
+            f"The market reinstated it at leaf {since - 1}: what was found about earlier receipts "
+            "counts no more."
+        )
     for conviction in view.nodes[node_id].convictions.values():
         message = conviction.message
         lines.append(

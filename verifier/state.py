@@ -28,6 +28,8 @@ from trueweight.protos.envelope import (
     parse_payload,
 )
 from trueweight.protos.errors import TrueweightError
+from trueweight.protos.market_terms import epoch_refusal
+from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
     Calibration,
@@ -39,7 +41,7 @@ from trueweight.protos.v1.audit_pb2 import (
 )
 from trueweight.protos.v1.ledger_pb2 import TransferBatch, TransferRecord
 from trueweight.protos.v1.log_pb2 import LogEntry
-from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Suspension
+from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Reinstatement, Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
@@ -63,7 +65,6 @@ MAX_RECEIPTS = 500_000
 MAX_HOLDS = 200_000
 MAX_NODES = 100_000
 MAX_LEGS = 256
-MAX_SUSPENSIONS = 16
 # Epochs remembered per verifier; audits of older ones cannot be accounted for any more.
 MAX_EPOCHS = 1_000
 # Ignored leaves that are worth a line each; a flood of them is not.
@@ -81,6 +82,7 @@ KINDS = (
     "verdict",
     "conviction",
     "suspension",
+    "reinstatement",
     "transfer",
 )
 
@@ -100,6 +102,8 @@ class LogView:
         self.registry = Registry()
         self.calibrations = CalibrationTable()
         self.epochs: dict[str, list[EpochLeaf]] = {}
+        # Opened outside the market's terms, and why; they do not count.
+        self.refused_epochs: Recent[tuple[str, int], str] = Recent(MAX_EPOCHS)
         self.reveals: dict[tuple[str, int], bytes] = {}
         self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
         self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
@@ -126,6 +130,7 @@ class LogView:
             "verdict": self._on_verdict,
             "conviction": self._on_conviction,
             "suspension": self._on_suspension,
+            "reinstatement": self._on_reinstatement,
             "transfer": self._on_transfer,
         }
 
@@ -154,7 +159,8 @@ class LogView:
         if record is None:
             if len(self.nodes) >= MAX_NODES:
                 raise TrueweightError("the log names too many nodes")
-            record = NodeRecord(unsettled=UnsettledWork(self.convictions_needed))
+            needed = self.convictions_needed
+            record = NodeRecord(unsettled=UnsettledWork(needed), standing=Suspensions(needed))
             self.nodes[node_id] = record
         return record
 
@@ -217,6 +223,9 @@ class LogView:
 
     def _on_epoch_open(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochOpen)
+        if refusal := epoch_refusal(self.market.descriptor, leaf.message):
+            self.refused_epochs.put((leaf.message.verifier_id, leaf.message.epoch), refusal)
+            raise TrueweightError(refusal)
         epochs = self.epochs.setdefault(leaf.message.verifier_id, [])
         if epochs and leaf.message.epoch <= epochs[-1].message.epoch:
             raise TrueweightError("the epoch's number does not go forward")
@@ -230,9 +239,10 @@ class LogView:
         """What the verifier asked for long ago and never answered counts as zero from here on."""
         waiting = self._waiting.get(verifier_id, {})
         for node_id in list(waiting):
-            line = self.node(node_id).lines[verifier_id]
-            self._settle(verifier_id, node_id, line.epoch_opened(index))
-            if not line.waiting:
+            line = self.node(node_id).lines.get(verifier_id)
+            if line is not None:
+                self._settle(verifier_id, node_id, line.epoch_opened(index))
+            if line is None or not line.waiting:
                 del waiting[node_id]
 
     def _on_epoch_reveal(self, entry: LogEntry) -> None:
@@ -303,12 +313,14 @@ class LogView:
         if self.requests.get(key) is not None:
             return
         self.requests.put(key, leaf)
+        record = self.node(receipt.node_id)
         if request.for_appeal or not self.may_judge(request.verifier_id, receipt.node_id):
+            return
+        if receipt.index < record.reinstated:
             return
         client = self.hold_clients.get(receipt.hold_id) or ""
         asked = Asked(leaf.index, receipt.index, receipt.output_tokens, client)
-        lines = self.node(receipt.node_id).lines
-        line = lines.setdefault(request.verifier_id, AuditLine())
+        line = record.lines.setdefault(request.verifier_id, AuditLine())
         if line.ask(request.receipt_digest, asked):
             self._waiting.setdefault(request.verifier_id, {})[receipt.node_id] = None
 
@@ -342,9 +354,11 @@ class LogView:
         self._settle(verdict.verifier_id, receipt.node_id, settled)
 
     def _why_not_asked(self, key: tuple[str, bytes]) -> str:
-        request = self.requests.get(key)
+        request, receipt = self.requests.get(key), self.receipts.get(key[1])
         if request is None:
             return "the audit was not requested in the log first"
+        if receipt is not None and receipt.index < self.node(receipt.node_id).reinstated:
+            return "the node was reinstated after this receipt"
         return APPEAL if request.message.for_appeal else LATE
 
     def _settle(self, verifier_id: str, node_id: str, settled: list[Settled]) -> None:
@@ -376,19 +390,30 @@ class LogView:
         leaf = self._open_by_verifier(entry, Conviction)
         if not self.may_judge(leaf.message.verifier_id, leaf.message.node_id):
             raise TrueweightError(OWN_NODE)
-        self.node(leaf.message.node_id).convictions.setdefault(leaf.message.verifier_id, leaf)
+        record = self.node(leaf.message.node_id)
+        record.convictions.setdefault(leaf.message.verifier_id, leaf)
+        record.standing.convict(leaf.message.verifier_id)
 
     def _on_suspension(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Suspension)
-        if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
+        message, by_market = opened.message, opened.signer == self.market.market_id
+        if not by_market and not self.is_verifier(opened.signer):
             raise TrueweightError("only verifiers and the market suspend")
-        if opened.message.lifted and not self.may_judge(opened.signer, opened.message.node_id):
+        if not self.may_judge(opened.signer, message.node_id):
             raise TrueweightError(OWN_NODE)
-        record = self.node(opened.message.node_id)
-        record.suspended = not opened.message.lifted
-        room = len(record.suspended_for) < MAX_SUSPENSIONS
-        if opened.message.conviction_digest and not opened.message.lifted and room:
-            record.suspended_for.add(opened.message.conviction_digest)
+        record, who = self.node(message.node_id), "" if by_market else opened.signer
+        if message.lifted:
+            record.standing.lift(who)
+        else:
+            record.standing.suspend(who)
+            record.suspended_for[opened.signer] = message.conviction_digest
+
+    def _on_reinstatement(self, entry: LogEntry) -> None:
+        opened = self._open_any(entry, Reinstatement)
+        admin = self.market.has_role(opened.signer, Member.ADMIN)
+        if opened.signer != self.market.market_id and not admin:
+            raise TrueweightError("only the market and its administrators reinstate")
+        self.node(opened.message.node_id).reinstate(entry.index)
 
     def _open_any(self, entry: LogEntry, message_type: type[M]) -> Opened[M]:
         return open_envelope(entry.body, message_type, self.ring, self.market.market_id)

@@ -19,6 +19,7 @@ from trueweight.verifier.balances import read_stakes
 from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, releasable_nano
 from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch
+from trueweight.verifier.leaves import NodeRecord
 from trueweight.verifier.plan import Agenda
 from trueweight.verifier.publishing import REWARD_PPM, Publisher
 from trueweight.verifier.standing import power, stakes, standings
@@ -166,7 +167,7 @@ class Worker:
             calibration_digest=bytes.fromhex(own.dominant_pair.partition("/")[0]),
             issued_at_unix_ms=self.clock.now_unix_ms(),
         )
-        await self.publisher.publish(message, "conviction", node_id.encode())
+        await self.publisher.publish(message, "conviction", *_since(view.node(node_id), node_id))
         log.warning("convicted %s after %d tokens", node_id, own.wealth.tokens)
 
     async def _suspend(self, node_id: str) -> None:
@@ -183,8 +184,9 @@ class Worker:
 
     async def _forfeit(self, node_id: str) -> None:
         mine = self.agenda.view.node(node_id).convictions[self._me]
-        moved = await self.publisher.convict(mine.envelope, node_id, self.reward_ppm)
-        self.agenda.forfeited.add(node_id)
+        about = _since(self.agenda.view.node(node_id), node_id)
+        moved = await self.publisher.convict(mine.envelope, about, self.reward_ppm)
+        self.agenda.forfeited.add(mine.digest)
         if moved:
             log.warning("forfeited %d nanocredits of %s", moved, node_id)
 
@@ -199,3 +201,9 @@ class Worker:
             if amount > 0:
                 await self.publisher.release(duty, amount)
         self.agenda.note_released(duty)
+
+
+def _since(record: NodeRecord, node_id: str) -> tuple[bytes, ...]:
+    """What a conviction is about: a node, and a reinstated one from that leaf on."""
+    since = (record.reinstated.to_bytes(8, "big"),) if record.reinstated else ()
+    return (node_id.encode(), *since)

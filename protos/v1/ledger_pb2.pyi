@@ -50,7 +50,7 @@ class ApplyResponse(_message.Message):
     def __init__(self, batch: _Optional[int] = ..., results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("id", "linked", "deposit", "bond_deposit", "hold", "capture", "void_hold", "refund", "convict", "release", "payout_start", "payout_settle", "claim", "reward", "bond_withdraw", "publish", "expire", "set_spending_limit")
+    __slots__ = ("id", "linked", "deposit", "bond_deposit", "hold", "capture", "void_hold", "refund", "convict", "release", "payout_start", "payout_settle", "claim", "reward", "bond_withdraw", "publish", "expire", "set_spending_limit", "reinstate")
     ID_FIELD_NUMBER: _ClassVar[int]
     LINKED_FIELD_NUMBER: _ClassVar[int]
     DEPOSIT_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Operation(_message.Message):
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_FIELD_NUMBER: _ClassVar[int]
     SET_SPENDING_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    REINSTATE_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     linked: bool
     deposit: Deposit
@@ -87,7 +88,8 @@ class Operation(_message.Message):
     publish: Publish
     expire: Expire
     set_spending_limit: SetSpendingLimit
-    def __init__(self, id: _Optional[bytes] = ..., linked: _Optional[bool] = ..., deposit: _Optional[_Union[Deposit, _Mapping]] = ..., bond_deposit: _Optional[_Union[BondDeposit, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., void_hold: _Optional[_Union[VoidHold, _Mapping]] = ..., refund: _Optional[_Union[Refund, _Mapping]] = ..., convict: _Optional[_Union[Convict, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., payout_start: _Optional[_Union[PayoutStart, _Mapping]] = ..., payout_settle: _Optional[_Union[PayoutSettle, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., bond_withdraw: _Optional[_Union[BondWithdraw, _Mapping]] = ..., publish: _Optional[_Union[Publish, _Mapping]] = ..., expire: _Optional[_Union[Expire, _Mapping]] = ..., set_spending_limit: _Optional[_Union[SetSpendingLimit, _Mapping]] = ...) -> None: ...
+    reinstate: Reinstate
+    def __init__(self, id: _Optional[bytes] = ..., linked: _Optional[bool] = ..., deposit: _Optional[_Union[Deposit, _Mapping]] = ..., bond_deposit: _Optional[_Union[BondDeposit, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., void_hold: _Optional[_Union[VoidHold, _Mapping]] = ..., refund: _Optional[_Union[Refund, _Mapping]] = ..., convict: _Optional[_Union[Convict, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., payout_start: _Optional[_Union[PayoutStart, _Mapping]] = ..., payout_settle: _Optional[_Union[PayoutSettle, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., bond_withdraw: _Optional[_Union[BondWithdraw, _Mapping]] = ..., publish: _Optional[_Union[Publish, _Mapping]] = ..., expire: _Optional[_Union[Expire, _Mapping]] = ..., set_spending_limit: _Optional[_Union[SetSpendingLimit, _Mapping]] = ..., reinstate: _Optional[_Union[Reinstate, _Mapping]] = ...) -> None: ...
 
 class Deposit(_message.Message):
     __slots__ = ("account", "amount_nano", "rail", "reference")
@@ -168,6 +170,14 @@ class Convict(_message.Message):
     conviction: bytes
     reward_ppm: int
     def __init__(self, conviction: _Optional[bytes] = ..., reward_ppm: _Optional[int] = ...) -> None: ...
+
+class Reinstate(_message.Message):
+    __slots__ = ("reinstatement", "pay_back_nano")
+    REINSTATEMENT_FIELD_NUMBER: _ClassVar[int]
+    PAY_BACK_NANO_FIELD_NUMBER: _ClassVar[int]
+    reinstatement: bytes
+    pay_back_nano: int
+    def __init__(self, reinstatement: _Optional[bytes] = ..., pay_back_nano: _Optional[int] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("node_id", "amount_nano", "below_log_index")

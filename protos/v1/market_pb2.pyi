@@ -25,7 +25,7 @@ DEADLINE: FinishReason
 ENGINE_ERROR: FinishReason
 
 class MarketDescriptor(_message.Message):
-    __slots__ = ("market_id", "name", "members", "fee_ppm", "verification_pool_ppm", "settlement_window_ms", "convictions_needed", "issued_at_unix_ms", "sequence")
+    __slots__ = ("market_id", "name", "members", "fee_ppm", "verification_pool_ppm", "settlement_window_ms", "convictions_needed", "issued_at_unix_ms", "sequence", "engines", "audit_terms")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,8 @@ class MarketDescriptor(_message.Message):
     CONVICTIONS_NEEDED_FIELD_NUMBER: _ClassVar[int]
     ISSUED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_TERMS_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     name: str
     members: _containers.RepeatedCompositeFieldContainer[Member]
@@ -44,7 +46,39 @@ class MarketDescriptor(_message.Message):
     convictions_needed: int
     issued_at_unix_ms: int
     sequence: int
-    def __init__(self, market_id: _Optional[str] = ..., name: _Optional[str] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., fee_ppm: _Optional[int] = ..., verification_pool_ppm: _Optional[int] = ..., settlement_window_ms: _Optional[int] = ..., convictions_needed: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+    engines: EngineAllowList
+    audit_terms: AuditTerms
+    def __init__(self, market_id: _Optional[str] = ..., name: _Optional[str] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., fee_ppm: _Optional[int] = ..., verification_pool_ppm: _Optional[int] = ..., settlement_window_ms: _Optional[int] = ..., convictions_needed: _Optional[int] = ..., issued_at_unix_ms: _Optional[int] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Union[EngineAllowList, _Mapping]] = ..., audit_terms: _Optional[_Union[AuditTerms, _Mapping]] = ...) -> None: ...
+
+class EngineAllowList(_message.Message):
+    __slots__ = ("engines", "engine_versions", "dtypes", "quantizations", "kv_dtypes", "sampler_id", "sampler_precision")
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    DTYPES_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    engines: _containers.RepeatedScalarFieldContainer[str]
+    engine_versions: _containers.RepeatedScalarFieldContainer[str]
+    dtypes: _containers.RepeatedScalarFieldContainer[str]
+    quantizations: _containers.RepeatedScalarFieldContainer[str]
+    kv_dtypes: _containers.RepeatedScalarFieldContainer[str]
+    sampler_id: str
+    sampler_precision: str
+    def __init__(self, engines: _Optional[_Iterable[str]] = ..., engine_versions: _Optional[_Iterable[str]] = ..., dtypes: _Optional[_Iterable[str]] = ..., quantizations: _Optional[_Iterable[str]] = ..., kv_dtypes: _Optional[_Iterable[str]] = ..., sampler_id: _Optional[str] = ..., sampler_precision: _Optional[str] = ...) -> None: ...
+
+class AuditTerms(_message.Message):
+    __slots__ = ("floor_ppm", "duplicate_rate_ppm", "max_gain_tokens", "max_charge_reference_nano")
+    FLOOR_PPM_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_RATE_PPM_FIELD_NUMBER: _ClassVar[int]
+    MAX_GAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHARGE_REFERENCE_NANO_FIELD_NUMBER: _ClassVar[int]
+    floor_ppm: int
+    duplicate_rate_ppm: int
+    max_gain_tokens: int
+    max_charge_reference_nano: int
+    def __init__(self, floor_ppm: _Optional[int] = ..., duplicate_rate_ppm: _Optional[int] = ..., max_gain_tokens: _Optional[int] = ..., max_charge_reference_nano: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("identity", "role", "key_event", "endpoint", "tls_certificate_pem")
@@ -333,3 +367,17 @@ class Suspension(_message.Message):
     lifted: bool
     issued_at_unix_ms: int
     def __init__(self, market_id: _Optional[str] = ..., node_id: _Optional[str] = ..., issuer: _Optional[str] = ..., reason: _Optional[str] = ..., conviction_digest: _Optional[bytes] = ..., lifted: _Optional[bool] = ..., issued_at_unix_ms: _Optional[int] = ...) -> None: ...
+
+class Reinstatement(_message.Message):
+    __slots__ = ("market_id", "node_id", "issuer", "reason", "issued_at_unix_ms")
+    MARKET_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    market_id: str
+    node_id: str
+    issuer: str
+    reason: str
+    issued_at_unix_ms: int
+    def __init__(self, market_id: _Optional[str] = ..., node_id: _Optional[str] = ..., issuer: _Optional[str] = ..., reason: _Optional[str] = ..., issued_at_unix_ms: _Optional[int] = ...) -> None: ...

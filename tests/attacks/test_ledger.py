@@ -76,7 +76,7 @@ async def test_attack_router_and_client_drain_a_node_by_losing_its_transcripts(b
     earned = await books.available(f"node-locked:{node}")
     before = await books.available("client:acme")
     lost = books.world.refund(digest, node, audit_pb2.Verdict.MISSING_TRANSCRIPT)
-    await books.must("verifier", lost)
+    await books.must("verifier", books.world.request(digest), lost)
     assert await books.available(f"node-locked:{node}") == earned > 0
     charge = leg_charge(Leg(books.world.node[0]))
     assert await books.available("client:acme") == before + charge
@@ -93,7 +93,7 @@ async def test_attack_a_node_that_claimed_a_lie_is_not_paid_by_the_market(books)
     await books.expire()
     digest = digest_of(claim.claim.receipt)
     lost = books.world.refund(digest, node.identity, audit_pb2.Verdict.MISSING_TRANSCRIPT)
-    await books.must("verifier", lost)
+    await books.must("verifier", books.world.request(digest), lost)
     assert await books.available(f"node-locked:{node.identity}") == 0
     assert await books.available("client:acme") == 10 * CREDIT
 

@@ -144,3 +144,25 @@ def test_a_verifier_of_somebody_else_is_admitted_and_stays(tmp_path, trueweight)
         assert trueweight("market", "reissue", directory, "--admit-verifier", bad).code != 0
     three = trueweight("market", "reissue", directory, "--convictions-needed", 3)
     assert three.code == 2 and "cannot make" in three.err
+
+
+def test_a_new_market_says_which_engines_are_paid_and_what_audits_are_owed(tmp_path, trueweight):
+    directory = tmp_path / "m"
+    made = trueweight("market", "init", directory, "--audit-floor-percent", 5, "--json").json()
+    assert made["engines"]["engines"] == ["vllm"] and "fp8" not in made["engines"]["kv_dtypes"]
+    assert made["audit_terms"]["floor_ppm"] == 50_000
+    assert made["audit_terms"]["duplicate_rate_ppm"] == 100_000
+    assert int(made["audit_terms"]["max_gain_tokens"]) == 200_000
+    kept = trueweight("market", "reissue", directory, "--router-endpoint", "h:5", "--json").json()
+    assert (kept["engines"], kept["audit_terms"]) == (made["engines"], made["audit_terms"])
+    engines = tmp_path / "engines.json"
+    engines.write_text(json.dumps({**made["engines"], "kv_dtypes": ["fp8"]}))
+    options = ("--engines", engines, "--allow-synthetic", "--max-gain-tokens", 7, "--json")
+    changed = trueweight("market", "reissue", directory, *options).json()
+    assert changed["engines"]["kv_dtypes"] == ["fp8"]
+    assert changed["engines"]["engines"] == ["vllm", "synthetic"]
+    assert changed["audit_terms"]["floor_ppm"] == 50_000
+    assert int(changed["audit_terms"]["max_gain_tokens"]) == 7
+    for text in ("", "{}", "[1]", '{"engines": 3}', '{"nothing": []}'):
+        engines.write_text(text)
+        assert trueweight("market", "reissue", directory, "--engines", engines).code == 2

@@ -288,7 +288,9 @@ def test_register_and_show_over_a_real_ledger(sign, trueweight, market, model, l
     done = trueweight("model", "register", "my-id", *manifest, *where)
     assert done.code == 0, done.err
     assert done.json()["manifest_digest"] == facts["manifest_digest"]
-    shown = trueweight("model", "show", *where).json()
+    # The log is public: whoever reads it needs no keys.
+    shown = trueweight("model", "show", "--market", market.file, "--json").json()
+    assert shown == trueweight("model", "show", *where).json()
     assert [(m["model_id"], m["manifest_digest"]) for m in shown] == [
         ("my-id", facts["manifest_digest"])
     ]
@@ -323,3 +325,11 @@ def test_names_that_nothing_could_carry_are_refused(name):
     check_model_id("org/Model-7B.v1")
     with pytest.raises(InvalidRequest):
         check_model_id(name)
+
+
+def test_anybody_reads_what_the_log_says_of_verifiers_and_nodes(trueweight, market, ledger):
+    where = ("--market", market.file, "--json")
+    assert trueweight("verifier", "owed", "1", *where).json() == []
+    assert trueweight("verifier", "status", *where).json() == []
+    unknown = trueweight("verifier", "explain", "nobody", *where)
+    assert unknown.code == 1 and "knows no node" in unknown.err

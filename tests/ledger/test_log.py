@@ -260,9 +260,9 @@ TAMPERINGS = {
     "an account has another currency": "UPDATE account SET currency = 'EURO' WHERE kind = 1",
     "a verdict says more": "UPDATE verdict SET sum_x_nano = sum_x_nano + 1",
     "a verdict is forgotten": "DELETE FROM verdict",
-    "a request is moved to another node": "UPDATE audit_step SET node_id = 'other' WHERE kind = 1",
-    "an epoch is forgotten": "DELETE FROM audit_step WHERE kind = 2",
-    "a calibration is another's": "UPDATE audit_step SET verifier_id = 'other' WHERE kind = 3",
+    "an epoch is forgotten": "DELETE FROM audit_step WHERE kind = 1",
+    "a calibration is another's": "UPDATE audit_step SET verifier_id = 'other' WHERE kind = 2",
+    "a request was for an appeal": "UPDATE audit_request SET for_appeal = 1",
     "a kinds mask hides a leaf": "UPDATE bundle SET kinds = 1 WHERE kinds <> 1",
 }  # fmt: skip
 

@@ -260,6 +260,7 @@ class Machine(RuleBasedStateMachine):
     def refund(self, digest):
         client, node, charge = self.model.legs[digest]
         fee, pool, rest = split_of(charge)
+        assert self.apply("verifier", self.world.request(digest)) in (["applied"], ["replayed"])
         (result,) = self.apply("verifier", self.world.refund(digest, node))
         if digest in self.model.refunded and charge:
             assert result == "CONFLICT"

@@ -210,7 +210,8 @@ async def test_refund_gives_everything_back_once(bench):
     world = bench.world
     await funded(bench)
     (digest,) = await captured(bench, Leg(world.node[0]))
-    (result,) = await bench.must("verifier", world.refund(digest, world.node[0].identity))
+    asked, refund = world.request(digest), world.refund(digest, world.node[0].identity)
+    _, result = await bench.must("verifier", asked, refund)
     assert result.amount_nano == leg_charge(Leg(world.node[0]))
     assert await bench.available("client:acme") == 10 * CREDIT
     for account in ("fee:market", "pool:market", f"node-locked:{world.node[0].identity}"):
@@ -229,7 +230,7 @@ async def test_refund_falls_back_to_bond_and_treasury(bench):
     bench.advance(world.window_ms + 1)
     await bench.must("admin", release(world, node, earned))
     await bench.must("admin", world.bond(node, earned - 10))
-    (result,) = await bench.must("verifier", world.refund(digest, node))
+    _, result = await bench.must("verifier", world.request(digest), world.refund(digest, node))
     assert result.amount_nano == leg_charge(Leg(world.node[0])) - 10
     assert await bench.available(f"node-bond:{node}") == 0
 

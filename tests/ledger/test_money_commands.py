@@ -9,7 +9,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from trueweight.ledger import command_support
+from trueweight.ledger import command_support, reinstate_command
 from trueweight.ledger.commands import ledger as commands
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.v1 import audit_pb2
@@ -120,7 +120,7 @@ async def test_every_verdict_is_rewarded_once_however_often_the_command_runs(ben
 async def test_what_remains_owed_is_listed(bench, earned, run):
     world, node = bench.world, bench.world.node[0].identity
     digest = digest_of(earned.capture.receipts[0])
-    await bench.must("verifier", world.refund(digest, node))
+    await bench.must("verifier", world.request(digest), world.refund(digest, node))
     code, rows = await run("debts", "--database", bench.url)
     # Its earnings were released before: nobody but the market's shares could pay.
     assert code == 0
@@ -128,3 +128,18 @@ async def test_what_remains_owed_is_listed(bench, earned, run):
     owed = int(rows[0]["owed"])
     charge = CREDIT - await bench.available("client:acme")
     assert owed == charge > 0
+
+
+async def test_a_conviction_is_taken_back_by_a_command(bench, run, monkeypatch):
+    world, node = bench.world, bench.world.node[0]
+    monkeypatch.setattr(reinstate_command, "load_market", lambda _: world.market)
+    monkeypatch.setattr(reinstate_command, "load_signer", lambda _: world.market_signer)
+    await bench.publish_nodes()
+    await bench.must("admin", world.bond(node.identity, CREDIT))
+    arguments = ("reinstate", node.identity, "--reason", "appeal")
+    code, error = await run(*arguments)
+    assert code and "not convicted" in str(error)
+    await bench.must("verifier", await bench.proven_guilty(node, reward_ppm=0))
+    code, facts = await run(*arguments, "--pay-back", "1")
+    assert (code, facts["status"], facts["credits"]) == (0, "applied", "1")
+    assert await bench.available(f"node-bond:{node.identity}") == CREDIT

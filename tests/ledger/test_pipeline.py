@@ -121,6 +121,7 @@ def traffic(world, dice, steps):
                 group.append(("router", other))
             elif captures:
                 receipt = digest_of(dice.choice(captures[-3:]).capture.receipts[0])
+                group.append(("verifier", world.request(receipt)))
                 group.append(("verifier", world.refund(receipt, "")))
         if dice.random() < 0.1:
             group.append(("admin", pb.Operation(id=operation(), expire=pb.Expire(limit=10))))

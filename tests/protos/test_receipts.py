@@ -216,6 +216,7 @@ def test_an_assignment_replayed_as_a_receipt(honest):
         ("signature", {"receipt": b""}),
         ("signature", {"receipt": b"\xff" * 100}),
         ("elapsed", {"events": RouterEvents(elapsed_us=1)}),
+        ("allowed", {"refusal": lambda fingerprint: f"no {fingerprint.engine}"}),
     ],
 )
 def test_facts_that_do_not_fit(honest, check, changes):

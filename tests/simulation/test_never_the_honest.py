@@ -1,6 +1,6 @@
 """Never the honest, always the cheat: real models, real noise, the production wealth.
 
-The short version decodes with transformers in float32 and is judged in bfloat16; the long ones run
+The short version decodes with transformers in bfloat16 and is judged in float32; the long ones run
 ``make bench-verify``'s own code with vLLM at full size.
 """
 
@@ -70,8 +70,8 @@ def test_real_honest_noise_convicts_nobody_and_a_wrong_seed_is_convicted_within_
     from trueweight.simulation.hf_decoder import HfDecoder
     from trueweight.simulation.hf_reference import HfReference
 
-    decoder = HfDecoder(MODEL, "float32")
-    reference, mu0 = HfReference(MODEL, "bfloat16"), nulls()
+    decoder = HfDecoder(MODEL, "bfloat16")
+    reference, mu0 = HfReference(MODEL, "float32"), nulls()
     honest, exact = [], 0
     for name in CLASSES:
         claims = claims_of(decoder, name)
@@ -100,6 +100,11 @@ def test_every_row_of_the_table_has_a_pool_and_every_named_cheat_is_in_it():
         "fp8 weights": 8000,
         "1 % weight noise": 18_000,
     }
+    assert [row.name for row in ROWS if row.target_requests == 10] == [
+        "wrong seed",
+        "text from another seed (the same thing)",
+        "another model",
+    ]
     assert all(s.traffic.get("plain", 0) == 1.0 or "top_p" in s.traffic for s in SERVED)
 
 
@@ -137,6 +142,11 @@ def test_every_cheat_with_a_target_meets_it(tmp_path):
         (s.row.name, s.found.median_tokens)
         for s in shown
         if s.row.target and s.found.median_tokens > s.row.target
+    ]
+    missed += [
+        (s.row.name, s.found.p95_requests)
+        for s in shown
+        if s.row.target_requests and s.found.p95_requests > s.row.target_requests
     ]
     assert not missed
     assert not [s.row.name for s in shown if s.row.pool == "honest" and s.found.convicted]

@@ -16,6 +16,7 @@ from trueweight.protos import transcript_box
 from trueweight.protos.envelope import digest_of, kind_of_type, parse_envelope, seal, seal_key_event
 from trueweight.protos.errors import Erased, NotFound, Unavailable
 from trueweight.protos.identity import Signer, key_id, public_bytes
+from trueweight.protos.market_terms import DEFAULT_ENGINES, with_synthetic
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1 import audit_pb2, ledger_pb2, log_pb2, market_pb2, model_pb2
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
@@ -192,6 +193,10 @@ class World:
     convictions_needed: int = 1
     # Root key of the first verifier's declared owner.
     owner: Ed25519PrivateKey | None = None
+    engines: market_pb2.EngineAllowList = field(
+        default_factory=lambda: with_synthetic(DEFAULT_ENGINES)
+    )
+    audit_terms: market_pb2.AuditTerms | None = None
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self):
@@ -223,6 +228,8 @@ class World:
             name="test",
             members=members,
             convictions_needed=self.convictions_needed,
+            engines=self.engines,
+            audit_terms=self.audit_terms,
         )
         path = self.directory / "market.json"
         write_market(path, seal(descriptor, self.market_signer), self.market_signer.key_event)

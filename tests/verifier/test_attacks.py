@@ -367,7 +367,7 @@ async def test_attack_an_owner_keeps_its_node_clear_or_convicts_it_late(make_wor
     for entry in world.ledger.entries:
         view.apply(entry)
     assert not view.node(mine).convictions and view.node(mine).pooled.wealth.r == 0
-    assert view.node(mine).suspended, "an owner may stop its own node, but not free it"
+    assert not view.node(mine).suspended, "its owner's word counts neither way"
     assert view.judges_of(mine) == [other.identity]
     app = world.app(1)
     await kit.settle(world, app)

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trueweight.protos.calibrations import CalibrationTable, read_calibration
@@ -104,6 +104,7 @@ def test_a_class_that_the_verifier_has_not_calibrated_is_left_out(kit):
     assert line.evidence.wealth.r == 0 and not line.waiting
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, TOKENS * NANO // 50), max_size=40), st.randoms())
 def test_the_order_of_verdicts_does_not_matter(sums, dice):
     orders = [list(range(len(sums))) for _ in range(2)]
@@ -117,6 +118,7 @@ def test_the_order_of_verdicts_does_not_matter(sums, dice):
     assert not one.waiting
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, TOKENS * NANO // 50), max_size=40), st.data())
 def test_whatever_a_verifier_withholds_the_wealth_is_never_above_the_true_one(sums, data):
     line, whole = line_of(len(sums)), line_of(len(sums))

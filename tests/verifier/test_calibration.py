@@ -1,6 +1,8 @@
 """Null means: the bound covers, floors hold, versions go forward, hostile entries are refused."""
 
 import json
+import math
+import random
 
 import numpy as np
 import pytest
@@ -113,7 +115,26 @@ def test_one_token_cannot_be_far_outside_by_rounding_but_a_wrong_one_is():
     assert not is_far_outside(120_000_000, 1, entry)
     assert is_far_outside(10**9, 1, entry)
     assert is_far_outside(200 * 500_000_000, 200, entry)
-    assert not is_far_outside(200 * 12_300_000, 200, entry)
+    assert not is_far_outside(4 * 10**9 - 1, 200, entry)  # 0.1 * isqrt(8 * 200)
+    assert is_far_outside(4 * 10**9 + 1, 200, entry)
+
+
+@given(st.integers(1, 10**7))
+def test_no_length_makes_ten_times_the_null_mean_far_outside(tokens):
+    entry = calibrate_class("plain", [sample(0)])
+    assert not is_far_outside(10 * entry.mu0_nano * tokens, tokens, entry)
+
+
+def test_no_request_that_calibration_saw_is_a_third_of_far_outside():
+    chance = random.Random(3)
+    rows = [
+        tuple((3 * 10**8 if chance.random() < 0.02 else 0) for _ in range(chance.randint(1, 300)))
+        for _ in range(300)
+    ]
+    entry = calibrate_class("top_p", [PairSample("harsh", tuple(rows))])
+    worst = max(sum(row) // math.isqrt(8 * max(len(row), 8)) for row in rows)
+    assert entry.refund_above_nano == 3 * worst > 100_000_000
+    assert not any(is_far_outside(3 * sum(row), len(row), entry) for row in rows)
 
 
 @pytest.mark.parametrize(

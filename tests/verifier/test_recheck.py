@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trueweight.protos.envelope import digest_of, seal
 from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
+from trueweight.protos.receipt_bundle import ReceiptBundle
 from trueweight.protos.transcript_box import seal_data, wrap_key
 from trueweight.protos.v1.audit_pb2 import Transcript, Verdict
 from trueweight.protos.v1.router_pb2 import OpenTranscriptResponse
@@ -18,8 +19,14 @@ from trueweight.verifier.appeal import missing_requests, rerun
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.bundle import Bundle, read_bundle, write_bundle
 from trueweight.verifier.epochs import EpochPlan, SecretStore
-from trueweight.verifier.export import find_verdict, make_bundle, open_transcript
-from trueweight.verifier.recheck import replay
+from trueweight.verifier.export import (
+    find_any_verdict,
+    find_verdict,
+    held_transcript,
+    make_bundle,
+    open_transcript,
+)
+from trueweight.verifier.recheck import replay, with_log
 from trueweight.verifier.reference import Scorer
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
@@ -110,6 +117,91 @@ async def test_attack_bundles_with_swapped_parts(judged, kit):
     for number, forged in enumerate(swapped):
         result = await replay(forged, world.market, Scorer(world))
         assert not result.agrees, number
+
+
+def fold(world):
+    view = LogView(world.market)
+    for entry in world.ledger.entries:
+        view.apply(entry)
+    return view
+
+
+async def test_an_honest_bundle_is_in_the_log_and_its_calibration_was_in_force(judged):
+    world, app, good, bad = judged
+    for digest in (good, bad):
+        found = await replay(await bundle_of(world, app, digest), world.market, Scorer(world))
+        checked = with_log(found, fold(world))
+        assert checked.agrees and [s.name for s in checked.steps[-2:]] == ["log", "in force"]
+
+
+async def test_attack_a_bundle_about_a_verdict_that_was_never_logged(judged):
+    """Signed by a verifier and true in itself, but nobody was told before."""
+    world, app, good, _ = judged
+    mine = await bundle_of(world, app, good)
+    found = find_verdict(app.service.view, world.verifiers[0].identity, _index(app, good))
+    verdict = Verdict()
+    verdict.CopyFrom(found.leaf.message)
+    verdict.issued_at_unix_ms += 1
+    result = await replay(
+        _with(mine, verdict=seal(verdict, world.verifiers[0])), world.market, Scorer(world)
+    )
+    assert result.agrees
+    checked = with_log(result, fold(world))
+    assert [s.name for s in checked.steps if not s.passed] == ["log"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "failed"), [("audit-request", "log"), ("calibration", "in force"), ("receipt", "log")]
+)
+async def test_attack_a_bundle_whose_request_calibration_or_receipt_is_not_logged(
+    judged, kind, failed
+):
+    world, app, good, _ = judged
+    result = await replay(await bundle_of(world, app, good), world.market, Scorer(world))
+    view = LogView(world.market)
+    for entry in world.ledger.entries:
+        if entry.kind != kind:
+            view.apply(entry)
+    checked = with_log(result, view)
+    assert [s.name for s in checked.steps if not s.passed] == [failed]
+
+
+async def test_whoever_holds_the_text_makes_the_bundle_without_the_verifier(judged, tmp_path):
+    """A client from its receipt file; a node from a bundle that somebody gave it."""
+    world, app, good, bad = judged
+    view = fold(world)
+    found = find_any_verdict(view, _index(app, bad))
+    mine = world.transcripts[bad]
+    receipt_file = ReceiptBundle(
+        request_id=b"r" * 16,
+        assignments=(mine.assignment_envelope,),
+        receipts=(mine.receipt_envelope,),
+        bill=b"",
+        key_events=(),
+        salt=mine.salt,
+        prompt_token_ids=tuple(mine.prompt_token_ids),
+        prefix_token_ids=(tuple(mine.prefix_token_ids),),
+        output_token_ids=(tuple(mine.output_token_ids),),
+    )
+    path = tmp_path / "evidence.json"
+    write_bundle(path, await bundle_of(world, app, bad))
+    for data in (json.dumps(receipt_file.to_json()).encode(), path.read_bytes()):
+        held = held_transcript(data, found.leaf.message.receipt_digest)
+        assert held == mine
+        made = await make_bundle(view, world.ledger, found, held)
+        result = await replay(made, world.market, Scorer(world))
+        assert with_log(result, view).agrees
+        with pytest.raises(NotFound):
+            held_transcript(data, good)
+    with pytest.raises(NotFound):
+        find_any_verdict(view, 10**6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.binary(max_size=50).map(b"trueweight-evidence-1".__add__))
+def test_hostile_files_are_no_transcripts(data):
+    with pytest.raises((InvalidRequest, NotFound)):
+        held_transcript(data, b"r" * 32)
 
 
 async def test_a_changed_output_fails_l0(judged):

@@ -1,9 +1,9 @@
-"""What a conviction follows from besides verdicts: audit requests, epochs and calibrations by
-verifier; and of each leg its output tokens and weights.
+"""What a conviction follows from besides requests and verdicts: each verifier's epochs and
+calibrations; and of each leg its output tokens and weights.
 
 Legs settled before have neither, and carry no conviction.
 
-Revision ID: 0004
+Revision ID: 0006
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sqlalchemy as sa
 from alembic import op
 
 from trueweight.ledger import bundle
-from trueweight.ledger.audits import REQUEST, STEP_KINDS, step_row
+from trueweight.ledger.audits import STEP_KINDS, step_row
 from trueweight.protos.envelope import digest_of, message_class, parse_envelope
 
-revision = "0004"
-down_revision = "0003"
+revision = "0006"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 
@@ -33,15 +33,15 @@ def upgrade() -> None:
         sa.Column("log_index", BIG, primary_key=True, autoincrement=False),
         sa.Column("kind", sa.SmallInteger, nullable=False),
         sa.Column("verifier_id", sa.Text, nullable=False),
-        sa.Column("node_id", sa.Text, nullable=False),
-        sa.Column("subject", sa.LargeBinary, nullable=False),
         sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("digest", sa.LargeBinary, nullable=False),
         sa.Column("body", sa.LargeBinary, nullable=False),
     )
-    columns = ["verifier_id", "node_id", "kind", "log_index"]
-    op.create_index("audit_step_node", "audit_step", columns)
-    op.create_index("audit_step_subject", "audit_step", ["subject"])
+    op.create_index("audit_step_kind", "audit_step", ["verifier_id", "kind", "log_index"])
+    appeal = sa.Column("for_appeal", sa.SmallInteger, nullable=False, server_default=sa.text("0"))
+    op.add_column("audit_request", appeal)
+    columns = ["node_id", "verifier_id", "log_index"]
+    op.create_index("audit_request_node", "audit_request", columns)
     _fill(table)
     _forbid_changes()
 
@@ -63,14 +63,6 @@ def _fill(table: sa.Table) -> None:
                     found.append(row._replace(log_index=index)._asdict())
     if found:
         op.bulk_insert(table, found)
-    connection.execute(
-        sa.text(
-            "UPDATE audit_step SET node_id = COALESCE((SELECT l.node_id FROM leg l "
-            "WHERE l.receipt_digest = subject AND l.log_index < audit_step.log_index), '') "
-            "WHERE kind = :kind"
-        ),
-        {"kind": REQUEST},
-    )
 
 
 def _forbid_changes() -> None:

@@ -1,0 +1,38 @@
+"""Taking a conviction back: the node may earn again, and gets back what is still there."""
+
+from __future__ import annotations
+
+from trueweight.ledger.accounts import TREASURY_ACCOUNT, node_bond
+from trueweight.ledger.book import Book
+from trueweight.ledger.evidence import ReinstateFacts
+from trueweight.ledger.settlement import publish_evidence
+from trueweight.ledger.values import Prepared, Terms
+from trueweight.protos.errors import Conflict
+
+
+def reinstate(book: Book, op: Prepared, _: Terms) -> tuple[int, int]:
+    """Amount paid back, and the leaf from which on evidence counts again.
+
+    What was paid to clients and to the challenger stays theirs. Earlier captures count as released:
+    what they earned was forfeited, and must not let later ones go before their window is over."""
+    facts: ReinstateFacts = op.facts
+    row = book.node(facts.node_id)
+    if not row.convicted:
+        raise Conflict("the node is not convicted")
+    most = min(row.forfeited, max(0, book.available(TREASURY_ACCOUNT)))
+    if facts.pay_back > most:
+        raise Conflict(
+            f"at most {most} nanocredits may be paid back",
+            hint="What convictions took from the node, as far as the treasury still has it.",
+        )
+    index = publish_evidence(book, facts.published)
+    book.move(TREASURY_ACCOUNT, node_bond(facts.node_id), facts.pay_back, "reinstate")
+    earned = book.snapshot.leg_total.earned if book.snapshot.leg_total else 0
+    cleared = row._replace(
+        convicted=0,
+        reinstated=index + 1,
+        released=max(row.released, earned),
+        forfeited=row.forfeited - facts.pay_back,
+    )
+    book.put(book.nodes, facts.node_id, cleared)
+    return facts.pay_back, index
