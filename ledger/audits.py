@@ -1,26 +1,37 @@
 """Does what a verifier has logged about a node carry its conviction? Pure.
 
-The ledger recomputes the node's wealth from that verifier's own verdicts in leaf order, with the
-calibrations they cite, by the same arithmetic as the verifier (``protos.conviction``). What it does
-not recompute is what the verdicts say (that takes the weights: ``trueweight verifier appeal``) and
-which of them were copied from another verifier's, which can only be where there are several.
+The ledger recomputes the node's wealth from that verifier's own requests, verdicts, epochs and
+calibrations, by the same code as the verifier (``protos.conviction``, ``protos.calibrations``). It
+knows more than the log shows: which weights each receipt was for. What it does not recompute is
+what the verdicts say (that takes the weights: ``trueweight verifier appeal``) and which of them
+were copied from another verifier's, which can only be where there are several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trueweight.protos.conviction import Evidence, NodeEvidence, change_point_index
-from trueweight.protos.envelope import parse_envelope, parse_payload
-from trueweight.protos.errors import Conflict, InvalidRequest
-from trueweight.protos.evidence import MU0_FLOOR_NANO, NANO
-from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry, Conviction, Verdict
+from google.protobuf.message import Message
 
-MAX_AUDITS = 100_000
-MAX_ENTRIES = 256
-COUNTING = (int(Verdict.SCORED), int(Verdict.REFUND))
+from trueweight.protos.calibrations import CalibrationTable, read_calibration
+from trueweight.protos.conviction import (
+    Asked,
+    AuditLine,
+    Evidence,
+    NodeEvidence,
+    Said,
+    answer_of,
+    change_point_index,
+)
+from trueweight.protos.envelope import parse_envelope, parse_payload
+from trueweight.protos.errors import Conflict, InvalidRequest, Unavailable
+from trueweight.protos.v1.audit_pb2 import Calibration, Conviction, EpochOpen, Verdict
+
+EPOCH, CALIBRATION = 1, 2
+STEP_KINDS = {"epoch-open": EPOCH, "calibration": CALIBRATION}
+_MOST = 2**63 - 1
 
 
 class VerdictRow(NamedTuple):
@@ -37,40 +48,100 @@ class VerdictRow(NamedTuple):
     outcome: int
 
 
-class Audit(NamedTuple):
-    """A verdict together with the receipt that it judges, as the ledger settled it."""
+class StepRow(NamedTuple):
+    """What else of a verifier's leaves a conviction follows from, as its table keeps it.
 
-    verdict_index: int
-    receipt_digest: bytes
-    calibration_digest: bytes
-    parameter_class: str
-    sum_x_nano: int
-    tokens: int
-    receipt_index: int
-    client: str
-
-
-class LoggedCalibration(NamedTuple):
-    """Where a calibration is in the log, and its envelope."""
+    ``version`` is the number of the epoch or calibration; digest and envelope (``body``) are a
+    calibration's."""
 
     log_index: int
-    envelope: bytes
+    kind: int
+    verifier_id: str
+    version: int
+    digest: bytes
+    body: bytes
+
+
+class Audit(NamedTuple):
+    """An audit request together with the receipt that it is about, as the ledger settled it."""
+
+    log_index: int
+    receipt_digest: bytes
+    for_appeal: int
+    receipt_index: int
+    client: str
+    tokens: int
+    manifest_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one verifier's audits of one node add up to."""
+    """What one verifier's audits of one node add up to. ``is_behind``: not all are added up yet."""
 
-    evidence: NodeEvidence
-    counted: tuple[Evidence, ...]
-    # More audits than the ledger recomputes while everybody waits: then a verifier's word counts,
-    # and so many signed verdicts stand for it.
-    is_too_long: bool = False
+    evidence: NodeEvidence = field(default_factory=NodeEvidence)
+    counted: Sequence[Evidence] = ()
+    is_behind: bool = False
 
     @property
     def is_carried(self) -> bool:
         """True once the wealth has reached the threshold."""
-        return self.is_too_long or self.evidence.crossed_by is not None
+        return self.evidence.crossed_by is not None
+
+
+class Docket:
+    """One verifier's audits of one node, added up leaf by leaf, as far as they were read."""
+
+    def __init__(self, verifier_id: str) -> None:
+        self.next_index = 0
+        self._verifier_id = verifier_id
+        self._line = AuditLine()
+        self._calibrations = CalibrationTable()
+        self._newest_epoch: int | None = None
+
+    def add(self, rows: Iterable[Audit | StepRow | VerdictRow], next_index: int) -> None:
+        """Rows in the order of their leaves, all that there are below ``next_index``."""
+        for row in rows:
+            if isinstance(row, Audit):
+                self._ask(row)
+            elif isinstance(row, VerdictRow):
+                self._answer(row)
+            elif row.kind == EPOCH:
+                self._open_epoch(row)
+            elif row.kind == CALIBRATION:
+                message = parse_payload(parse_envelope(row.body), Calibration)
+                self._calibrations.add(read_calibration(message, row.digest, row.log_index))
+        self.next_index = next_index
+
+    def case(self, *, is_behind: bool) -> Case:
+        """What they add up to."""
+        return Case(self._line.evidence, tuple(self._line.counted), is_behind)
+
+    def _ask(self, row: Audit) -> None:
+        if not row.for_appeal:
+            asked = Asked(
+                row.log_index, row.receipt_index, row.tokens, row.client, row.manifest_digest
+            )
+            self._line.ask(row.receipt_digest, asked)
+
+    def _answer(self, row: VerdictRow) -> None:
+        asked = self._line.asked(row.receipt_digest)
+        if asked is None:
+            return
+        said = Said(
+            row.log_index,
+            row.calibration_digest,
+            row.parameter_class,
+            row.sum_x_nano,
+            row.tokens,
+            row.outcome,
+        )
+        answer = answer_of(said, asked, self._verifier_id, self._calibrations)
+        self._line.answer(row.receipt_digest, answer)
+
+    def _open_epoch(self, row: StepRow) -> None:
+        if self._newest_epoch is None or row.version > self._newest_epoch:
+            self._newest_epoch = row.version
+            self._line.epoch_opened(row.log_index)
 
 
 def verdict_row(message: Verdict) -> VerdictRow:
@@ -82,53 +153,36 @@ def verdict_row(message: Verdict) -> VerdictRow:
         message.receipt_digest,
         message.calibration_digest,
         message.parameter_class,
-        min(message.sum_x_nano, 2**63 - 1),
+        min(message.sum_x_nano, _MOST),
         message.scored_tokens,
         int(message.outcome),
     )
 
 
-def add_up(audits: Sequence[Audit], calibrations: Mapping[bytes, LoggedCalibration]) -> Case:
-    """The wealth of these audits, which are in leaf order. The first verdict on a receipt counts,
-    under a calibration that was logged before the receipt."""
-    if len(audits) > MAX_AUDITS:
-        return Case(NodeEvidence(), (), is_too_long=True)
-    entries = {digest: _entries(found) for digest, found in calibrations.items()}
-    own, counted, judged = NodeEvidence(), [], set()
-    for audit in audits:
-        known = calibrations.get(audit.calibration_digest)
-        entry = entries.get(audit.calibration_digest, {}).get(audit.parameter_class)
-        if audit.receipt_digest in judged:
-            continue
-        judged.add(audit.receipt_digest)
-        if known is None or entry is None or known.log_index > audit.receipt_index:
-            continue
-        if not audit.tokens > 0 or audit.sum_x_nano > audit.tokens * NANO:
-            continue
-        found = Evidence(
-            audit.verdict_index,
-            audit.receipt_index,
-            audit.sum_x_nano,
-            audit.tokens,
-            entry.mu0_nano,
-            f"{audit.calibration_digest.hex()}/{audit.parameter_class}",
-            audit.client,
-        )
-        if own.accepts(found):
-            counted.append(found)
-        own = own.add(found)
-    return Case(own, tuple(counted))
+def step_row(message: Message, digest: bytes, envelope: bytes) -> StepRow | None:
+    """The row of a statement that is about to become a leaf; None for other kinds."""
+    if isinstance(message, EpochOpen):
+        return StepRow(-1, EPOCH, message.verifier_id, min(message.epoch, _MOST), b"", b"")
+    if isinstance(message, Calibration):
+        who, version = message.verifier_id, message.version
+        return StepRow(-1, CALIBRATION, who, version, digest, envelope)
+    return None
 
 
 def check_statement(statement: Conviction, case: Case, *, only_verifier: bool) -> None:
     """Raises Conflict if the verdicts do not carry a conviction, InvalidRequest if this one says
     something else than they add up to."""
+    if case.is_behind:
+        raise Unavailable(
+            f"{case.evidence.wealth.r} audits of this verifier and node are added up, not yet all",
+            hint="Ask again: each call goes on from there.",
+        )
     if not case.is_carried:
         raise Conflict(
             "the logged verdicts do not add up to a conviction",
             hint=f"They come to a wealth of 10^{case.evidence.wealth.log10_milli / 1000:.1f}.",
         )
-    if case.is_too_long or not only_verifier:
+    if not only_verifier:
         return  # some of the verdicts may not count because they were copied
     wealth = case.evidence.wealth
     said = (statement.verdicts, statement.audited_tokens, statement.wealth_log10_milli)
@@ -139,12 +193,3 @@ def check_statement(statement: Conviction, case: Case, *, only_verifier: bool) -
         )
     if statement.change_point_index != change_point_index(case.counted):
         raise InvalidRequest("the conviction's change point is not the one that its verdicts give")
-
-
-def _entries(found: LoggedCalibration) -> dict[str, CalibrationEntry]:
-    message = parse_payload(parse_envelope(found.envelope), Calibration)
-    entries: dict[str, CalibrationEntry] = {}
-    for entry in message.entries[:MAX_ENTRIES]:
-        if MU0_FLOOR_NANO <= entry.mu0_nano < NANO and entry.mu0_nano >= 2 * entry.upper_bound_nano:
-            entries.setdefault(entry.parameter_class, entry)
-    return entries

@@ -9,7 +9,7 @@ from typing import Any
 
 from trueweight.ledger import budget
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
-from trueweight.ledger.audits import VerdictRow
+from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import RequestRow
 from trueweight.ledger.values import (
@@ -92,6 +92,7 @@ class Book:
         self.nodes: dict[str, NodeRow] = {}
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
+        self.steps: dict[int, StepRow] = {}
         self.requests: dict[tuple[str, bytes], RequestRow] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from trueweight.ledger.audits import VerdictRow, verdict_row
+from trueweight.ledger.audits import StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.requests import RequestRow, request_row
 from trueweight.ledger.values import Terms
 from trueweight.protos.envelope import (
@@ -51,7 +51,7 @@ CLAIMABLE = frozenset((market_pb2.EOS, market_pb2.LENGTH, market_pb2.STOPPED, ma
 # Evidence that anyone may publish who is entitled: kind -> roles of the signer.
 _PUBLISHERS: dict[str, frozenset[str]] = {
     "registry-entry": frozenset({"market"}),
-    "calibration": frozenset({"market", "verifier"}),
+    "calibration": frozenset({"verifier"}),
     "epoch-open": frozenset({"verifier"}),
     "epoch-reveal": frozenset({"verifier"}),
     "audit-request": frozenset({"verifier"}),
@@ -91,6 +91,8 @@ class LegFacts(NamedTuple):
     pool: int
     node: int
     subsidy: int
+    output_tokens: int
+    manifest_digest: bytes
 
 
 class CaptureFacts(NamedTuple):
@@ -116,6 +118,8 @@ class ClaimFacts:
     charge: int
     # Before this the router may still settle, and a claim would stand in its way.
     not_before_unix_ms: int
+    output_tokens: int
+    manifest_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,9 @@ class PublishFacts:
     conviction: str = ""
     # What a verdict says; its log index is not known yet.
     verdict: VerdictRow | None = None
-    # The same of an audit request.
+    # The same of an audit request, and of an epoch or a calibration.
     request: RequestRow | None = None
+    step: StepRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +251,8 @@ def _check_leg(
         leg.pool_nano,
         leg.node_nano,
         leg.pool_subsidy_nano,
+        receipt.output_tokens,
+        assignment.manifest_digest,
     )
 
 
@@ -306,6 +313,8 @@ def check_claim(body: ledger_pb2.Claim, caller: str, court: Court) -> ClaimFacts
         caller,
         charge,
         _claimable_from(assignment),
+        facts.output_tokens,
+        assignment.manifest_digest,
     )
 
 
@@ -342,7 +351,16 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
         verdict = verdict_row(opened.message)
     if isinstance(opened.message, audit_pb2.AuditRequest):
         request = request_row(opened.message)
-    return PublishFacts(kind, opened.digest, envelope, opened.signer, conviction, verdict, request)
+    return PublishFacts(
+        kind,
+        opened.digest,
+        envelope,
+        opened.signer,
+        conviction,
+        verdict,
+        request,
+        step_row(opened.message, opened.digest, envelope),
+    )
 
 
 def check_not_owner(caller: str, node_id: str, court: Court) -> None:

@@ -9,14 +9,14 @@ import sqlalchemy as sa
 
 from trueweight.ledger import bundle
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
-from trueweight.ledger.audits import VerdictRow, verdict_row
+from trueweight.ledger.audits import STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import REASONS
 from trueweight.protos.checkpoint import log_origin, open_note
-from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
+from trueweight.protos.envelope import digest_of, message_class, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
@@ -88,8 +88,11 @@ def _check_log(
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
     evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
-    columns = ", ".join(VerdictRow._fields)
-    verdicts = stream(connection, f"SELECT {columns} FROM verdict ORDER BY log_index")  # noqa: S608
+    kept = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
+    verdicts, steps = (
+        stream(connection, f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index")  # noqa: S608
+        for table, columns in kept.items()
+    )
     requests = _Requests(connection)
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
@@ -107,12 +110,14 @@ def _check_log(
                 _check_verdict(findings, place, body, verdicts)
             elif kind == REQUEST:
                 requests.check(findings, place, body)
+            elif kind in STEP_KINDS:
+                _check_step(findings, place, (kind, body), steps)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
     for left in transfers:
         findings.add(f"transfers have no leaf ({len(left)} bytes)")
-    for row in verdicts:
-        findings.add(f"the verdict of leaf {row[0]} is in no leaf")
+    for row in (*verdicts, *steps):
+        findings.add(f"what is kept of leaf {row[0]} is in no leaf")
     requests.finish(findings)
     for row in evidence:
         findings.add(f"evidence names leaf {row[0]}, which does not exist")
@@ -167,6 +172,22 @@ def _check_verdict(findings: Findings, place: int, body: bytes, rows: Iterator[A
         findings.add(f"the verdict in leaf {place} is not what is kept of it")
 
 
+def _check_step(
+    findings: Findings, place: int, leaf: tuple[str, bytes], rows: Iterator[Any]
+) -> None:
+    kind, body = leaf
+    row = next(rows, None)
+    try:
+        said = step_row(
+            parse_payload(parse_envelope(body), message_class(kind)), digest_of(body), body
+        )
+    except BadSignature:
+        said = None
+    stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
+    if said is None or stored != list(said._replace(log_index=place)):
+        findings.add(f"the {kind} in leaf {place} is not what is kept of it")
+
+
 class _Requests:
     """The rows of audit requests against their leaves; the first of a verifier for a receipt."""
 
@@ -174,22 +195,24 @@ class _Requests:
         self._connection = connection
         self._rows = stream(
             connection,
-            "SELECT log_index, verifier_id, receipt_digest FROM audit_request ORDER BY log_index",
+            "SELECT log_index, verifier_id, receipt_digest, for_appeal FROM audit_request "
+            "ORDER BY log_index",
         )
         self._seen: set[tuple[str, bytes]] = set()
 
     def check(self, findings: Findings, place: int, body: bytes) -> None:
         """One leaf."""
         try:
-            key = request_row(parse_payload(parse_envelope(body), AuditRequest)).key
+            said = request_row(parse_payload(parse_envelope(body), AuditRequest))
         except BadSignature:
             findings.add(f"leaf {place} is not the audit request it says")
             return
-        if key in self._seen:
+        if said.key in self._seen:
             return
-        self._seen.add(key)
+        self._seen.add(said.key)
         row = next(self._rows, None)
-        if row is None or (row[0], row[1], bytes(row[2])) != (place, *key):
+        stored = (*row[:2], bytes(row[2]), row[3]) if row else ()
+        if stored != (place, *said.key, said.for_appeal):
             findings.add(f"the audit request in leaf {place} is not what is kept of it")
 
     def finish(self, findings: Findings) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from trueweight.ledger import bundle
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
     POOL_ACCOUNT,
@@ -18,9 +17,9 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
-from trueweight.ledger.audits import COUNTING, MAX_AUDITS, Audit, LoggedCalibration
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
+from trueweight.ledger.dockets import Dockets, read_cases
 from trueweight.ledger.evidence import (
     CaptureFacts,
     ClaimFacts,
@@ -58,10 +57,11 @@ PENDING_COLUMNS = (
 )  # fmt: skip
 LEG_COLUMNS = (
     "receipt_digest", "hold_id", "node_id", "client", "charge", "fee", "pool", "node", "subsidy",
-    "log_index", "captured_at", "refunded", "refunded_node",
+    "log_index", "captured_at", "refunded", "refunded_node", "output_tokens", "manifest_digest",
 )  # fmt: skip
 CLAIM_COLUMNS = (
     "hold_id", "assignment_digest", "receipt_digest", "receipt", "node_id", "charge",
+    "output_tokens", "manifest_digest",
 )  # fmt: skip
 _ACCOUNTS = (
     "SELECT no, id, kind, debits_pending, debits_posted, credits_pending, credits_posted "
@@ -90,6 +90,8 @@ class Cache:
     open_holds: dict[bytes, Pending] = field(default_factory=dict)
     # False: no hold has ever been claimed from, so nobody need look (None: not known yet).
     any_claims: bool | None = None
+    # Half-read histories of audits.
+    dockets: Dockets = field(default_factory=dict)
 
     def trim(self) -> None:
         """Keeps the cache bounded: a full one starts anew. Before the newest group is put in, so
@@ -147,7 +149,7 @@ def load(
     applied = _applied(backend, operations)
     _overlay(applied, last.applied, {op.id for op in operations})
     needs = _needs(op for op in operations if op.error is None and op.id not in applied)
-    special = _special(backend, operations[0], terms, needs, now_unix_ms)
+    special = _special(backend, cache, operations[0], needs, terms=terms, now_unix_ms=now_unix_ms)
     pendings = _pendings(backend, cache, needs)
     _overlay(pendings, last.pendings, needs.pendings)
     for pending in pendings.values():
@@ -292,7 +294,7 @@ def _add_publication(needs: Needs, facts: PublishFacts) -> None:
 
 
 def _special(
-    backend: Backend, op: Prepared, terms: Terms, needs: Needs, now_unix_ms: int
+    backend: Backend, cache: Cache, op: Prepared, needs: Needs, *, terms: Terms, now_unix_ms: int
 ) -> dict[str, object]:
     """What the operations that stand alone read besides their keys."""
     if op.error is not None:
@@ -304,7 +306,7 @@ def _special(
     if op.kind == "reinstate":
         return {"leg_total": _all_earned(backend, op.facts.node_id)}
     if isinstance(op.facts, ConvictFacts):
-        return _conviction(backend, op.facts, terms, needs)
+        return _conviction(backend, cache, op.facts, terms, needs)
     return {}
 
 
@@ -329,7 +331,7 @@ def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -
     node, below = op.body.node_id, op.body.below_log_index
     ((oldest,),) = backend.query(
         "SELECT MIN(receipt_index) FROM audit_request "
-        "WHERE node_id = ? AND verdict_index < 0 AND captured_at > ?",
+        "WHERE node_id = ? AND verdict_index < 0 AND for_appeal = 0 AND captured_at > ?",
         (node, held_since_unix_ms(now_unix_ms, terms.window_ms)),
     )
     waits_for = NONE if oldest is None or oldest >= below else int(oldest)
@@ -350,7 +352,7 @@ def _all_earned(backend: Backend, node_id: str) -> LegTotal:
 
 
 def _conviction(
-    backend: Backend, facts: ConvictFacts, terms: Terms, needs: Needs
+    backend: Backend, cache: Cache, facts: ConvictFacts, terms: Terms, needs: Needs
 ) -> dict[str, object]:
     node = facts.node_id
     rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
@@ -377,26 +379,8 @@ def _conviction(
         (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
     )
     needs.accounts.update(leg.client for leg in legs)
-    found = {verifier: _audits(backend, verifier, node, since) for verifier in terms.verifiers}
-    cited = {audit.calibration_digest for audits in found.values() for audit in audits}
-    return {
-        "node_legs": legs,
-        "withdrawals": withdrawals,
-        "audits": found,
-        "calibrations": _calibrations(backend, cited),
-    }
-
-
-def _audits(backend: Backend, verifier_id: str, node_id: str, since: int) -> list[Audit]:
-    rows = backend.query(
-        "SELECT v.log_index, v.receipt_digest, v.calibration_digest, v.parameter_class, "
-        "v.sum_x_nano, v.tokens, l.log_index, l.client FROM verdict v "
-        "JOIN leg l ON l.receipt_digest = v.receipt_digest AND l.node_id = v.node_id "
-        "WHERE v.node_id = ? AND v.verifier_id = ? AND v.outcome IN (?, ?) "
-        "AND l.log_index >= ? AND l.log_index < v.log_index ORDER BY v.log_index LIMIT ?",
-        (node_id, verifier_id, *COUNTING, since, MAX_AUDITS + 1),
-    )
-    return [Audit(*row) for row in rows]
+    cases = read_cases(backend, cache.dockets, terms.verifiers, (node, since))
+    return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
 
 
 def _judges(
@@ -421,25 +405,6 @@ def _requests(
         made = RequestRow(*row)
         found[made.key] = made
     found.update((k, r) for k, r in last.requests.items() if r.receipt_digest in wanted)
-    return found
-
-
-def _calibrations(backend: Backend, digests: set[bytes]) -> dict[bytes, LoggedCalibration]:
-    found = {}
-    for digest, index in backend.by_keys(
-        "SELECT digest, log_index FROM evidence", "digest", digests
-    ):
-        rows = backend.query(
-            "SELECT first_index, leaves, body FROM bundle WHERE first_index <= ? "
-            "ORDER BY first_index DESC LIMIT 1",
-            (index,),
-        )
-        if not rows or index >= rows[0][0] + rows[0][1]:
-            continue  # published in this very transaction, so after every receipt that counts
-        first, leaves, body = rows[0]
-        kind, leaf = list(bundle.unpack(leaves, bytes(body)))[index - first]
-        if kind == "calibration":
-            found[digest] = LoggedCalibration(index, leaf)
     return found
 
 

@@ -1,8 +1,9 @@
 """Audits that were asked for in the log: they come before verdicts that refund, and hold releases.
 
-A request holds what its receipt and later ones earned until the verifier's verdict is logged. One
-that is never answered must not hold for ever: it ends ``HOLDS_MS`` after the receipt's settlement
-window, counted from the receipt's capture, so that whoever asks late holds nothing.
+A request (but for an appeal's) holds what its receipt and later ones earned until the verifier's
+verdict is logged. One that is never answered must not hold for ever: it ends ``HOLDS_MS`` after the
+receipt's settlement window, counted from the receipt's capture, so that whoever asks late holds
+nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class RequestRow(NamedTuple):
     captured_at: int = 0
     # Leaf of the verifier's first verdict after it.
     verdict_index: int = NONE
+    # 1: to repeat another's audit. It holds nothing, and no evidence comes of it.
+    for_appeal: int = 0
 
     @property
     def key(self) -> tuple[str, bytes]:
@@ -37,7 +40,9 @@ class RequestRow(NamedTuple):
 
 def request_row(message: AuditRequest) -> RequestRow:
     """The row of a request that is about to become a leaf."""
-    return RequestRow(NONE, message.verifier_id, message.receipt_digest)
+    return RequestRow(
+        NONE, message.verifier_id, message.receipt_digest, for_appeal=int(message.for_appeal)
+    )
 
 
 def held_since_unix_ms(now_unix_ms: int, window_ms: int) -> int:

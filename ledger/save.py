@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trueweight.ledger.accounts import CURRENCY
-from trueweight.ledger.audits import VerdictRow
+from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.load import (
@@ -101,6 +101,7 @@ def _save_rare(backend: Backend, book: Book) -> None:
     backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
     backend.insert("verdict", VerdictRow._fields, list(book.verdicts.values()))
+    backend.insert("audit_step", StepRow._fields, list(book.steps.values()))
     known = book.snapshot.requests
     backend.insert(
         "audit_request", RequestRow._fields, [r for k, r in book.requests.items() if k not in known]

@@ -98,6 +98,8 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
                 subsidy,
                 index,
                 book.now,
+                output_tokens=leg.output_tokens,
+                manifest_digest=leg.manifest_digest,
             ),
         )
     return facts.charge
@@ -128,6 +130,8 @@ def claim(book: Book, op: Prepared, _: Terms) -> int:
         facts.receipt,
         facts.node_id,
         facts.charge,
+        facts.output_tokens,
+        facts.manifest_digest,
     )
     book.put(book.claims, pending.id, (*claims, made))
     return facts.charge
@@ -172,6 +176,8 @@ def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Te
                 0,
                 index,
                 book.now,
+                output_tokens=made.output_tokens,
+                manifest_digest=made.manifest_digest,
             ),
         )
 
@@ -266,12 +272,12 @@ def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
     Conflict or InvalidRequest if the one at hand is none of these."""
     row = book.node(facts.node_id)
     cases = {
-        verifier: audits.add_up(found, book.snapshot.calibrations)
-        for verifier, found in book.snapshot.audits.items()
+        verifier: case
+        for verifier, case in book.snapshot.cases.items()
         if book.reference("conviction", conviction_key(row, f"{facts.node_id}:{verifier}"))
         is not None
     }
-    mine = cases.get(facts.verifier_id) or audits.add_up((), {})
+    mine = cases.get(facts.verifier_id) or audits.Case()
     audits.check_statement(facts.statement, mine, only_verifier=len(terms.verifiers) == 1)
     return sum(case.is_carried for case in cases.values())
 
@@ -342,6 +348,8 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
         _note_answer(book, facts.verdict, index)
     if facts.request is not None:
         _note_request(book, facts.request, index)
+    if facts.step is not None:
+        book.put(book.steps, index, facts.step._replace(log_index=index))
     return index
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import Account
-from trueweight.ledger.audits import Audit, LoggedCalibration
+from trueweight.ledger.audits import Case
 from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.protos.errors import TrueweightError
 
@@ -92,6 +92,9 @@ class Leg(NamedTuple):
     captured_at_unix_ms: int
     refunded: int = 0
     refunded_node: int = 0
+    # What its audits are held against. None: settled before the ledger kept them.
+    output_tokens: int | None = None
+    manifest_digest: bytes | None = None
 
 
 class Claim(NamedTuple):
@@ -103,6 +106,8 @@ class Claim(NamedTuple):
     receipt: bytes
     node_id: str
     charge: int
+    output_tokens: int | None = None
+    manifest_digest: bytes | None = None
 
 
 class NodeRow(NamedTuple):
@@ -204,9 +209,8 @@ class Snapshot:
     node_legs: Sequence[Leg] = ()
     withdrawals: Sequence[Pending] = ()
     leg_total: LegTotal | None = None
-    # By verifier: its audits of the node that is to be convicted, in leaf order.
-    audits: Mapping[str, Sequence[Audit]] = field(default_factory=dict)
-    calibrations: Mapping[bytes, LoggedCalibration] = field(default_factory=dict)
+    # By verifier: what its audits of the node that is to be convicted add up to.
+    cases: Mapping[str, Case] = field(default_factory=dict)
     # Log index of verdicts that are to be rewarded -> whose they are.
     judges: Mapping[int, str] = field(default_factory=dict)
     next_sequence: int = 1

@@ -206,7 +206,7 @@ class Demo:
         """Of the nodes that still serve; nobody needs to know who cheats."""
         records = observer.view.nodes
         serving = [p.node_id for p in self.market.participants.values()]
-        audited = {n: records[n].pooled.wealth.tokens if n in records else 0 for n in serving}
+        audited = {n: records[n].pooled.scored_tokens if n in records else 0 for n in serving}
         return min(set(serving) - observer.convicted, key=lambda n: (audited[n], n))
 
     def _plans(self, count: int, first_number: int) -> list[RequestPlan]:

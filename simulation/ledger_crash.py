@@ -170,6 +170,7 @@ def _conviction(world: World) -> list[list[tuple[str, pb.Operation]]]:
         [(verifier, guilt.calibration)],
         [(router, hold) for hold in guilt.holds],
         [(router, capture) for capture in guilt.captures],
+        [(verifier, request) for request in guilt.requests],
         [(verifier, verdict) for verdict in guilt.verdicts],
         [(verifier, convict)],
     ]

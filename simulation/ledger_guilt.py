@@ -27,20 +27,28 @@ class Guilt:
     calibration: pb.Operation
     holds: Sequence[pb.Operation]
     captures: Sequence[pb.Operation]
+    requests: Sequence[pb.Operation]
     verdicts: Sequence[pb.Operation]
 
 
 def guilt_of(world: World, node: Signer, client: str, by: str = "verifier") -> Guilt:
     """Enough to convict a node. The client needs one credit for each of the holds."""
-    calibration = seal(_calibration(world), world.signers[by])
+    calibration = seal(_calibration(world, by), world.signers[by])
     holds = [world.hold(client, 1) for _ in range(AUDITS)]
-    free = Leg(node, billed_input=0, billed_output=0)
+    free = Leg(node, output=TOKENS, billed_input=0, billed_output=0)
     captures = [world.capture(hold.id, free) for hold in holds]
+    requests = [seal(_request(world, capture, by), world.signers[by]) for capture in captures]
     verdicts = [
         seal(_verdict(world, capture, node, digest_of(calibration), by), world.signers[by])
         for capture in captures
     ]
-    return Guilt(world.publish(calibration), holds, captures, [world.publish(v) for v in verdicts])
+    return Guilt(
+        world.publish(calibration),
+        holds,
+        captures,
+        [world.publish(r) for r in requests],
+        [world.publish(v) for v in verdicts],
+    )
 
 
 def conviction_of(
@@ -77,7 +85,7 @@ def convict_by(
     return pb.Operation(id=world.new_id(), convict=body)
 
 
-def _calibration(world: World) -> audit_pb2.Calibration:
+def _calibration(world: World, by: str) -> audit_pb2.Calibration:
     entry = audit_pb2.CalibrationEntry(
         parameter_class=CLASS,
         mu0_nano=MU0_NANO,
@@ -87,7 +95,19 @@ def _calibration(world: World) -> audit_pb2.Calibration:
         refund_above_nano=100_000_000,
     )
     return audit_pb2.Calibration(
-        market_id=world.market_id, manifest_digest=b"m" * 32, version=1, entries=[entry]
+        market_id=world.market_id,
+        manifest_digest=b"m" * 32,
+        version=1,
+        entries=[entry],
+        verifier_id=world.identity(by),
+    )
+
+
+def _request(world: World, capture: pb.Operation, by: str) -> audit_pb2.AuditRequest:
+    return audit_pb2.AuditRequest(
+        market_id=world.market_id,
+        verifier_id=world.identity(by),
+        receipt_digest=digest_of(capture.capture.receipts[0]),
     )
 
 

@@ -20,7 +20,7 @@ from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat
 from trueweight.verifier.epochs import RatePolicy, SecretStore, within_terms
 from trueweight.verifier.outbox import Outbox
 from trueweight.verifier.plan import Agenda
-from trueweight.verifier.publishing import Publisher
+from trueweight.verifier.publishing import REWARD_PPM, Publisher
 from trueweight.verifier.reference import GrpcNode, Reference, Scorer
 from trueweight.verifier.service import VerifierService
 from trueweight.verifier.state import LogView
@@ -52,6 +52,7 @@ class VerifierApp:
         clock: Clock | None = None,
         random: Callable[[int], bytes] = os.urandom,
         cheats: Sequence[Cheat] = KNOWN_CHEATS,
+        reward_ppm: int = REWARD_PPM,
     ) -> None:
         clock = clock or SystemClock()
         view = LogView(market)
@@ -67,7 +68,15 @@ class VerifierApp:
         self.scorer = Scorer(connections.reference)
         auditor = Auditor(view, secrets, connections.transcripts, self.scorer)
         publisher = Publisher(connections.ledger, signer)
-        worker = Worker(agenda, auditor, publisher, connections.ledger, clock, cheats=cheats)
+        worker = Worker(
+            agenda,
+            auditor,
+            publisher,
+            connections.ledger,
+            clock,
+            reward_ppm=reward_ppm,
+            cheats=cheats,
+        )
         self.service = VerifierService(connections.ledger, worker, clock)
         self._connections = connections
 
@@ -93,6 +102,8 @@ class VerifierConfig:
     policy: RatePolicy = field(default_factory=RatePolicy)
     measured: tuple[Measured, ...] = ()
     cheats: tuple[Cheat, ...] = KNOWN_CHEATS
+    # Of what a conviction forfeits, for the verifier that applies it.
+    reward_ppm: int = REWARD_PPM
 
 
 def connect_ledger(market: Market, tokens: rpc.AccessTokens | None = None) -> GrpcLedger:
@@ -132,6 +143,7 @@ async def run_verifier(
         measured=config.measured,
         clock=clock,
         cheats=config.cheats,
+        reward_ppm=config.reward_ppm,
     )
     announcer = asyncio.create_task(_announce(app.service.ready, on_ready))
     try:

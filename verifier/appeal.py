@@ -15,7 +15,7 @@ from trueweight.verifier.audit import Auditor
 from trueweight.verifier.epochs import EpochPlan, audit_request
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
-from trueweight.verifier.verdicts import EVIDENCE, AuditContext, mean_x, outcome_name
+from trueweight.verifier.verdicts import AuditContext, mean_x, outcome_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ def missing_requests(
             secret,
             receipt.assignment_digest,
             receipt.receipt_digest,
+            for_appeal=True,
         )
         for _, verdict, receipt in _counted(view, of_verifier, node_id)
         if view.requests.get((reader.verifier_id, receipt.receipt_digest)) is None
@@ -64,7 +65,7 @@ def missing_requests(
 async def rerun(
     view: LogView, auditor: Auditor, of_verifier: str, node_id: str, me: str = ""
 ) -> Appeal:
-    """Re-runs one verifier's counted audits of a node, in leaf order, with the transcripts opened
+    """Re-runs one verifier's counted audits of a node, in their order, with the transcripts opened
     to ``me`` (the same verifier if not given)."""
     wealth, retried = Wealth(), []
     for then, verdict, receipt in _counted(view, of_verifier, node_id):
@@ -74,7 +75,8 @@ async def rerun(
         error, now = "", Verdict()
         try:
             now = await auditor.run(context, last_try=False)
-            if now.outcome not in EVIDENCE:
+            # A re-run is held against the null mean of then, whatever this verifier's own says.
+            if not now.scored_tokens:
                 error = f"now {outcome_name(now)}"
         except TrueweightError as found:
             error = found.message
@@ -92,7 +94,7 @@ def _counted(
 ) -> Iterator[tuple[Evidence, Verdict, ReceiptLeaf]]:
     by_index = {v.leaf.index: v.leaf.message for v in view.verdicts.values()}
     for evidence in view.counted(verifier_id, node_id):
-        verdict = by_index[evidence.verdict_index]
-        receipt = view.receipts.get(verdict.receipt_digest)
-        if receipt is not None:
+        verdict = by_index.get(evidence.verdict_index)
+        receipt = view.receipts.get(verdict.receipt_digest) if verdict else None
+        if evidence.is_scored and verdict is not None and receipt is not None:
             yield evidence, verdict, receipt

@@ -142,7 +142,9 @@ class Auditor:
         sampling: Sampling,
     ) -> Verdict:
         name = parameter_class(sampling)
-        calibration = self.view.calibrations.in_force(order.manifest_digest, context.receipt.index)
+        calibration = self.view.calibrations.in_force(
+            context.verifier_id, order.manifest_digest, context.receipt.index
+        )
         output = transcript.output_token_ids[: context.receipt.output_tokens]
         item = ScoreItem(
             prompt_token_ids=transcript.prompt_token_ids,

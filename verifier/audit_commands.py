@@ -41,7 +41,7 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
         f"epoch {epoch}",
         (
             *("verifier", "revealed", DONE, LATE, MISSING, PENDING),
-            *("unasked", "copied", "disputed", "kept"),
+            *("unasked", "copied", "disputed", "contradicted", "kept"),
         ),
         [
             (
@@ -51,6 +51,7 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
                 entry.unasked,
                 entry.copied,
                 len(entry.disputed),
+                len(entry.contradicted),
                 entry.kept,
             )
             for entry in found

@@ -1,19 +1,19 @@
-"""Calibration: what honest noise looks like per manifest and parameter class, and when it applies.
+"""Calibration: what honest noise looks like per pair of node and reference and parameter class.
 
-Pure: measured margins in, ``CalibrationEntry`` out; logged calibrations in, the entry that a
-verdict must cite out.
+Pure: measured margins in, ``CalibrationEntry`` out. When a logged calibration applies is in
+``protos.calibrations``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from trueweight.protos.evidence import MU0_FLOOR_NANO
-from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
+from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.verifier.bounds import CONFIDENCE, MeanBound, upper_bound
 
 NANO = 10**9
@@ -25,7 +25,6 @@ _REFUND_FACTOR = 3
 SHORT_TOKENS = 8
 # However long a request is, its client is not refunded for less than so many times the null mean.
 REFUND_TIMES_NULL = 10
-MAX_VERSIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +92,6 @@ def _ceil_nano(value: float) -> int:
     return min(NANO, int(np.ceil(value * NANO)))
 
 
-def is_usable(entry: CalibrationEntry) -> bool:
-    """False for entries that no honest measurement gives (hostile or damaged)."""
-    return (
-        MU0_FLOOR_NANO <= entry.mu0_nano < NANO
-        and entry.mu0_nano >= 2 * entry.upper_bound_nano
-        and entry.refund_above_nano > 0
-        and entry.requests > 0
-    )
-
-
 def is_far_outside(sum_x_nano: int, tokens: int, entry: CalibrationEntry) -> bool:
     """True if one request alone is so far outside that its client is refunded at once: three
     times what any honest request showed when the class was calibrated, or more."""
@@ -113,56 +102,3 @@ def is_far_outside(sum_x_nano: int, tokens: int, entry: CalibrationEntry) -> boo
 def _spread(tokens: int) -> int:
     """How the chance part of an honest request's sum of x grows: with the root of its length."""
     return math.isqrt(SHORT_TOKENS * max(tokens, SHORT_TOKENS))
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationLeaf:
-    """A logged calibration: where, under which digest, and its entries by class."""
-
-    index: int
-    digest: bytes
-    manifest_digest: bytes
-    version: int
-    entries: dict[str, CalibrationEntry] = field(repr=False)
-
-
-def read_calibration(message: Calibration, digest: bytes, index: int) -> CalibrationLeaf:
-    """A leaf with its usable entries; the first entry of a class counts."""
-    entries: dict[str, CalibrationEntry] = {}
-    for entry in message.entries[:MAX_VERSIONS]:
-        if is_usable(entry):
-            entries.setdefault(entry.parameter_class, entry)
-    return CalibrationLeaf(index, digest, message.manifest_digest, message.version, entries)
-
-
-class CalibrationTable:
-    """Logged calibrations; each applies to receipts logged after it, until a higher version."""
-
-    def __init__(self) -> None:
-        self._by_digest: dict[bytes, CalibrationLeaf] = {}
-        self._by_manifest: dict[bytes, list[CalibrationLeaf]] = {}
-
-    def add(self, leaf: CalibrationLeaf) -> bool:
-        """False (and nothing happens) if its version does not go forward."""
-        known = self._by_manifest.setdefault(leaf.manifest_digest, [])
-        if len(known) >= MAX_VERSIONS or (known and leaf.version <= known[-1].version):
-            return False
-        known.append(leaf)
-        self._by_digest[leaf.digest] = leaf
-        return True
-
-    def in_force(self, manifest_digest: bytes, receipt_index: int) -> CalibrationLeaf | None:
-        """The calibration that a receipt at this log index is judged by."""
-        found = [c for c in self._by_manifest.get(manifest_digest, ()) if c.index < receipt_index]
-        return found[-1] if found else None
-
-    def cited(self, digest: bytes, receipt_index: int) -> CalibrationLeaf | None:
-        """The calibration of a digest, if it is the one in force for this receipt."""
-        leaf = self._by_digest.get(digest)
-        if leaf is None or self.in_force(leaf.manifest_digest, receipt_index) is not leaf:
-            return None
-        return leaf
-
-    def all(self) -> list[CalibrationLeaf]:
-        """Every accepted calibration in log order."""
-        return sorted(self._by_digest.values(), key=lambda c: c.index)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
+from trueweight.protos.calibrations import is_usable
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import CLIP_LOGIT
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
 from trueweight.protos.v1.model_pb2 import Manifest
-from trueweight.verifier.calibration import is_usable
 
 FORMAT = "trueweight-calibration-1"
 MAX_FILE_BYTES = 1024 * 1024
@@ -43,8 +43,10 @@ class Measured:
     provenance: str
     entries: tuple[CalibrationEntry, ...]
 
-    def statement(self, market_id: str, manifest_digest: bytes, now_unix_ms: int) -> Calibration:
-        """The message that a verifier signs."""
+    def statement(
+        self, market_id: str, verifier_id: str, manifest_digest: bytes, now_unix_ms: int
+    ) -> Calibration:
+        """The message that this verifier signs."""
         return Calibration(
             market_id=market_id,
             manifest_digest=manifest_digest,
@@ -53,6 +55,7 @@ class Measured:
             entries=self.entries,
             provenance=self.provenance,
             created_at_unix_ms=now_unix_ms,
+            verifier_id=verifier_id,
         )
 
 

@@ -13,7 +13,7 @@ import click
 
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import Signer
-from trueweight.protos.money import format_credits
+from trueweight.protos.money import PPM, format_credits, parse_credits
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
@@ -81,6 +81,10 @@ def verifier() -> None:
 @cli.option("--floor", default=0.02, type=click.FloatRange(0.0001, 1), help="Lowest audit rate.")
 @cli.path_option("--cheats", default=None, help="JSON: what cheats show and save; see the docs.")
 @cli.option("--audit-deadline-s", default=300.0, type=click.FloatRange(1), help="Stated deadline.")
+@cli.option("--full-charge", default="0", help="Credits of full weight; 0: any.")
+@cli.option("--duplicates", default=0.1, type=click.FloatRange(0, 1), help="Second opinions.")
+@cli.option("--patience-s", default=60.0, type=click.FloatRange(1), help="For transcripts.")
+@cli.option("--reward", default=0.05, type=click.FloatRange(0, 0.1), help="Of the forfeit.")
 @cli.log_options
 def run(**options: Any) -> None:
     """Follow the log, audit what is owed, publish verdicts, convict."""
@@ -124,12 +128,6 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
     market = market_of(options)
     if options["router"]:
         market = at_endpoint(market, Member.ROUTER, options["router"])
-    policy = RatePolicy(
-        newcomer_tokens=options["newcomer_tokens"],
-        floor_ppm=round(options["floor"] * 1e6),
-        epoch_ms=round(options["epoch_s"] * 1000),
-        audit_deadline_ms=round(options["audit_deadline_s"] * 1000),
-    )
     return VerifierConfig(
         market=market,
         signer=load_signer(options["keys"]),
@@ -137,9 +135,23 @@ def _config(options: dict[str, Any]) -> VerifierConfig:
         reference_endpoint=options["reference"],
         reference_certificate_pem=certificate.read_text(),
         reference_id=options["reference_id"],
-        policy=policy,
+        policy=policy_of(options),
         measured=tuple(read_measured(path) for path in options["calibration"]),
         cheats=read_cheats(options["cheats"]) if options["cheats"] else KNOWN_CHEATS,
+        reward_ppm=round(options["reward"] * PPM),
+    )
+
+
+def policy_of(options: dict[str, Any]) -> RatePolicy:
+    """The rates and deadlines that the options of ``run`` name."""
+    return RatePolicy(
+        newcomer_tokens=options["newcomer_tokens"],
+        floor_ppm=round(options["floor"] * PPM),
+        epoch_ms=round(options["epoch_s"] * 1000),
+        audit_deadline_ms=round(options["audit_deadline_s"] * 1000),
+        transcript_patience_ms=round(options["patience_s"] * 1000),
+        charge_reference_nano=parse_credits(options["full_charge"]),
+        duplicate_ppm=round(options["duplicates"] * PPM),
     )
 
 

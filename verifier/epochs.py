@@ -126,7 +126,12 @@ def wrap_private_key(
 
 
 def audit_request(
-    context: EpochPlan, wrapping_secret: bytes, assignment_digest: bytes, receipt_digest: bytes
+    context: EpochPlan,
+    wrapping_secret: bytes,
+    assignment_digest: bytes,
+    receipt_digest: bytes,
+    *,
+    for_appeal: bool = False,
 ) -> AuditRequest:
     """The request that a transcript is opened by, with the key that it is wrapped to."""
     key = wrap_private_key(wrapping_secret, receipt_digest, 0)
@@ -138,6 +143,7 @@ def audit_request(
         receipt_digest=receipt_digest,
         wrap_public_key=key.public_key().public_bytes_raw(),
         requested_at_unix_ms=context.now_unix_ms,
+        for_appeal=for_appeal,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from trueweight.protos.conviction import Evidence, NodeEvidence
+from trueweight.protos.conviction import AuditLine, Evidence, NodeEvidence
 from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
@@ -73,7 +73,7 @@ class CommitmentLeaf:
 
 @dataclass(frozen=True, slots=True)
 class VerdictLeaf:
-    """A logged verdict, and the evidence that it counts as (if none, why)."""
+    """A logged verdict, and the evidence that its margins count as (if none, or not yet, why)."""
 
     leaf: Leaf[Verdict]
     evidence: Evidence | None
@@ -86,7 +86,9 @@ class VerdictLeaf:
 class NodeRecord:
     """What the log says about one node."""
 
-    # By verifier: each verifier's own verdicts, on which alone it may convict.
+    # By verifier: its audits in the order of their requests, and what those that are settled add
+    # up to. On its own alone a verifier may convict.
+    lines: dict[str, AuditLine] = field(default_factory=dict)
     by_verifier: dict[str, NodeEvidence] = field(default_factory=dict)
     # First verdict of each receipt, whoever gave it: the node's one public wealth.
     pooled: NodeEvidence = field(default_factory=NodeEvidence)
@@ -109,6 +111,6 @@ class NodeRecord:
     def reinstate(self, log_index: int) -> None:
         """The market took its conviction back: it begins anew after this leaf."""
         self.standing.reinstate()
-        self.by_verifier, self.pooled = {}, NodeEvidence()
+        self.lines, self.by_verifier, self.pooled = {}, {}, NodeEvidence()
         self.convictions, self.suspended_for = {}, {}
         self.reinstated = log_index + 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from trueweight.verifier.agreement import contradicted
 from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_of, owes
 from trueweight.verifier.state import LogView
@@ -33,7 +34,10 @@ class EpochAccount:
     ``unasked``: verdicts on receipts that were not owed. ``copied``: verdicts in a market of
     several verifiers without a margin commitment from before the others' margins were known.
     ``disputed``: verdicts with which another verifier's verdict on the same receipt disagrees by
-    more than two references do; one of the two is wrong, and replaying the bundle tells which.
+    more than two references usually do; honest noise does that, too, on short answers.
+    ``contradicted``: nodes about which another verifier's verdicts on receipts up to the end of
+    this epoch differ by what honest noise cannot explain (``verifier.agreement``); one of the two
+    is wrong, and replaying the bundles tells which.
     ``refused``: why the epoch does not count, if it was opened outside the market's terms.
     """
 
@@ -44,6 +48,7 @@ class EpochAccount:
     unasked: int = 0
     copied: int = 0
     disputed: tuple[int, ...] = ()
+    contradicted: tuple[str, ...] = ()
     refused: str = ""
 
     def count(self, status: str) -> int:
@@ -52,8 +57,10 @@ class EpochAccount:
 
     @property
     def kept(self) -> bool:
-        """True if the secret was revealed and nothing is missing, late, unasked or copied."""
+        """True if the secret was revealed and nothing is missing, late, unasked, copied or
+        contradicted."""
         broken = self.count(MISSING) + self.count(LATE) + self.unasked + self.copied
+        broken += len(self.contradicted)
         return self.revealed and not broken
 
     def as_json(self) -> dict[str, object]:
@@ -72,22 +79,22 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
     if secret is None or not found:
         return EpochAccount(verifier_id, epoch, revealed=False)
     (leaf,) = found
-    audits, unasked = [], 0
+    audits, unasked, mine = [], 0, []
     for receipt in view.receipts.values():
         if epoch_of(epochs, receipt.index) is not leaf:
             continue
         if not view.may_judge(verifier_id, receipt.node_id):
             continue  # nobody owes audits of his own nodes, and they count for nothing
+        # By the epoch that the receipt belongs to: what a verdict says of itself proves nothing.
+        verdict = view.verdicts.get((verifier_id, receipt.receipt_digest))
+        if verdict is not None:
+            mine.append(verdict)
         asked = view.asked_by_another(verifier_id, receipt)
         if owes(leaf, secret, receipt, asked_by_another=asked):
             audits.append(_audit(view, leaf, receipt, now_unix_ms))
-        elif view.verdicts.get((verifier_id, receipt.receipt_digest)) is not None:
+        elif verdict is not None:
             unasked += 1
-    mine = [
-        verdict
-        for verdict in view.verdicts.values()
-        if verdict.leaf.message.verifier_id == verifier_id and verdict.leaf.message.epoch == epoch
-    ]
+    until = min((e.index for e in epochs if e.index > leaf.index), default=view.next_index)
     return EpochAccount(
         verifier_id,
         epoch,
@@ -96,6 +103,7 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
         unasked,
         copied=sum(1 for verdict in mine if verdict.copied),
         disputed=tuple(v.leaf.index for v in mine if _is_disputed(view, v)),
+        contradicted=contradicted(view, verifier_id, until),
     )
 
 

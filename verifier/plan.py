@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
-from trueweight.protos.conviction import frozen_pairs, should_convict
+from trueweight.protos.calibrations import CalibrationLeaf
+from trueweight.protos.conviction import NodeEvidence, frozen_pairs, should_convict
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.verifier.calibration_file import Measured, weights_sha256
@@ -70,8 +71,6 @@ class Agenda:
     lost_epochs: set[int] = field(default_factory=set)
     # First receipt of each node that fell into such an epoch and has no verdict of this verifier.
     _unauditable: dict[str, int] = field(default_factory=dict)
-    # Last receipt of each node that this verifier's counted verdicts are about.
-    _spoken_for: dict[str, int] = field(default_factory=dict)
 
     def on_receipt(self, receipt_digest: bytes) -> None:
         """A receipt leaf was folded."""
@@ -93,9 +92,6 @@ class Agenda:
         self.owed.pop(receipt_digest, None)
         self.outbox.remove(receipt_digest)
         self._undecided.pop(receipt_digest, None)
-        if mine.evidence is not None:
-            node_id, index = mine.leaf.message.node_id, mine.evidence.receipt_index
-            self._spoken_for[node_id] = max(index, self._spoken_for.get(node_id, -1))
         if mine.leaf.message.outcome in REFUNDING:
             self._refunds[receipt_digest] = None
 
@@ -159,9 +155,10 @@ class Agenda:
         return all(self.view.commitments.get(key) is not None for key in keys)
 
     def calibration_duties(self) -> Iterator[PublishCalibration]:
-        """Calibrations at hand that the log lacks. They apply to later receipts only."""
+        """Calibrations at hand that this verifier has not logged. They apply to its own verdicts
+        on later receipts only."""
         for digest, manifest in self.view.registry.manifests.items():
-            newest = self.view.calibrations.in_force(digest, self.view.next_index)
+            newest = self._own_calibration(digest)
             for measured in self.measured:
                 newer = newest is None or measured.version > newest.version
                 if newer and measured.weights == weights_sha256(manifest):
@@ -169,13 +166,16 @@ class Agenda:
 
     @property
     def has_calibrations(self) -> bool:
-        """True if all weights on sale have a calibration in the log or one at hand."""
+        """True if all weights on sale have a calibration of this verifier in the log or at hand."""
         at_hand = {m.weights for m in self.measured}
         return all(
-            weights_sha256(manifest) in at_hand
-            or self.view.calibrations.in_force(digest, self.view.next_index) is not None
+            weights_sha256(manifest) in at_hand or self._own_calibration(digest) is not None
             for digest, manifest in self.view.registry.manifests.items()
         )
+
+    def _own_calibration(self, manifest_digest: bytes) -> CalibrationLeaf | None:
+        calibrations = self.view.calibrations
+        return calibrations.in_force(self.verifier_id, manifest_digest, self.view.next_index)
 
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:
         epochs = self.my_epochs
@@ -204,7 +204,8 @@ class Agenda:
 
     def _conviction_duties(self) -> Iterator[Duty]:
         records = self.view.nodes
-        frozen = frozen_pairs([r.pooled for r in records.values()])
+        judged = [r.by_verifier.get(self.verifier_id) for r in records.values()]
+        frozen = frozen_pairs([own for own in judged if own is not None])
         for node_id, record in records.items():
             own = record.by_verifier.get(self.verifier_id)
             mine = record.convictions.get(self.verifier_id)
@@ -230,7 +231,8 @@ class Agenda:
                 continue
             if not self.view.may_judge(self.verifier_id, node_id):
                 continue
-            if record.suspended or record.pooled.state != "clear":
+            own = record.by_verifier.get(self.verifier_id, NodeEvidence())
+            if record.suspended or own.state != "clear":
                 continue
             below = self._releasable_below(node_id, record.reinstated)
             if below > 0:
@@ -241,7 +243,7 @@ class Agenda:
         of this verifier's last counted verdict: of what came later nobody knows anything. Before
         the newest epoch, the oldest owed audit, and the first receipt that cannot be audited any
         more because the secret of its epoch is lost."""
-        spoken_for = self._spoken_for.get(node_id, -1)
+        spoken_for = self._spoken_for(node_id)
         if spoken_for < since:
             return 0
         open_audits = [r.index for r, _ in self.owed.values() if r.node_id == node_id]
@@ -249,6 +251,10 @@ class Agenda:
         if node_id in self._unauditable:
             ends.append(self._unauditable[node_id])
         return min(ends)
+
+    def _spoken_for(self, node_id: str) -> int:
+        line = self.view.node(node_id).lines.get(self.verifier_id)
+        return line.last_scored if line else -1
 
     def _decide(self, now_unix_ms: int) -> None:
         for digest in list(self._undecided):

@@ -17,6 +17,7 @@ from trueweight.verifier.duties import ReleaseEarnings
 
 log = logging.getLogger(__name__)
 
+REWARD_PPM = 50_000
 MAX_REWARD_PPM = 100_000
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from trueweight.protos.calibrations import CalibrationLeaf, read_calibration
+from trueweight.protos.conviction import Asked
 from trueweight.protos.envelope import (
     Opened,
     digest_of,
@@ -28,12 +30,11 @@ from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.runtime.market import Market
 from trueweight.verifier.bundle import Bundle
-from trueweight.verifier.calibration import CalibrationLeaf, read_calibration
 from trueweight.verifier.reference import Scorer
-from trueweight.verifier.rules import evidence_in
+from trueweight.verifier.rules import answer_in
 from trueweight.verifier.selection import ReceiptLeaf
 from trueweight.verifier.state import LogView
-from trueweight.verifier.verdicts import EVIDENCE, AuditContext, Scored, agree, mean_x, scored
+from trueweight.verifier.verdicts import AuditContext, Scored, agree, mean_x, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def _calibration(
         raise BadSignature("the bundle carries another calibration than the verdict cites")
     if opened.message.manifest_digest != manifest_digest:
         raise BadSignature("the cited calibration is for other weights")
-    if opened.signer != market.market_id and not market.has_role(opened.signer, Member.VERIFIER):
-        raise BadSignature("the calibration is signed by somebody who may not calibrate")
+    if not opened.signer == opened.message.verifier_id == verdict.verifier_id:
+        raise BadSignature("the cited calibration is not the verifier's own")
     return read_calibration(opened.message, opened.digest, 0)
 
 
@@ -210,7 +211,7 @@ def with_log(found: Replay, view: LogView) -> Replay:
     if found.verdict is None:
         return found
     steps = [*found.steps, _logged(found.verdict, view)]
-    if steps[-1].passed and found.verdict.outcome in EVIDENCE:
+    if steps[-1].passed and found.verdict.outcome in (Verdict.SCORED, Verdict.REFUND):
         steps.append(_in_force(found.verdict, view))
     return Replay(tuple(steps), found.verdict, found.recomputed)
 
@@ -230,6 +231,14 @@ def _logged(verdict: Verdict, view: LogView) -> Step:
 
 
 def _in_force(verdict: Verdict, view: LogView) -> Step:
-    logged = view.verdicts.get((verdict.verifier_id, verdict.receipt_digest))
-    why_not = evidence_in(view, logged.leaf)[0] if logged else "it is not in the log"
+    """Whether its margins count, whatever became of the audits before it."""
+    key = (verdict.verifier_id, verdict.receipt_digest)
+    logged, request = view.verdicts.get(key), view.requests.get(key)
+    receipt = view.receipts.get(verdict.receipt_digest)
+    if logged is None or request is None or receipt is None:
+        return Step(9, "in force", False, "it is not in the log")
+    why_not = "the node was reinstated after this receipt"
+    if receipt.index >= view.node(receipt.node_id).reinstated:
+        asked = Asked(request.index, receipt.index, receipt.output_tokens, "")
+        why_not = answer_in(view, logged.leaf, asked, copied=False).why_not
     return Step(9, "in force", not why_not, why_not or "the cited calibration was in force")

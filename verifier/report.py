@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from trueweight.protos.conviction import NodeEvidence, frozen_pairs
+from trueweight.protos.conviction import Evidence, NodeEvidence, frozen_pairs
 from trueweight.protos.deterrence import kth_largest
 from trueweight.protos.evidence import CONVICT, SUSPECT, Wealth
 from trueweight.protos.v1.audit_pb2 import Verdict
@@ -105,7 +105,7 @@ def node_row(
         rate=rate_ppm / PPM,
         receipts=record.receipts,
         audits=len(verdicts),
-        audited_tokens=record.pooled.wealth.tokens,
+        audited_tokens=record.pooled.scored_tokens,
         mean_x=total / tokens / 1e9 if tokens else 0.0,
         refunds=sum(1 for v in verdicts if v.leaf.message.outcome in REFUNDING),
         convicted=view.convicted(node_id),
@@ -171,19 +171,21 @@ class Explanation:
 
 
 def explain(view: LogView, node_id: str, verifier_id: str = "") -> Explanation:
-    """Recomputes one verifier's wealth for a node verdict by verdict (the only one's, or the one
-    with most verdicts if none is named) and says in words why the state is what it is."""
+    """Recomputes one verifier's wealth for a node audit by audit, in the order of their requests
+    (the only one's, or the one with most audits if none is named), then lists its verdicts that are
+    not added up, and says in words why the state is what it is."""
     record = view.nodes[node_id]
     who = verifier_id or max(
         record.by_verifier, key=lambda v: record.by_verifier[v].wealth.r, default=""
     )
+    mine = [v for v in verdicts_of(view, node_id) if who in ("", v.leaf.message.verifier_id)]
+    by_index = {v.leaf.index: v for v in mine}
     steps, wealth = [], Wealth()
-    for verdict in verdicts_of(view, node_id):
-        if who and verdict.leaf.message.verifier_id != who:
-            continue
-        if verdict.evidence is not None and verdict.evidence.receipt_index >= record.reinstated:
-            wealth = wealth.add(*verdict.evidence.item)
-        steps.append(_step(verdict, wealth))
+    for evidence in view.counted(who, node_id):
+        wealth = wealth.add(*evidence.item)
+        verdict = by_index.pop(evidence.verdict_index, None)
+        steps.append(_step(verdict, wealth) if verdict else _silent_step(evidence, wealth))
+    steps += [_step(verdict, wealth) for verdict in by_index.values()]
     own = record.by_verifier.get(who, NodeEvidence())
     state = state_of(view, node_id)
     return Explanation(node_id, state, _words(view, node_id, own, steps, state), tuple(steps))
@@ -206,6 +208,22 @@ def _step(verdict: VerdictLeaf, wealth: Wealth) -> ExplainedVerdict:
     )
 
 
+def _silent_step(evidence: Evidence, wealth: Wealth) -> ExplainedVerdict:
+    """An audit without a verdict in time."""
+    return ExplainedVerdict(
+        verdict_index=evidence.verdict_index,
+        receipt_index=evidence.receipt_index,
+        outcome="NO_VERDICT",
+        parameter_class="",
+        tokens=evidence.tokens,
+        exact=0,
+        mean_x=0.0,
+        mu0=0.0,
+        wealth=wealth.value,
+        note="no verdict in time: counts as zero",
+    )
+
+
 _REASONS = {
     "clear": "Nothing speaks against it beyond chance.",
     "suspect": f"An honest node gets to {SUSPECT:,} with a chance of at most 1 in {SUSPECT:,}, so "
@@ -224,20 +242,23 @@ _REASONS = {
 def _words(
     view: LogView, node_id: str, own: NodeEvidence, steps: list[ExplainedVerdict], state: str
 ) -> str:
-    tokens = own.wealth.tokens
+    tokens = own.scored_tokens
     total = sum(s.mean_x * s.tokens for s in steps if s.mu0)
     mean = total / tokens if tokens else 0.0
     mu0 = max((s.mu0 for s in steps), default=0.0)
     lines = [
         f"{node_id} is {state}.",
-        f"{own.wealth.r} audits of {tokens:,} tokens count; the wealth is {own.wealth.value:.4g} "
-        f"(10^{math.log10(own.wealth.value):.2f}; suspect from 10^3, convicted from 10^6).",
+        f"{own.wealth.r} audits of {own.wealth.tokens:,} tokens count; the wealth is "
+        f"{own.wealth.value:.4g} (10^{math.log10(own.wealth.value):.2f}; suspect from 10^3, "
+        "convicted from 10^6).",
     ]
     if tokens:
         lines.append(
             f"Mean clipped margin {mean:.6f} against at most {mu0:.6f} expected of honest work"
             + (f": {mean / mu0:.1f} times as much." if mu0 and mean > mu0 else ".")
         )
+    if own.unscored:
+        lines.append(f"{own.unscored} of them have no margins and count as zero.")
     lines.append(_REASONS.get(state, ""))
     if since := view.nodes[node_id].reinstated:
         lines.append(

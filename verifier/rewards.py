@@ -2,7 +2,7 @@
 
 A verifier sets neither the price nor the quantity: the market's administrator pays so much per
 audit that was owed, done in time and not contradicted, once the epoch's secret is revealed. One
-missing, unasked, copied or disputed audit costs the pay of the whole epoch, so that silence,
+missing, unasked, copied or contradicted audit costs the pay of the whole epoch, so that silence,
 laziness and framing cost more than the single audit.
 """
 
@@ -33,7 +33,7 @@ def payable(view: LogView, account: EpochAccount) -> Payable:
         "audits are still to come": account.count(PENDING),
         "it judged what it did not owe": account.unasked,
         "it copied": account.copied,
-        "another verifier found something else; see the bundle": account.disputed,
+        "another verifier found what noise cannot explain; see the bundles": account.contradicted,
     }
     for why_not, applies in faults.items():
         if applies:

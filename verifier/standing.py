@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from trueweight.protos.conviction import NodeEvidence
 from trueweight.protos.deterrence import needed_rate_ppm
 from trueweight.protos.money import PPM, TOKENS_PER_MTOK
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
@@ -30,30 +31,34 @@ def stakes(view: LogView, records: Sequence[AccountRecord]) -> dict[str, Stake]:
     return found
 
 
-def null_mean(view: LogView) -> float | None:
-    """The median null mean over the classes of the newest calibrations: the power that a cheat
-    meets in ordinary traffic. None without any calibration: the power is unknown."""
-    newest = {c.manifest_digest: c for c in view.calibrations.all()}
-    means = [e.mu0_nano / 1e9 for c in newest.values() for e in c.entries.values()]
+def null_mean(view: LogView, verifier_id: str) -> float | None:
+    """The median null mean over the classes of a verifier's newest calibrations: the power that a
+    cheat meets in ordinary traffic. None without any calibration: the power is unknown."""
+    newest = view.calibrations.newest(verifier_id)
+    means = [e.mu0_nano / 1e9 for c in newest for e in c.entries.values()]
     return statistics.median(means) if means else None
 
 
-def power(view: LogView, cheats: Sequence[Cheat] = KNOWN_CHEATS) -> Power | None:
-    """The power of the calibrations in force; None if it is unknown."""
-    mu0 = null_mean(view)
+def power(view: LogView, verifier_id: str, cheats: Sequence[Cheat] = KNOWN_CHEATS) -> Power | None:
+    """The power of one verifier's calibrations in force; None if it is unknown."""
+    mu0 = null_mean(view, verifier_id)
     return None if mu0 is None else power_against(mu0, cheats)
 
 
-def standings(view: LogView, held: Mapping[str, Stake], known: Power | None) -> dict[str, Standing]:
-    """Every known node's standing, from the pooled wealth and what it has at stake."""
-    return {
-        node_id: Standing(
-            audited_tokens=record.pooled.wealth.tokens,
-            suspect=record.pooled.state != "clear",
+def standings(
+    view: LogView, verifier_id: str, held: Mapping[str, Stake], known: Power | None
+) -> dict[str, Standing]:
+    """Every known node's standing with one verifier: from its own evidence, which nobody else's
+    calibration or verdicts move, and what the node has at stake."""
+    found = {}
+    for node_id, record in view.nodes.items():
+        own = record.by_verifier.get(verifier_id, NodeEvidence())
+        found[node_id] = Standing(
+            audited_tokens=own.scored_tokens,
+            suspect=own.state != "clear",
             needed_ppm=_needed(held.get(node_id), known),
         )
-        for node_id, record in view.nodes.items()
-    }
+    return found
 
 
 def _needed(stake: Stake | None, known: Power | None) -> int:

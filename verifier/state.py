@@ -15,7 +15,8 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
-from trueweight.protos.conviction import Evidence, NodeEvidence
+from trueweight.protos.calibrations import CalibrationTable, read_calibration
+from trueweight.protos.conviction import Asked, AuditLine, Evidence, Settled
 from trueweight.protos.deterrence import UnsettledWork
 from trueweight.protos.envelope import (
     Opened,
@@ -43,11 +44,18 @@ from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Reinstatement, Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
-from trueweight.verifier.calibration import CalibrationTable, read_calibration
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.registry import Registry
-from trueweight.verifier.rules import COPIED, OWN_NODE, evidence_in, is_copied
+from trueweight.verifier.rules import (
+    APPEAL,
+    LATE,
+    NO_RECEIPT,
+    OWN_NODE,
+    WAITS,
+    answer_in,
+    is_copied,
+)
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_leaf
 
 log = logging.getLogger(__name__)
@@ -105,6 +113,8 @@ class LogView:
         # Leaf of the first verdict of each receipt by a verifier that may judge its node.
         self.first_verdicts: Recent[bytes, int] = Recent(MAX_RECEIPTS)
         self.hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
+        # Nodes with audits that wait, by verifier.
+        self._waiting: dict[str, dict[str, None]] = {}
         self._judged: Recent[bytes, bool] = Recent(MAX_RECEIPTS)
         self._bills: Recent[bytes, tuple[int, str, bytes]] = Recent(MAX_HOLDS)
         self._handlers: dict[str, Callable[[LogEntry], None]] = {
@@ -160,16 +170,10 @@ class LogView:
         return max(1, self.market.descriptor.convictions_needed)
 
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
-        """The evidence of one verifier against one node that counts, in leaf order."""
-        since = self.node(node_id).reinstated
-        return [
-            v.evidence
-            for v in self.verdicts.values()
-            if v.evidence is not None
-            and v.evidence.receipt_index >= since
-            and v.leaf.message.node_id == node_id
-            and v.leaf.message.verifier_id == verifier_id
-        ]
+        """The audits of one node by one verifier that count, in the order of their requests."""
+        record = self.nodes.get(node_id)
+        line = record.lines.get(verifier_id) if record else None
+        return list(line.counted) if line else []
 
     def is_verifier(self, identity: str) -> bool:
         """True if the market trusts this identity with verdicts."""
@@ -210,9 +214,7 @@ class LogView:
         self.registry.apply(leaf.message, entry.merged_at_unix_ms)
 
     def _on_calibration(self, entry: LogEntry) -> None:
-        opened = self._open_any(entry, Calibration)
-        if opened.signer != self.market.market_id and not self.is_verifier(opened.signer):
-            raise TrueweightError("only verifiers and the market calibrate")
+        opened = self._open_by_verifier(entry, Calibration)
         if opened.message.manifest_digest not in self.registry.manifests:
             raise TrueweightError("a calibration for weights that nobody registered")
         calibration = read_calibration(opened.message, opened.digest, entry.index)
@@ -231,6 +233,17 @@ class LogView:
         if len(epochs) > MAX_EPOCHS:
             forgotten = epochs.pop(0)
             self.reveals.pop((leaf.message.verifier_id, forgotten.message.epoch), None)
+        self._end_patience(leaf.message.verifier_id, entry.index)
+
+    def _end_patience(self, verifier_id: str, index: int) -> None:
+        """What the verifier asked for long ago and never answered counts as zero from here on."""
+        waiting = self._waiting.get(verifier_id, {})
+        for node_id in list(waiting):
+            line = self.node(node_id).lines.get(verifier_id)
+            if line is not None:
+                self._settle(verifier_id, node_id, line.epoch_opened(index))
+            if line is None or not line.waiting:
+                del waiting[node_id]
 
     def _on_epoch_reveal(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochReveal)
@@ -292,9 +305,24 @@ class LogView:
 
     def _on_audit_request(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, AuditRequest)
-        key = (leaf.message.verifier_id, leaf.message.receipt_digest)
-        if self.requests.get(key) is None:
-            self.requests.put(key, leaf)
+        request = leaf.message
+        key = (request.verifier_id, request.receipt_digest)
+        receipt = self.receipts.get(request.receipt_digest)
+        if receipt is None:
+            raise TrueweightError("an audit is requested of a receipt that the log does not have")
+        if self.requests.get(key) is not None:
+            return
+        self.requests.put(key, leaf)
+        record = self.node(receipt.node_id)
+        if request.for_appeal or not self.may_judge(request.verifier_id, receipt.node_id):
+            return
+        if receipt.index < record.reinstated:
+            return
+        client = self.hold_clients.get(receipt.hold_id) or ""
+        asked = Asked(leaf.index, receipt.index, receipt.output_tokens, client)
+        line = record.lines.setdefault(request.verifier_id, AuditLine())
+        if line.ask(request.receipt_digest, asked):
+            self._waiting.setdefault(request.verifier_id, {})[receipt.node_id] = None
 
     def _on_verdict(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, Verdict)
@@ -305,28 +333,50 @@ class LogView:
         if not self.may_judge(verdict.verifier_id, verdict.node_id):
             self.verdicts.put(key, VerdictLeaf(leaf, None, OWN_NODE))
             return
-        if (receipt := self.receipts.get(verdict.receipt_digest)) is not None:
-            self.node(receipt.node_id).unsettled.judged(verdict.verifier_id, receipt.index)
-        why_not, evidence = evidence_in(self, leaf)
         copied = is_copied(self, leaf)
         if self.first_verdicts.get(verdict.receipt_digest) is None:
             self.first_verdicts.put(verdict.receipt_digest, leaf.index)
-        if copied:
-            why_not, evidence = COPIED, None
-        if evidence is None:
+        receipt = self.receipts.get(verdict.receipt_digest)
+        if receipt is None:
+            self.verdicts.put(key, VerdictLeaf(leaf, None, NO_RECEIPT, copied))
+            return
+        record = self.node(receipt.node_id)
+        record.unsettled.judged(verdict.verifier_id, receipt.index)
+        line = record.lines.get(verdict.verifier_id)
+        asked = line.asked(verdict.receipt_digest) if line else None
+        if line is None or asked is None:
+            why_not = self._why_not_asked(key)
             self.verdicts.put(key, VerdictLeaf(leaf, None, why_not, copied))
             return
-        record = self.node(verdict.node_id)
-        own = record.by_verifier.get(verdict.verifier_id, NodeEvidence())
-        if own.accepts(evidence):
-            self.verdicts.put(key, VerdictLeaf(leaf, evidence))
-        else:
-            why_not = "after the threshold, or beyond its client's share"
-            self.verdicts.put(key, VerdictLeaf(leaf, None, why_not))
-        record.by_verifier[verdict.verifier_id] = own.add(evidence)
-        if self._judged.get(verdict.receipt_digest) is None:
-            self._judged.put(verdict.receipt_digest, True)
-            record.pooled = record.pooled.add(evidence)
+        answer = answer_in(self, leaf, asked, copied=copied)
+        self.verdicts.put(key, VerdictLeaf(leaf, None, answer.why_not or WAITS, copied))
+        settled = line.answer(verdict.receipt_digest, answer)
+        self._settle(verdict.verifier_id, receipt.node_id, settled)
+
+    def _why_not_asked(self, key: tuple[str, bytes]) -> str:
+        request, receipt = self.requests.get(key), self.receipts.get(key[1])
+        if request is None:
+            return "the audit was not requested in the log first"
+        if receipt is not None and receipt.index < self.node(receipt.node_id).reinstated:
+            return "the node was reinstated after this receipt"
+        return APPEAL if request.message.for_appeal else LATE
+
+    def _settle(self, verifier_id: str, node_id: str, settled: list[Settled]) -> None:
+        """Keeps how audits count whose turn has come."""
+        record = self.node(node_id)
+        for each in settled:
+            evidence, key = each.evidence, (verifier_id, each.receipt_digest)
+            if evidence is None:
+                continue
+            record.by_verifier[verifier_id] = record.lines[verifier_id].evidence
+            known = self.verdicts.get(key)
+            if known is not None:
+                shown = evidence if each.is_added and evidence.is_scored else None
+                self.verdicts.put(key, replace(known, evidence=shown, why_not=each.why_not))
+            if self._judged.get(each.receipt_digest) is None:
+                record.pooled = record.pooled.add(evidence)
+                if evidence.is_scored:
+                    self._judged.put(each.receipt_digest, True)
 
     def _on_margin_commitment(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, MarginCommitment)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trueweight.protos.calibrations import CalibrationLeaf
 from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.protos.evidence import sum_nano
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
-from trueweight.verifier.calibration import CalibrationLeaf, is_far_outside
+from trueweight.verifier.calibration import is_far_outside
 from trueweight.verifier.selection import ReceiptLeaf
 
 # Outcomes for which the client gets the leg's charge back at once.
 REFUNDING = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT, Verdict.MISSING_TRANSCRIPT})
-# Outcomes that add to a node's wealth.
-EVIDENCE = frozenset({Verdict.SCORED, Verdict.REFUND})
 MAX_NAME_CHARS = 64
 # Two honest references differ by rounding: the mean may differ by the null mean or by this share.
 TOLERANCE = 0.2

@@ -21,7 +21,7 @@ from trueweight.verifier.duplicates import blind_for, commit
 from trueweight.verifier.epochs import EpochPlan, audit_request, open_epoch
 from trueweight.verifier.leaves import NodeRecord
 from trueweight.verifier.plan import Agenda
-from trueweight.verifier.publishing import Publisher
+from trueweight.verifier.publishing import REWARD_PPM, Publisher
 from trueweight.verifier.standing import power, stakes, standings
 from trueweight.verifier.verdicts import AuditContext, outcome_name
 
@@ -37,7 +37,7 @@ class Worker:
     publisher: Publisher
     ledger: LedgerPort
     clock: Clock
-    reward_ppm: int = 50_000
+    reward_ppm: int = REWARD_PPM
     cheats: Sequence[Cheat] = KNOWN_CHEATS
 
     async def do(self, duty: duties.Duty) -> None:
@@ -78,7 +78,7 @@ class Worker:
 
     async def _calibrate(self, duty: duties.PublishCalibration) -> None:
         message = duty.measured.statement(
-            self._market_id, duty.manifest_digest, self.clock.now_unix_ms()
+            self._market_id, self._me, duty.manifest_digest, self.clock.now_unix_ms()
         )
         version = duty.measured.version.to_bytes(4, "big")
         await self.publisher.publish(message, "calibration", duty.manifest_digest, version)
@@ -88,12 +88,12 @@ class Worker:
         now = self.clock.now_unix_ms()
         view = self.agenda.view
         records = await read_stakes(self.ledger, list(view.nodes))
-        known = power(view, self.cheats)
+        known = power(view, self._me, self.cheats)
         message = open_epoch(
             EpochPlan(self._market_id, self._me, epoch, now),
             secret,
             self.agenda.policy,
-            standings(view, stakes(view, records), known),
+            standings(view, self._me, stakes(view, records), known),
             known.gain_tokens if known else 0,
         )
         await self.publisher.publish(message, "epoch-open", epoch.to_bytes(8, "big"))
@@ -192,7 +192,7 @@ class Worker:
 
     async def _release(self, duty: duties.ReleaseEarnings) -> None:
         """Leaves as much at stake as deters at the node's frozen rate."""
-        view, known = self.agenda.view, power(self.agenda.view, self.cheats)
+        view, known = self.agenda.view, power(self.agenda.view, self._me, self.cheats)
         records = await read_stakes(self.ledger, [duty.node_id])
         stake = stakes(view, records)[duty.node_id]
         rate = self.agenda.my_epochs[-1].rate_ppm(duty.node_id)

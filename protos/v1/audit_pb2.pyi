@@ -55,7 +55,7 @@ class EpochReveal(_message.Message):
     def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., secret: _Optional[bytes] = ...) -> None: ...
 
 class AuditRequest(_message.Message):
-    __slots__ = ("market_id", "verifier_id", "epoch", "assignment_digest", "receipt_digest", "wrap_public_key", "duplicate_index", "requested_at_unix_ms")
+    __slots__ = ("market_id", "verifier_id", "epoch", "assignment_digest", "receipt_digest", "wrap_public_key", "duplicate_index", "requested_at_unix_ms", "for_appeal")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class AuditRequest(_message.Message):
     WRAP_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_INDEX_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    FOR_APPEAL_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     verifier_id: str
     epoch: int
@@ -72,7 +73,8 @@ class AuditRequest(_message.Message):
     wrap_public_key: bytes
     duplicate_index: int
     requested_at_unix_ms: int
-    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., assignment_digest: _Optional[bytes] = ..., receipt_digest: _Optional[bytes] = ..., wrap_public_key: _Optional[bytes] = ..., duplicate_index: _Optional[int] = ..., requested_at_unix_ms: _Optional[int] = ...) -> None: ...
+    for_appeal: bool
+    def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., epoch: _Optional[int] = ..., assignment_digest: _Optional[bytes] = ..., receipt_digest: _Optional[bytes] = ..., wrap_public_key: _Optional[bytes] = ..., duplicate_index: _Optional[int] = ..., requested_at_unix_ms: _Optional[int] = ..., for_appeal: _Optional[bool] = ...) -> None: ...
 
 class Transcript(_message.Message):
     __slots__ = ("assignment_envelope", "receipt_envelope", "salt", "prompt_token_ids", "prefix_token_ids", "output_token_ids", "delivered_tokens", "grammar_source")
@@ -159,7 +161,7 @@ class Verdict(_message.Message):
     def __init__(self, market_id: _Optional[str] = ..., verifier_id: _Optional[str] = ..., node_id: _Optional[str] = ..., epoch: _Optional[int] = ..., assignment_digest: _Optional[bytes] = ..., receipt_digest: _Optional[bytes] = ..., calibration_digest: _Optional[bytes] = ..., parameter_class: _Optional[str] = ..., sum_x_nano: _Optional[int] = ..., scored_tokens: _Optional[int] = ..., exact_tokens: _Optional[int] = ..., outcome: _Optional[_Union[Verdict.Outcome, str]] = ..., l0_failure: _Optional[str] = ..., reference_fingerprint: _Optional[_Union[_market_pb2.EngineFingerprint, _Mapping]] = ..., commitment_blind: _Optional[bytes] = ..., issued_at_unix_ms: _Optional[int] = ..., receipt_log_index: _Optional[int] = ...) -> None: ...
 
 class Calibration(_message.Message):
-    __slots__ = ("market_id", "manifest_digest", "version", "clip_micro_logit", "entries", "provenance", "created_at_unix_ms")
+    __slots__ = ("market_id", "manifest_digest", "version", "clip_micro_logit", "entries", "provenance", "created_at_unix_ms", "verifier_id")
     MARKET_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +169,7 @@ class Calibration(_message.Message):
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_ID_FIELD_NUMBER: _ClassVar[int]
     market_id: str
     manifest_digest: bytes
     version: int
@@ -174,7 +177,8 @@ class Calibration(_message.Message):
     entries: _containers.RepeatedCompositeFieldContainer[CalibrationEntry]
     provenance: str
     created_at_unix_ms: int
-    def __init__(self, market_id: _Optional[str] = ..., manifest_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., clip_micro_logit: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[CalibrationEntry, _Mapping]]] = ..., provenance: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ...) -> None: ...
+    verifier_id: str
+    def __init__(self, market_id: _Optional[str] = ..., manifest_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., clip_micro_logit: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[CalibrationEntry, _Mapping]]] = ..., provenance: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., verifier_id: _Optional[str] = ...) -> None: ...
 
 class CalibrationEntry(_message.Message):
     __slots__ = ("parameter_class", "worst_pair", "mu0_nano", "mean_nano", "upper_bound_nano", "confidence_ppm", "requests", "tokens", "refund_above_nano")

@@ -180,7 +180,7 @@ class Bench:
         await self.must("router", *guilt.holds)
         first = len(await self.leaves("receipt"))
         await self.must("router", *guilt.captures)
-        await self.must(by, *guilt.verdicts)
+        await self.must(by, *guilt.requests, *guilt.verdicts)
         receipts = [leaf.index for leaf in (await self.leaves("receipt"))[first:]]
         conviction = conviction_of(world, node, receipts, by)
         return convict_by(world, conviction, reward_ppm, by)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trueweight.protos.envelope import parse_envelope, seal
+from trueweight.ledger import dockets
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Conviction
@@ -76,6 +77,7 @@ async def test_attack_verdicts_that_do_not_count_carry_no_conviction(market, wha
         await market.must("router", *guilt.captures)
     if what == "a later rule":
         await market.must("verifier", guilt.calibration)
+    await market.must("verifier", *guilt.requests)
     if what == "another node's receipts":
         for published in guilt.verdicts:
             envelope = parse_envelope(published.publish.envelope)
@@ -95,6 +97,7 @@ async def test_attack_one_receipt_judged_many_times_counts_once(market):
     await market.must("verifier", guilt.calibration)
     await market.must("router", *guilt.holds)
     await market.must("router", *guilt.captures)
+    await market.must("verifier", *guilt.requests)
     envelope = parse_envelope(guilt.verdicts[0].publish.envelope)
     verdict = audit_pb2.Verdict.FromString(envelope.payload)
     for at in range(6):
@@ -128,6 +131,7 @@ async def test_honest_audits_convict_nobody(market, monkeypatch):
     await market.must("verifier", guilt.calibration)
     await market.must("router", *guilt.holds)
     await market.must("router", *guilt.captures)
+    await market.must("verifier", *guilt.requests)
     for published in guilt.verdicts:
         envelope = parse_envelope(published.publish.envelope)
         verdict = audit_pb2.Verdict.FromString(envelope.payload)
@@ -156,12 +160,157 @@ async def test_the_same_conviction_again_is_a_replay(market):
 
 
 async def test_attack_calibration_verdicts_and_conviction_in_one_call(market):
-    """The calibration is not in any bundle yet when the conviction is judged."""
+    """The calibration comes after the receipts, in the same transaction."""
     world, node = market.world, market.world.node[0]
     guilt = guilt_of(world, node, "x")
     await market.must("router", *guilt.holds)
     await market.must("router", *guilt.captures)
     convict = convict_by(world, conviction_of(world, node, [1, 2]))
-    results = await market.do("verifier", guilt.calibration, *guilt.verdicts, convict)
-    assert [r.code for r in results] == ["", "", "", "", "CONFLICT"]
+    evidence = (*guilt.requests, *guilt.verdicts)
+    results = await market.do("verifier", guilt.calibration, *evidence, convict)
+    assert [r.code for r in results] == [""] * 7 + ["CONFLICT"]
+    await untouched(market)
+
+
+async def audited(market, *, change=None, ask=True):
+    """Everything that convicts the node but the conviction, its verdicts changed before they are
+    signed; the conviction that they would carry."""
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    if not getattr(market, "is_calibrated", False):
+        await market.must("verifier", guilt.calibration)
+    await market.must("router", *guilt.holds)
+    first = len(await market.leaves("receipt"))
+    await market.must("router", *guilt.captures)
+    if ask:
+        await market.must("verifier", *guilt.requests)
+    for published in guilt.verdicts:
+        envelope = parse_envelope(published.publish.envelope)
+        verdict = audit_pb2.Verdict.FromString(envelope.payload)
+        if change is not None:
+            change(verdict)
+        await market.must("verifier", world.publish(seal(verdict, world.signers["verifier"])))
+    receipts = [leaf.index for leaf in (await market.leaves("receipt"))[first:]]
+    return convict_by(world, conviction_of(world, node, receipts))
+
+
+def calibration(world, *, by="verifier", manifest=b"m" * 32, version=1, mu0_nano=200_000):
+    entry = audit_pb2.CalibrationEntry(
+        parameter_class="plain",
+        mu0_nano=mu0_nano,
+        upper_bound_nano=mu0_nano // 2,
+        requests=1,
+        refund_above_nano=1,
+    )
+    message = audit_pb2.Calibration(
+        market_id=world.market_id,
+        verifier_id=world.identity(by),
+        manifest_digest=manifest,
+        version=version,
+        entries=[entry],
+    )
+    return seal(message, world.signers[by])
+
+
+async def refused(market, convict):
+    (result,) = await market.do("verifier", convict)
+    assert result.code == "CONFLICT" and "wealth" in result.message
+    await untouched(market)
+
+
+async def test_attack_verdicts_cite_a_superseded_calibration(market):
+    """The newest in force says that these margins are ordinary."""
+    world = market.world
+    old = calibration(world, mu0_nano=200_000)
+    newer = calibration(world, version=2, mu0_nano=990_000_000)
+    await market.must("verifier", world.publish(old), world.publish(newer))
+    market.is_calibrated = True
+
+    def cite_old(verdict):
+        verdict.calibration_digest = digest_of(old)
+
+    await refused(market, await audited(market, change=cite_old))
+
+
+@pytest.mark.parametrize("whose", ["for another model", "another verifier's"])
+async def test_attack_verdicts_cite_a_calibration_that_is_not_theirs(clock, start, database, whose):
+    world = World(verifiers=2)
+    ledger = await start(world, database)
+    market = Bench(world, clock, ledger, database)
+    await market.publish_nodes()
+    await market.must("admin", world.deposit("x", CREDIT))
+    theirs = (
+        calibration(world, manifest=b"n" * 32)
+        if whose == "for another model"
+        else calibration(world, by="verifier1")
+    )
+    await market.must("verifier1" if "verifier" in whose else "verifier", world.publish(theirs))
+
+    def cite(verdict):
+        verdict.calibration_digest = digest_of(theirs)
+
+    (result,) = await market.do("verifier", await audited(market, change=cite))
+    assert result.code == "CONFLICT"
+    await ledger.close()
+
+
+async def test_attack_verdicts_without_a_logged_request(market):
+    await refused(market, await audited(market, ask=False))
+
+
+async def test_attack_verdicts_that_were_asked_for_only_after_the_margins_were_known(market):
+    world, node = market.world, market.world.node[0]
+    guilt = guilt_of(world, node, "x")
+    await market.must("verifier", guilt.calibration)
+    await market.must("router", *guilt.holds)
+    await market.must("router", *guilt.captures)
+    await market.must("verifier", *guilt.verdicts)
+    await market.must("verifier", *guilt.requests)
+    await refused(market, convict_by(world, conviction_of(world, node, [1, 2])))
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 2, 3])
+async def test_attack_only_the_worst_of_the_requested_audits_are_published(market, epochs):
+    """The first requests stay without verdicts: the others wait, and then they count as zero."""
+    world, node = market.world, market.world.node[0]
+    withheld = guilt_of(world, node, "x")
+    await market.must("router", *withheld.holds)
+    await market.must("router", *withheld.captures)
+    await market.must("verifier", *withheld.requests)
+    convict = await audited(market)
+    for number in range(epochs):
+        opened = audit_pb2.EpochOpen(
+            market_id=world.market_id, verifier_id=world.identity("verifier"), epoch=number + 1
+        )
+        await market.must("verifier", world.publish(seal(opened, world.signers["verifier"])))
+    (result,) = await market.do("verifier", convict)
+    # Once the withheld count as zero the wealth is another one than the conviction says.
+    assert result.code == ("CONFLICT" if epochs < 2 else "INVALID_REQUEST"), result.message
+    await untouched(market)
+
+
+async def test_a_long_history_is_added_up_in_steps_and_nobodys_word_stands_for_it(
+    market, monkeypatch
+):
+    monkeypatch.setattr(dockets, "STEP_ROWS", 2)
+    convict = await audited(market)
+    codes = []
+    for _ in range(12):
+        (result,) = await market.do("verifier", convict)
+        codes.append(result.code)
+        if not result.code:
+            break
+    assert codes[0] == "UNAVAILABLE" and codes[-1] == "" and len(codes) > 2
+    assert result.amount_nano > CREDIT
+
+
+async def test_attack_a_long_history_that_carries_no_conviction(market, monkeypatch):
+    monkeypatch.setattr(dockets, "STEP_ROWS", 2)
+
+    def honest(verdict):
+        verdict.sum_x_nano = 0
+
+    convict = await audited(market, change=honest)
+    codes = [(await market.do("verifier", convict))[0].code for _ in range(12)]
+    assert set(codes) == {"UNAVAILABLE", "CONFLICT"} and codes[-1] == "CONFLICT"
     await untouched(market)

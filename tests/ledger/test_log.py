@@ -19,9 +19,10 @@ from trueweight.ledger.tiles import Edge, TileReader
 from trueweight.ledger.values import REASONS
 from trueweight.protos import merkle
 from trueweight.protos.checkpoint import log_origin, open_note
-from trueweight.protos.envelope import digest_of
+from trueweight.protos.envelope import digest_of, seal
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import public_bytes
+from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.ledger_world import Leg, World, make_signer
@@ -259,6 +260,9 @@ TAMPERINGS = {
     "an account has another currency": "UPDATE account SET currency = 'EURO' WHERE kind = 1",
     "a verdict says more": "UPDATE verdict SET sum_x_nano = sum_x_nano + 1",
     "a verdict is forgotten": "DELETE FROM verdict",
+    "an epoch is forgotten": "DELETE FROM audit_step WHERE kind = 1",
+    "a calibration is another's": "UPDATE audit_step SET verifier_id = 'other' WHERE kind = 2",
+    "a request was for an appeal": "UPDATE audit_request SET for_appeal = 1",
     "a kinds mask hides a leaf": "UPDATE bundle SET kinds = 1 WHERE kinds <> 1",
 }  # fmt: skip
 
@@ -294,6 +298,14 @@ def finished_books(databases, migrated):
         bench = Bench(world, clock, ledger, url)
         await some_traffic(bench)
         await bench.as_("verifier").publish(world.verdict(b"r" * 32, world.node[0].identity))
+        (receipt, *_) = await bench.leaves("receipt")
+        who = {"market_id": world.market_id, "verifier_id": world.identity("verifier")}
+        for message in (
+            audit_pb2.AuditRequest(**who, receipt_digest=digest_of(receipt.body)),
+            audit_pb2.EpochOpen(**who, epoch=1),
+            audit_pb2.Calibration(**who, manifest_digest=b"m" * 32, version=1),
+        ):
+            await bench.as_("verifier").publish(seal(message, world.signers["verifier"]))
         await ledger.close()
         return url, world
 

@@ -331,6 +331,7 @@ class Machine(RuleBasedStateMachine):
         assert self.apply("router", *guilt.holds) == ["applied"] * 3
         assert self.apply("router", *guilt.captures) == ["applied"] * 3
         digests = [digest_of(c.capture.receipts[0]) for c in guilt.captures]
+        assert self.apply("verifier", *guilt.requests) == ["applied"] * 3
         assert self.apply("verifier", *guilt.verdicts) == ["applied"] * 3
         rows = dict(self.books._backend.query("SELECT receipt_digest, log_index FROM leg"))
         conviction = conviction_of(self.world, signer, [rows[digest] for digest in digests])

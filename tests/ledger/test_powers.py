@@ -232,8 +232,8 @@ async def test_fsck_finds_a_request_or_a_forfeit_that_was_changed(bench):
     engine = make_engine(normal_url(bench.url))
     for change, undo, said in (
         (
-            "UPDATE audit_request SET verdict_index = 1",
-            "UPDATE audit_request SET verdict_index = -1",
+            "UPDATE audit_request SET verdict_index = 1 WHERE verdict_index = -1",
+            "UPDATE audit_request SET verdict_index = -1 WHERE verdict_index = 1",
             "audit requests",
         ),
         (

@@ -146,7 +146,7 @@ async def test_a_kept_epoch_is_paid_once_per_audit_and_a_broken_one_not_at_all(w
         replace(kept, audits=(replace(late, status=PENDING), *kept.audits[1:])),
         replace(kept, unasked=1),
         replace(kept, copied=1),
-        replace(kept, disputed=(7,)),
+        replace(kept, contradicted=("node",)),
     ):
         refused = payable(view, broken)
         assert refused.why_not and not refused.verdict_digests

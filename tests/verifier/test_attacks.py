@@ -53,14 +53,21 @@ class Forger:
         return self.view
 
     def setup(self, kit):
-        """A calibration in force, one served receipt and its audit request."""
+        """A calibration of each verifier in force, one served receipt and its audit request."""
         world, me = self.world, self.world.verifiers[0]
-        statement = world.measured().statement(world.market_id, world.manifest_digest, 0)
-        self.log(statement, me)
-        self.calibration = digest_of(self.world.ledger.entries[-1].body)
+        self.calibrations = {}
+        for verifier in world.verifiers:
+            self.log(self.statement(1, verifier), verifier)
+            self.calibrations[verifier.identity] = digest_of(world.ledger.entries[-1].body)
         self.receipt = world.serve("good", WRONG)
         self.log(self.request(me), me)
         return self.fold()
+
+    def statement(self, version, signer):
+        world = self.world
+        return world.measured(version).statement(
+            world.market_id, signer.identity, world.manifest_digest, 0
+        )
 
     def request(self, signer, receipt=None):
         return AuditRequest(
@@ -77,7 +84,7 @@ class Forger:
             "node_id": leaf.node_id,
             "assignment_digest": leaf.assignment_digest,
             "receipt_digest": self.receipt,
-            "calibration_digest": self.calibration,
+            "calibration_digest": self.calibrations.get(signer.identity, b""),
             "parameter_class": "plain",
             "sum_x_nano": 50 * 10**9,
             "scored_tokens": 50,
@@ -101,6 +108,14 @@ def wealth(forger, name="good"):
     return view.node(forger.world.nodes[name].identity).pooled.wealth
 
 
+def scored(forger, name="good"):
+    """Audits whose margins are held against the node; what is none never speaks against it."""
+    view = forger.fold()
+    record = view.node(forger.world.nodes[name].identity)
+    assert record.pooled.scored or record.pooled.wealth.value <= 1
+    return record.pooled.scored
+
+
 def test_an_entitled_verdict_counts(forger):
     me = forger.world.verifiers[0]
     forger.log(forger.verdict(me), me)
@@ -110,13 +125,13 @@ def test_an_entitled_verdict_counts(forger):
 def test_attack_verdict_by_somebody_who_is_no_verifier(forger, kit):
     for signer in (kit.signer(forger.world.market_id), forger.world.router):
         forger.log(forger.verdict(signer), signer)
-    assert wealth(forger).r == 0 and forger.view.ignored == 2
+    assert scored(forger) == 0 and forger.view.ignored == 2
 
 
 def test_attack_verdict_in_another_verifiers_name(forger):
     me, other = forger.world.verifiers
     forger.log(forger.verdict(me), other)
-    assert wealth(forger).r == 0 and forger.view.ignored == 1
+    assert scored(forger) == 0 and forger.view.ignored == 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,7 @@ def test_attack_verdict_in_another_verifiers_name(forger):
 def test_attack_framing_verdicts_are_no_evidence(forger, changes, why):
     me = forger.world.verifiers[0]
     forger.log(forger.verdict(me, **changes), me)
-    assert wealth(forger).r == 0
+    assert scored(forger) == 0
     (verdict,) = forger.view.verdicts.values()
     assert why in verdict.why_not
 
@@ -145,14 +160,14 @@ def test_attack_framing_verdicts_are_no_evidence(forger, changes, why):
 def test_attack_a_rivals_receipt_is_held_against_the_node(forger):
     me, rival = forger.world.verifiers[0], forger.world.nodes["rival"].identity
     forger.log(forger.verdict(me, node_id=rival), me)
-    assert wealth(forger, "rival").r == 0 and wealth(forger).r == 0
+    assert scored(forger, "rival") == 0 and scored(forger) == 0
 
 
 def test_attack_verdict_without_a_logged_request(forger):
     other = forger.world.verifiers[1]
     forger.log(forger.verdict(other), other)
     (verdict,) = forger.fold().verdicts.values()
-    assert wealth(forger).r == 0 and "not requested" in verdict.why_not
+    assert scored(forger) == 0 and "not requested" in verdict.why_not
 
 
 def test_attack_the_same_audit_is_counted_again_and_again(forger):
@@ -194,7 +209,7 @@ def test_attack_a_lazy_verifier_copies_anothers_margins(forger, commits):
     verdict = forger.verdict(other)
     forger.log(committed(forger, other, verdict) if commits else verdict, other)
     assert copied_by(forger, other)
-    assert other.identity not in forger.view.node(verdict.node_id).by_verifier
+    assert forger.view.node(verdict.node_id).by_verifier[other.identity].scored == 0
 
 
 def test_attack_a_verdict_that_is_not_the_committed_one(forger):
@@ -202,7 +217,7 @@ def test_attack_a_verdict_that_is_not_the_committed_one(forger):
     verdict = committed(forger, me, forger.verdict(me, sum_x_nano=0))
     verdict.sum_x_nano = 50 * 10**9
     forger.log(verdict, me)
-    assert copied_by(forger, me) and wealth(forger).r == 0
+    assert copied_by(forger, me) and scored(forger) == 0
 
 
 def test_attack_publishing_early_does_not_shut_others_out(forger):
@@ -217,10 +232,10 @@ def test_attack_publishing_early_does_not_shut_others_out(forger):
 def test_attack_calibration_by_a_node_or_a_router(forger):
     world = forger.world
     for signer in (world.nodes["rival"], world.router):
-        statement = world.measured(9).statement(world.market_id, world.manifest_digest, 0)
-        forger.log(statement, signer)
+        forger.log(forger.statement(9, signer), signer)
+    forger.log(forger.statement(9, world.verifiers[1]), world.verifiers[0])
     view = forger.fold()
-    assert [c.version for c in view.calibrations.all()] == [1] and view.ignored == 2
+    assert [c.version for c in view.calibrations.all()] == [1, 1] and view.ignored == 3
 
 
 def test_attack_suspension_and_conviction_by_strangers(forger):
@@ -289,7 +304,7 @@ async def test_attack_a_client_erases_its_text_to_have_the_answer_for_nothing(wo
     assert (found[erased].outcome, found[erased].l0_failure) == (Verdict.UNCALIBRATED, "erased")
     assert found[lost].outcome == Verdict.MISSING_TRANSCRIPT
     assert list(world.ledger.refunds) == [lost]
-    assert app.service.view.nodes[node].pooled.wealth.r == 0
+    assert app.service.view.nodes[node].pooled.scored == 0
 
 
 async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
@@ -308,7 +323,7 @@ async def test_attack_a_router_goes_on_selling_withdrawn_weights(world, kit):
     await kit.settle(world, app)
     outcomes = [v.outcome for v in world.ledger.of_kind("verdict", Verdict)]
     assert sorted(outcomes) == [Verdict.SCORED, Verdict.MISSING_TRANSCRIPT]
-    assert app.service.view.nodes[node].pooled.wealth.r == 1
+    assert app.service.view.nodes[node].pooled.scored == 1
     assert not app.service.view.registry.models
 
 
@@ -523,4 +538,4 @@ async def test_attack_a_router_frames_a_node_with_a_forged_transcript(make_world
     await kit.settle(world, app)
     (verdict,) = world.ledger.of_kind("verdict", Verdict)
     assert verdict.outcome == Verdict.MISSING_TRANSCRIPT and not verdict.l0_failure
-    assert app.service.view.nodes[node].pooled.wealth.r == 0
+    assert app.service.view.nodes[node].pooled.scored == 0

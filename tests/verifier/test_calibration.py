@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trueweight.protos.calibrations import CalibrationTable, is_usable, read_calibration
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import MU0_FLOOR_NANO
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
 from trueweight.verifier.bounds import upper_bound
 from trueweight.verifier.calibration import (
-    CalibrationTable,
     PairSample,
     calibrate_class,
     is_far_outside,
-    is_usable,
     measure,
-    read_calibration,
 )
 from trueweight.verifier.calibration_file import Measured, read_measured, write_measured
 
@@ -157,7 +155,7 @@ def test_attack_calibration_entries_out_of_range_are_ignored(kit, change):
     assert list(leaf.entries) == ["greedy"]
 
 
-def leaf(index, version, mu0=400_000):
+def leaf(index, version, mu0=400_000, by="v"):
     entry = CalibrationEntry(
         parameter_class="plain",
         mu0_nano=mu0,
@@ -165,25 +163,35 @@ def leaf(index, version, mu0=400_000):
         refund_above_nano=1,
         requests=1,
     )
-    message = Calibration(manifest_digest=b"m", version=version, entries=[entry])
+    message = Calibration(manifest_digest=b"m", version=version, entries=[entry], verifier_id=by)
     return read_calibration(message, b"digest %d" % version, index)
 
 
 def test_a_calibration_applies_from_its_leaf_on_and_older_ones_stay_cited():
     table = CalibrationTable()
     assert table.add(leaf(10, 1)) and table.add(leaf(20, 2))
-    assert table.in_force(b"m", 10) is None
-    assert table.in_force(b"m", 15).version == 1 and table.in_force(b"m", 21).version == 2
-    assert table.cited(b"digest 1", 15).version == 1
-    assert table.cited(b"digest 2", 15) is None, "it would apply backwards"
-    assert table.cited(b"digest 1", 25) is None, "a newer one is in force"
+    assert table.in_force("v", b"m", 10) is None
+    assert table.in_force("v", b"m", 15).version == 1 and table.in_force("v", b"m", 21).version == 2
+    assert table.cited("v", b"digest 1", 15).version == 1
+    assert table.cited("v", b"digest 2", 15) is None, "it would apply backwards"
+    assert table.cited("v", b"digest 1", 25) is None, "a newer one is in force"
+
+
+def test_a_calibration_is_its_signers_alone():
+    table = CalibrationTable()
+    assert table.add(leaf(10, 2**32 - 1, by="w")) and table.add(leaf(20, 1))
+    assert table.in_force("v", b"m", 30).version == 1
+    assert table.cited("v", b"digest %d" % (2**32 - 1), 30) is None
+    assert table.cited("w", b"digest 1", 30) is None
+    assert table.covers("v", "plain", 30) and not table.covers("v", "greedy", 30)
+    assert not table.covers("v", "plain", 20) and [c.version for c in table.newest("v")] == [1]
 
 
 def test_attack_an_older_version_cannot_come_back():
     table = CalibrationTable()
     assert table.add(leaf(10, 2))
     assert not table.add(leaf(20, 1)) and not table.add(leaf(20, 2))
-    assert table.in_force(b"m", 30).version == 2
+    assert table.in_force("v", b"m", 30).version == 2
 
 
 def test_a_file_round_trips_and_damage_is_named(tmp_path, kit):

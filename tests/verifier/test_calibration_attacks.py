@@ -2,6 +2,7 @@
 
 import pytest
 
+from trueweight.protos.envelope import seal
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.sampling_parameters import (
     MIN_REPETITION,
@@ -70,3 +71,40 @@ async def test_attack_a_noisy_fingerprint_buys_no_larger_threshold(world, kit):
     nodes = app.service.view.nodes
     assert nodes[noisy].pooled.wealth == nodes[plain].pooled.wealth
     assert set(world.ledger.convicted) == {plain, noisy}
+
+
+# Calibration by a verifier that means harm: it answers for it with its own verdicts only.
+
+HONEST_NOISE = [0.0] * 199 + [0.02]
+ABSURD = {"shields": (2, 990_000_000), "convicts": (2, 200_000), "freezes": (2**32 - 1, 400_000)}
+
+
+@pytest.mark.parametrize("how", ABSURD)
+async def test_attack_one_verifiers_absurd_calibration_binds_nobody_else(make_world, kit, how):
+    """mu0 of 0.99 shields every cheat, 0.0002 convicts the honest, version 2^32-1 leaves no room
+    for another: each for the verdicts of its author, who is one of two."""
+    world = make_world(verifier_count=2, convictions_needed=2)
+    good, bad = world.add_node("good"), world.add_node("bad")
+    for number in (0, 1):
+        app = world.app(number)
+        await kit.drive(world, app, app.service.ready.is_set)
+    version, mu0_nano = ABSURD[how]
+    entry = kit.entry(mu0_nano=mu0_nano)
+    statement = world.measured(version, entry).statement(
+        world.market_id, world.verifiers[1].identity, world.manifest_digest, 0
+    )
+    world.ledger.log_envelope(seal(statement, world.verifiers[1]))
+    for _ in range(12):
+        world.serve("good", HONEST_NOISE)
+        world.serve("bad", CHEAT)
+    own = world.measured(3, kit.entry("plain"))
+    apps = [world.app(0, measured=(own,)), world.app(1, measured=())]
+    await kit.settle_together(world, apps)
+    view, (mine, other) = apps[0].service.view, (v.identity for v in world.verifiers)
+    assert view.node(bad).by_verifier[mine].state == "convict", "nobody is shielded from the others"
+    assert mine in view.node(bad).convictions
+    assert view.node(good).by_verifier[mine].wealth.value < 1
+    assert not view.node(good).convictions or other in view.node(good).convictions
+    assert not view.convicted(good) and mine not in view.node(good).convictions
+    assert view.calibrations.newest(mine)[0].version == 3, "its own next version came into force"
+    assert view.calibrations.newest(other)[0].version == version

@@ -142,8 +142,7 @@ async def test_attack_a_release_across_an_epoch_whose_secret_is_lost(earning, ki
     app = await until_epoch(world, kit, 3)
     world.serve("good", HONEST, charge_nano=40)
     app = await until_epoch(world, kit, 4)
-    spoken_for = app.service.agenda._spoken_for
-    assert max(spoken_for.values()) > first_lost
+    assert app.service.agenda._spoken_for(world.nodes["good"].identity) > first_lost
     judged = {v.receipt_digest for v in world.ledger.of_kind("verdict", Verdict)}
     assert lost not in judged
     assert world.ledger.released, "what came before may go"

@@ -93,7 +93,7 @@ async def test_a_missing_transcript_refunds_the_client_and_is_no_evidence(world,
     (verdict,) = world.ledger.of_kind("verdict", Verdict)
     assert verdict.outcome == Verdict.MISSING_TRANSCRIPT
     assert list(world.ledger.refunds) == [digest]
-    assert app.service.view.nodes[node].pooled.wealth.r == 0
+    assert app.service.view.nodes[node].pooled.scored == 0
 
 
 async def test_a_lying_receipt_is_refunded_naming_the_failed_check(world, kit):
@@ -121,7 +121,7 @@ async def test_a_class_without_calibration_cannot_convict(world, kit):
     app = world.app()
     await kit.settle(world, app)
     assert {v.outcome for v in world.ledger.of_kind("verdict", Verdict)} == {Verdict.UNCALIBRATED}
-    assert app.service.view.nodes[node].pooled.wealth.r == 0 and not world.ledger.convicted
+    assert app.service.view.nodes[node].pooled.scored == 0 and not world.ledger.convicted
 
 
 async def test_calibration_applies_forward_only(world, kit):
@@ -133,7 +133,7 @@ async def test_calibration_applies_forward_only(world, kit):
     assert len(world.ledger.of_kind("calibration", audit_pb2.Calibration)) == 1
     (verdict,) = world.ledger.of_kind("verdict", Verdict)
     assert verdict.outcome == Verdict.UNCALIBRATED
-    assert app.service.view.nodes[node].pooled.wealth.r == 0
+    assert app.service.view.nodes[node].pooled.scored == 0
 
 
 async def test_receipts_before_the_first_epoch_are_not_owed(world, kit):
