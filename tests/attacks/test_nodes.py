@@ -13,6 +13,7 @@ from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import EngineError
+from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.v1.audit_pb2 import EpochOpen
 from trueweight.protos.v1.market_pb2 import Offer, OfferedModel
 from trueweight.router import fleet
@@ -130,19 +131,22 @@ async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds
 async def test_attack_a_newcomer_works_without_a_stake_or_ahead_of_the_audits(bazaar, shopper):
     """Once a verifier states the power of its audits, a node without a bond gets nothing, and one
     with a bond no more than it deters while nobody audits."""
-    nodes = (cheap("bare"), dear("bonded", bond_credits=1))
-    async with bazaar(nodes=nodes, timing=QUICK) as market:
+    price = 4 * DEAR
+    bonded = NodeSpec("bonded", ask_input=price, ask_output=price, bond_credits=1)
+    async with bazaar(nodes=(cheap("bare"), bonded), timing=QUICK) as market:
         client = await shopper(market)
         assert (await client.post(BODY, "/completions"))[0] == 200
-        verifier = market.signer("verifier")
+        verifier, terms = market.signer("verifier"), market.market.descriptor.audit_terms
         epoch = EpochOpen(
             market_id=market.market.market_id,
             verifier_id=verifier.identity,
             epoch=1,
             default_rate_ppm=10**6,
-            # At these prices all of the bond but 200,000 nanocredits, a dozen answers.
-            gain_tokens=(10**9 - 200_000) * 10**6 // (2 * 2 * DEAR),
+            duplicate_rate_ppm=terms.duplicate_rate_ppm,
+            # At these prices all of the bond but 800,000 nanocredits, a dozen answers.
+            gain_tokens=(10**9 - 800_000) * 10**6 // (2 * 2 * price),
         )
+        assert not epoch_refusal(market.market.descriptor, epoch)
         await market.port("verifier").publish(seal(epoch, verifier))
         digest = market.router.catalog.all()[0].manifest_digest
         served, status, body = [], 200, BODY
