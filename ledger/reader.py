@@ -138,9 +138,10 @@ class Reader:
         if kinds and not mask:
             return response
         wanted = frozenset(kinds)
-        place, taken = from_index, 0
+        # A bundle may be megabytes, of which a proof needs one leaf.
+        place, taken, most = from_index, 0, 1
         while place < size:
-            rows = self._bundles(place, size, mask)
+            rows = self._bundles(place, size, mask, most)
             for first, count, _, merged_at, body in rows:
                 for index, (kind, leaf) in enumerate(bundle.unpack(count, bytes(body)), first):
                     if index < place or (wanted and kind not in wanted):
@@ -156,8 +157,9 @@ class Reader:
                     )
                 # A gap of archived bundles may follow one that ends before ``place``.
                 place = max(place, first + count)
-            if len(rows) < _BUNDLES_PER_QUERY:
+            if len(rows) < most:
                 break
+            most = min(2 * most, _BUNDLES_PER_QUERY)
         return response
 
     def checkpoint(self, size: int | None = None) -> log_pb2.Checkpoint:
@@ -276,8 +278,8 @@ class Reader:
     def _sqlite(self) -> bool:
         return self._engine.dialect.name == "sqlite"
 
-    def _bundles(self, place: int, size: int, mask: int) -> Sequence[Any]:
-        """Bundles that hold leaves [place, size) of the mask's kinds."""
+    def _bundles(self, place: int, size: int, mask: int, most: int) -> Sequence[Any]:
+        """The first of the bundles that hold leaves [place, size) of the mask's kinds."""
         archive = None
         if not mask or mask & bundle.FREQUENT_MASK:  # the others are never archived
             archive = self._archive_for("archived_below", place)
@@ -293,12 +295,12 @@ class Reader:
                 f"WHERE first_index <= :place) AND first_index < :size {where} "
                 "ORDER BY first_index LIMIT :limit"
             ),
-            {"place": place, "size": size, "mask": mask, "limit": _BUNDLES_PER_QUERY},
+            {"place": place, "size": size, "mask": mask, "limit": most},
         )
         if archive is None:
             return rows
-        both = merged(archive.bundles(place, _BUNDLES_PER_QUERY, mask), rows)
-        return list(itertools.islice(both, _BUNDLES_PER_QUERY))
+        both = merged(archive.bundles(place, most, mask), rows)
+        return list(itertools.islice(both, most))
 
     def _archive_for(self, mark: str, place: int) -> Archive | None:
         """The archive if it has something at or after a place. Raises NotFound if it is needed and
