@@ -52,12 +52,21 @@ def guilt_of(world: World, node: Signer, client: str, by: str = "verifier") -> G
 
 
 def conviction_of(
-    world: World, node: Signer, receipt_indices: Sequence[int], by: str = "verifier"
+    world: World,
+    node: Signer,
+    receipt_indices: Sequence[int],
+    by: str = "verifier",
+    zeros: Sequence[tuple[int, int]] = (),
 ) -> audit_pb2.Conviction:
-    """What these audits add up to, with the receipts at these indices of the log."""
+    """What these audits add up to, with the receipts at these indices of the log. Before them come
+    audits that count as zero: index and tokens of their receipts."""
     own, counted = NodeEvidence(), []
-    for index in receipt_indices:
-        found = Evidence(index + 1, index, TOKENS * 10**9, TOKENS, MU0_NANO, "", "client:x")
+    found_before = [Evidence(i + 1, i, 0, n, MU0_NANO, "", "client:x", False) for i, n in zeros]
+    found_since = [
+        Evidence(index + 1, index, TOKENS * 10**9, TOKENS, MU0_NANO, "", "client:x")
+        for index in receipt_indices
+    ]
+    for found in (*found_before, *found_since):
         own = own.add(found)
         counted.append(found)
         if own.crossed_by is not None:

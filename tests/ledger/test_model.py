@@ -63,6 +63,8 @@ class Model:
     accused: dict = field(default_factory=dict)  # node -> (legs until then, its conviction)
     convicted: set = field(default_factory=set)
     refunded: set = field(default_factory=set)  # receipt digests
+    # Audits without margins, in the order in which they were asked for, by node.
+    zeros: dict = field(default_factory=lambda: defaultdict(list))
     budget: tuple = (0, 0)  # most in a period, its length
     era: int = 0  # how often the length was changed
     keyed: dict = field(default_factory=dict)  # hold id -> [what it counts, when: era and period]
@@ -299,11 +301,16 @@ class Machine(RuleBasedStateMachine):
         client, node, charge = self.model.legs[digest]
         fee, pool, rest = split_of(charge)
         assert self.apply("verifier", self.world.request(digest)) in (["applied"], ["replayed"])
+        ((index, tokens),) = self.books._backend.query(
+            "SELECT log_index, output_tokens FROM leg WHERE receipt_digest = ?", (digest,)
+        )
         (result,) = self.apply("verifier", self.world.refund(digest, node))
         if digest in self.model.refunded and charge:
             assert result == "CONFLICT"
             return
         assert result == "applied"
+        # The verdict cites no calibration, so it refunds, but counts as zero.
+        self.model.zeros[node].append((index, tokens))
         self.model.refunded.add(digest)
         # Locked earnings first, then the treasury; bonds are empty here, what is missing is owed.
         from_node = min(rest, self.model.locked[node])
@@ -334,7 +341,8 @@ class Machine(RuleBasedStateMachine):
         assert self.apply("verifier", *guilt.requests) == ["applied"] * 3
         assert self.apply("verifier", *guilt.verdicts) == ["applied"] * 3
         rows = dict(self.books._backend.query("SELECT receipt_digest, log_index FROM leg"))
-        conviction = conviction_of(self.world, signer, [rows[digest] for digest in digests])
+        indices, zeros = [rows[digest] for digest in digests], self.model.zeros[signer.identity]
+        conviction = conviction_of(self.world, signer, indices, zeros=zeros)
         self.model.accused[signer.identity] = (until, conviction)
 
     @rule(node=st.integers(0, 2), ppm=st.integers(0, 100_000))
