@@ -310,7 +310,8 @@ class Machine(RuleBasedStateMachine):
             return
         assert result == "applied"
         # The verdict cites no calibration, so it refunds, but counts as zero.
-        self.model.zeros[node].append((index, tokens))
+        if tokens:
+            self.model.zeros[node].append((index, tokens))
         self.model.refunded.add(digest)
         # Locked earnings first, then the treasury; bonds are empty here, what is missing is owed.
         from_node = min(rest, self.model.locked[node])
@@ -333,7 +334,6 @@ class Machine(RuleBasedStateMachine):
         if signer.identity in self.model.accused or self.model.have["a"] < 10:
             return
         guilt = guilt_of(self.world, signer, "a")
-        until = len(self.model.legs)
         assert self.apply("verifier", guilt.calibration) == ["applied"]
         assert self.apply("router", *guilt.holds) == ["applied"] * 3
         assert self.apply("router", *guilt.captures) == ["applied"] * 3
@@ -343,6 +343,8 @@ class Machine(RuleBasedStateMachine):
         rows = dict(self.books._backend.query("SELECT receipt_digest, log_index FROM leg"))
         indices, zeros = [rows[digest] for digest in digests], self.model.zeros[signer.identity]
         conviction = conviction_of(self.world, signer, indices, zeros=zeros)
+        # After a few audits at zero the change point may lie before the guilty ones.
+        until = sum(rows[leg] < conviction.change_point_index for leg in self.model.legs)
         self.model.accused[signer.identity] = (until, conviction)
 
     @rule(node=st.integers(0, 2), ppm=st.integers(0, 100_000))
