@@ -148,8 +148,7 @@ class MarketFeed:
 
     def _reinstate(self, body: bytes) -> None:
         opened = open_envelope(body, Reinstatement, self._keys.ring, self._market.market_id)
-        admin = self._market.has_role(opened.signer, Member.ADMIN)
-        if opened.signer != self._market.market_id and not admin:
+        if not self._market.may_reinstate(opened.signer):
             raise BadSignature("a reinstatement by somebody who may not reinstate")
         node_id = opened.message.node_id
         self._standing[node_id].reinstate()

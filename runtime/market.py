@@ -42,6 +42,10 @@ class Market:
         """True if the identity is a member of this role."""
         return any(m.identity == identity for m in self.members(role))
 
+    def may_reinstate(self, identity: str) -> bool:
+        """True for the market itself and its administrators."""
+        return identity == self.market_id or self.has_role(identity, Member.ADMIN)
+
 
 def write_market(path: Path, envelope: bytes, market_key_event: bytes) -> None:
     """Writes the public market file: signed bytes for machines, a readable copy for people."""

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import click
@@ -204,17 +204,15 @@ class Measurement:
             await engine.close()
 
     async def run_cheats(self, wanted: Sequence[tuple[Source, Mapping[str, int]]]) -> None:
-        """Answers what these sources lack: an engine for each that has weights of its own, one for
-        all others, which must have the same options."""
+        """Answers what these sources lack, in their order: neighbours with the same weights share
+        an engine, and must have the same options."""
         missing = [(s, tokens) for s, tokens in wanted if self.missing_answers(s, tokens)]
-        for source, tokens in missing:
-            if source.weights is not None and not self.out_of_time():
-                with tempfile.TemporaryDirectory() as place:
-                    weights = source.weights(self._model, Path(place) / "weights")
-                    await self._answer_all(weights, [(source, tokens)])
-        same = [(s, tokens) for s, tokens in missing if s.weights is None]
-        if same and not self.out_of_time():
-            await self._answer_all(self._model, same)
+        for write, same in groupby(missing, key=lambda each: each[0].weights):
+            if self.out_of_time():
+                return
+            with tempfile.TemporaryDirectory() as place:
+                model = write(self._model, Path(place) / "weights") if write else self._model
+                await self._answer_all(model, list(same))
 
     async def _answer_all(
         self, model: Path, wanted: Sequence[tuple[Source, Mapping[str, int]]]

@@ -210,35 +210,30 @@ def with_log(found: Replay, view: LogView) -> Replay:
     was in force. Not asked of what is no verdict at all."""
     if found.verdict is None:
         return found
-    steps = [*found.steps, _logged(found.verdict, view)]
-    if steps[-1].passed and found.verdict.outcome in (Verdict.SCORED, Verdict.REFUND):
-        steps.append(_in_force(found.verdict, view))
-    return Replay(tuple(steps), found.verdict, found.recomputed)
+    steps = (*found.steps, *_log_steps(found.verdict, view))
+    return Replay(steps, found.verdict, found.recomputed)
 
 
-def _logged(verdict: Verdict, view: LogView) -> Step:
+def _log_steps(verdict: Verdict, view: LogView) -> Iterator[Step]:
     key = (verdict.verifier_id, verdict.receipt_digest)
     logged, request = view.verdicts.get(key), view.requests.get(key)
     receipt = view.receipts.get(verdict.receipt_digest)
     if logged is None or logged.leaf.message != verdict:
-        return Step(8, "log", False, "this is not the verdict that the log has")
+        yield Step(8, "log", False, "this is not the verdict that the log has")
+        return
     if receipt is None or receipt.node_id != verdict.node_id:
-        return Step(8, "log", False, "the log has no such receipt of this node")
+        yield Step(8, "log", False, "the log has no such receipt of this node")
+        return
     if request is None or request.index > logged.leaf.index:
-        return Step(8, "log", False, "the audit was not requested in the log first")
+        yield Step(8, "log", False, "the audit was not requested in the log first")
+        return
     leaves = f"receipt {receipt.index}, request {request.index}, verdict {logged.leaf.index}"
-    return Step(8, "log", True, leaves)
-
-
-def _in_force(verdict: Verdict, view: LogView) -> Step:
-    """Whether its margins count, whatever became of the audits before it."""
-    key = (verdict.verifier_id, verdict.receipt_digest)
-    logged, request = view.verdicts.get(key), view.requests.get(key)
-    receipt = view.receipts.get(verdict.receipt_digest)
-    if logged is None or request is None or receipt is None:
-        return Step(9, "in force", False, "it is not in the log")
+    yield Step(8, "log", True, leaves)
+    if verdict.outcome not in (Verdict.SCORED, Verdict.REFUND):
+        return
+    # Whether its margins count, whatever became of the audits before it.
     why_not = "the node was reinstated after this receipt"
     if receipt.index >= view.node(receipt.node_id).reinstated:
         asked = Asked(request.index, receipt.index, receipt.output_tokens, "")
         why_not = answer_in(view, logged.leaf, asked, copied=False).why_not
-    return Step(9, "in force", not why_not, why_not or "the cited calibration was in force")
+    yield Step(9, "in force", not why_not, why_not or "the cited calibration was in force")

@@ -202,7 +202,7 @@ class LogView:
     def convicted(self, node_id: str) -> bool:
         """True once as many verifiers convicted as the market asks for."""
         record = self.nodes.get(node_id)
-        return record is not None and len(record.convictions) >= self.convictions_needed
+        return record is not None and record.standing.convicted
 
     # Handlers, one per kind of leaf.
 
@@ -410,8 +410,7 @@ class LogView:
 
     def _on_reinstatement(self, entry: LogEntry) -> None:
         opened = self._open_any(entry, Reinstatement)
-        admin = self.market.has_role(opened.signer, Member.ADMIN)
-        if opened.signer != self.market.market_id and not admin:
+        if not self.market.may_reinstate(opened.signer):
             raise TrueweightError("only the market and its administrators reinstate")
         self.node(opened.message.node_id).reinstate(entry.index)
 
