@@ -27,6 +27,10 @@ _KEYS_PER_QUERY = 500
 # Rows per statement on SQLite: a long statement runs without Python's lock, so that the next group
 # is judged meanwhile. Few sizes, so that statements stay prepared.
 _ROWS_PER_STATEMENT = (512, 64, 8, 1)
+_CACHE = "cache_size=-131072"  # KiB
+# Pages (64 MiB): most groups write to pages that others have written to before, so each page goes
+# back into the database once for many of them. The default is less than one large group.
+_CHECKPOINT = "wal_autocheckpoint=16384"
 # Column types of what is inserted by COPY, in SQL order.
 _PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
 
@@ -91,7 +95,7 @@ class SqliteBackend:
                 cached_statements=256,
             )
             use_wal(self._connection)
-            for pragma in ("synchronous=FULL", "cache_size=-65536"):
+            for pragma in ("synchronous=FULL", _CACHE, _CHECKPOINT):
                 self._connection.execute(f"PRAGMA {pragma}")
 
     def acquire(self) -> bool:

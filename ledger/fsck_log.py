@@ -87,7 +87,12 @@ def _check_log(
     }
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
-    evidence = stream(connection, "SELECT log_index, digest FROM evidence ORDER BY log_index")
+    # Receipts are found in what they moved; older books have them in both.
+    evidence = stream(
+        connection,
+        "SELECT log_index, digest FROM evidence UNION "
+        "SELECT log_index, receipt_digest FROM leg ORDER BY log_index",
+    )
     kept = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
     verdicts, steps = (
         stream(connection, f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index")  # noqa: S608

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from trueweight.ledger import bundle
-from trueweight.ledger.accounts import CURRENCY, Account
+from trueweight.ledger.accounts import CURRENCY, Account, kind_of
 from trueweight.ledger.archived import Archive, merged
 from trueweight.ledger.books import leaf_hashes
 from trueweight.ledger.leaves import transfer_record
 from trueweight.ledger.tiles import WIDTH as TILE_WIDTH
 from trueweight.ledger.tiles import TileReader
-from trueweight.ledger.values import HOLD, Transfer
+from trueweight.ledger.values import BUSY_KINDS, HOLD, NOT_INDEXED, REASON_NO, Transfer
 from trueweight.protos import merkle
 from trueweight.protos.errors import InvalidRequest, NotFound, StorageError
 from trueweight.protos.v1 import ledger_pb2 as pb
@@ -83,18 +83,10 @@ class Reader:
         archived = self._archived_transfers(account, after, page_size(limit))
         if archived:
             return pb.ListTransfersResponse(transfers=archived, next_sequence=archived[-1].sequence)
-        where, order = "t.sequence > :after", "ORDER BY t.sequence LIMIT :limit"
-        sql = f"{_TRANSFERS} WHERE {where} {order}"
-        if account:
-            # Two index ranges; an OR over both columns would scan the table.
-            number = "(SELECT no FROM account WHERE id = :id)"
-            page = f"= {number} AND sequence > :after ORDER BY sequence LIMIT :limit"
-            union = " UNION ".join(
-                f"SELECT sequence FROM (SELECT sequence FROM transfer WHERE {s} {page}) {s}_side"  # noqa: S608
-                for s in ("debit", "credit")
-            )
-            sql = f"{_TRANSFERS} WHERE {where} AND t.sequence IN ({union}) {order}"
-        rows = self._rows(sa.text(sql), {"id": account, "after": after, "limit": page_size(limit)})
+        rows = self._rows(
+            sa.text(transfers_sql(account)),
+            {"id": account, "after": after, "limit": page_size(limit)},
+        )
         records = [stored_record(row) for row in rows]
         return pb.ListTransfersResponse(
             transfers=records, next_sequence=records[-1].sequence if records else after
@@ -242,7 +234,11 @@ class Reader:
             return int(request.index)
         if which == "message_digest":
             rows = self._rows(
-                sa.text("SELECT log_index FROM evidence WHERE digest = :digest"),
+                # A receipt is found in what it moved.
+                sa.text(
+                    "SELECT log_index FROM evidence WHERE digest = :digest UNION "
+                    "SELECT log_index FROM leg WHERE receipt_digest = :digest"
+                ),
                 {"digest": request.message_digest},
             )
             if rows:
@@ -375,6 +371,26 @@ class Reader:
             raise StorageError(
                 f"the database failed: {str(error).partition(chr(10))[0][:200]}"
             ) from error
+
+
+def transfers_sql(account: str) -> str:
+    """One page of the transfers of an account ("": of all) after a sequence."""
+    where, order = "t.sequence > :after", "ORDER BY t.sequence LIMIT :limit"
+    if not account:
+        return f"{_TRANSFERS} WHERE {where} {order}"
+    number = "(SELECT no FROM account WHERE id = :id)"
+    if kind_of(account) in BUSY_KINDS:
+        return f"{_TRANSFERS} WHERE {where} AND (t.debit = {number} OR t.credit = {number}) {order}"
+    # Two index ranges; an OR over both columns would scan the table.
+    pages = []
+    for side, (reasons, _) in NOT_INDEXED.items():
+        unseen = ", ".join(str(REASON_NO[reason]) for reason in reasons)
+        page = (
+            f"SELECT sequence FROM transfer WHERE {side} = {number} "  # noqa: S608
+            f"AND reason NOT IN ({unseen}) AND sequence > :after ORDER BY sequence LIMIT :limit"
+        )
+        pages.append(f"SELECT sequence FROM ({page}) {side}_side")  # noqa: S608
+    return f"{_TRANSFERS} WHERE {where} AND t.sequence IN ({' UNION '.join(pages)}) {order}"
 
 
 def page_size(limit: int) -> int:

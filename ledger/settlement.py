@@ -70,7 +70,7 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
     for leg in facts.legs:
         if book.leg(leg.receipt_digest) is not None:
             raise Conflict("a receipt of the bill was settled before")
-        indices.append(book.append(Leaf("receipt", leg.receipt, leg.receipt_digest)))
+        indices.append(book.append(Leaf("receipt", leg.receipt, b"")))
         fee += leg.fee
         pool += leg.pool
     book.append(Leaf("bill", facts.bill, facts.bill_digest))
@@ -155,7 +155,7 @@ def expire(book: Book, op: Prepared, terms: Terms) -> int:
 
 def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Terms) -> None:
     claims = tuple(claims)
-    indices = [book.append(Leaf("receipt", c.receipt, c.receipt_digest)) for c in claims]
+    indices = [book.append(Leaf("receipt", c.receipt, b"")) for c in claims]
     book.resolve(pending, EXPIRED, sum(c.charge for c in claims), "claim")
     for made, index in zip(claims, indices, strict=True):
         split = split_charge(made.charge, terms.fee_ppm, terms.pool_ppm)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trueweight.ledger.accounts import Account
+from trueweight.ledger.accounts import CLEARING, FEE, POOL, Account
 from trueweight.ledger.audits import Case
 from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.protos.errors import TrueweightError
@@ -24,6 +24,13 @@ REASONS = (
     "bond-withdrawal", "claim", "reinstate",
 )  # fmt: skip
 REASON_NO = {name: number for number, name in enumerate(REASONS, start=1)}
+# Transfers that the index of one side leaves out: that side is one of the market's busy accounts,
+# which are in almost every transfer. By side: reasons, and the kinds of account that they name.
+NOT_INDEXED = {
+    "debit": (("earning", "fee", "pool"), frozenset({CLEARING})),
+    "credit": (("hold", "capture", "fee", "pool"), frozenset({CLEARING, FEE, POOL})),
+}
+BUSY_KINDS = frozenset({CLEARING, FEE, POOL})
 
 
 # A row of the transfer table: sequence, operation id, ordinal, numbers of the debited and the
@@ -160,7 +167,8 @@ class Applied(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One leaf to be. ``digest`` is the message's, empty for transfers."""
+    """One leaf to be. ``digest`` is the message's if it is found by it in ``evidence``; empty for
+    transfers, and for receipts, whose legs say where they are."""
 
     kind: str
     body: bytes

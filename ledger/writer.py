@@ -22,10 +22,9 @@ from trueweight.protos.identity import Signer
 log = logging.getLogger(__name__)
 
 MAX_QUEUED = 16_384
-MAX_GROUP = 1_024
-# While a group is in flight the next is judged early only if it is large: every group has its price
-# in statements, so small ones had better grow.
-JUDGED_AHEAD = 256
+# While a group is in flight the next is judged early only if it is a full one: every group has its
+# price in statements, so small ones had better grow.
+MAX_GROUP = 512
 STANDBY_POLL_S = 0.2
 HOUSEKEEPING_MS = 1_000.0
 _RETRY_S = 0.5
@@ -144,7 +143,7 @@ class Writer:
     def _has_work(self, pipeline: Pipeline) -> bool:
         if self._stopping or pipeline.has_landed:
             return True
-        return self._queued >= (JUDGED_AHEAD if pipeline.is_flying else 1)
+        return self._queued >= (MAX_GROUP if pipeline.is_flying else 1)
 
     def _nudge(self) -> None:
         with self._wake:

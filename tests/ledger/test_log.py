@@ -251,6 +251,8 @@ TAMPERINGS = {
     "a transfer goes to somebody else": "UPDATE transfer SET credit = (SELECT no FROM account WHERE kind = 5) WHERE sequence = 6",
     "a captured hold is called void": "UPDATE pending SET state = 3 WHERE state = 2",
     "a leg is dropped": "DELETE FROM leg",
+    "a leg names another leaf": "UPDATE leg SET log_index = log_index + 1",
+    "a transfer hides from a statement": "UPDATE transfer SET reason = 6 WHERE reason = 1",
     "a leg earned more": "UPDATE leg SET node = node + 1, charge = charge + 1",
     "leaves are removed at the end": "DELETE FROM bundle WHERE first_index = (SELECT MAX(first_index) FROM bundle)",
     "leaves are removed in the middle": "DELETE FROM bundle WHERE first_index = 3",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import re
 
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 
 from trueweight.ledger.commands import ledger as commands
+from trueweight.ledger.reader import Reader, transfers_sql
+from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.protos.money import parse_credits
 from trueweight.simulation.ledger_crash import make_load, run_load
 
@@ -37,6 +41,37 @@ def test_balances_sum_to_zero_and_statements_end_at_them(books):
         text = last["available"].lstrip("-")
         sign = -1 if last["available"].startswith("-") else 1
         assert sign * parse_credits(text) == int(row["available"])
+
+
+def test_a_statement_has_every_transfer_of_its_account_whatever_its_reason(books):
+    engine = make_engine(normal_url(books))
+    reader = Reader(engine)
+    whole = reader.transfers("", 0, 1000).transfers
+    assert {"hold", "capture", "fee", "pool", "earning"} <= {t.reason for t in whole}
+    accounts = {t.debit_account for t in whole} | {t.credit_account for t in whole}
+    for account in accounts:
+        found = reader.transfers(account, 0, 1000).transfers
+        sides = [t for t in whole if account in {t.debit_account, t.credit_account}]
+        assert [t.sequence for t in found] == [t.sequence for t in sides]
+    reader.close()
+
+
+@pytest.mark.parametrize("account", ["client:acme", "node-locked:n", "external:rail"])
+def test_statements_are_read_by_index(books, account):
+    engine = make_engine(normal_url(books))
+    sqlite = engine.dialect.name == "sqlite"
+    explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN"
+    with engine.connect() as connection:
+        if not sqlite:  # the books are small enough for the planner to like scans
+            connection.execute(sa.text("SET enable_seqscan = off"))
+            connection.execute(sa.text("SET enable_bitmapscan = off"))
+        rows = connection.execute(
+            sa.text(f"{explain} {transfers_sql(account)}"),
+            {"id": account, "after": 0, "limit": 10},
+        ).fetchall()
+    engine.dispose()
+    plan = "\n".join(" ".join(map(str, row)) for row in rows)
+    assert {"transfer_debit", "transfer_credit"} <= set(re.findall(r"transfer_\w+", plan))
 
 
 def test_fsck_says_clean_with_exit_status_zero(books):
