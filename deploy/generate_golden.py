@@ -8,6 +8,7 @@ Floats are written so that they read back to the same value; fp32 logits are mul
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from trueweight.protos.envelope import message_digest, pre_authentication_encodi
 from trueweight.protos.identity import key_id
 from trueweight.protos.manifest import chunk_leaf, chunk_proof
 from trueweight.protos.sampling import (
+    MASS_LADDER,
     Sampling,
     parameter_class,
     resolve,
@@ -66,6 +68,9 @@ def sampling() -> dict[str, Any]:
         for _ in range(3):
             logits = _logits(generator, options.get("spread", 3.0), options.get("ties", False))
             cases.append(_case(name, resolve(parameters), options, logits, generator))
+    for name, parameters in _cuts_at_a_mass():
+        for offset in (1 / 1024, -1 / 1024, 1 / 128, -1 / 64):
+            cases.append(_case_at_a_mass(name, parameters, offset, generator))
     return {
         "what": "token sampled from logits; scores: claimed token, margin, logprob, rank",
         "tolerance": "token exact; margin and logprob to 1e-4 absolute",
@@ -118,6 +123,34 @@ def _sampling_cases() -> list[tuple[str, Sampling, dict[str, Any]]]:
     ]
 
 
+def _cuts_at_a_mass() -> list[tuple[str, Sampling]]:
+    plain = Sampling()
+    return [
+        ("top-p at a cumulative mass", plain),
+        ("top-p at a cumulative mass, warm", replace(plain, temperature=1.5)),
+        ("top-k and top-p at a cumulative mass", replace(plain, top_k=12, temperature=0.7)),
+    ]
+
+
+def _case_at_a_mass(
+    name: str, parameters: Sampling, offset: float, generator: Any
+) -> dict[str, Any]:
+    """top_p just beside the mass of the five likeliest tokens, not at it, so that every
+    implementation cuts alike; one claim is what the other side of it samples. Drawn until a
+    rounding explains a claim."""
+    while True:
+        logits = _logits(generator, 1.5, ties=False)
+        left = np.sort(logits.astype(np.float64))[::-1][: parameters.top_k or None]
+        weights = np.exp((left - left[0]) / parameters.temperature)
+        mass = float(weights[:5].sum() / weights.sum())
+        here = resolve(replace(parameters, top_p=mass * (1 + offset)))
+        across = mass * (1 - math.copysign(1 / 1024, offset))
+        options = {"across": resolve(replace(parameters, top_p=across))}
+        case = _case(name, here, options, logits, generator)
+        if any(margin in MASS_LADDER for _, margin, *_ in case["scores"]):
+            return case
+
+
 def _case(
     name: str, parameters: Sampling, options: dict[str, Any], logits: F32, generator: Any
 ) -> dict[str, Any]:
@@ -129,7 +162,8 @@ def _case(
     seed = int(generator.integers(-(2**62), 2**62))
     token = sample(logits, parameters, seed, prompt, output, mask=mask)
     order = np.argsort(-logits, kind="stable")
-    claims = list(dict.fromkeys([token, int(order[0]), int(order[1]), int(order[5]), 11]))
+    across = sample(logits, options.get("across", parameters), seed, prompt, output, mask=mask)
+    claims = list(dict.fromkeys([token, int(order[0]), int(order[1]), int(order[5]), 11, across]))
     scores = [
         [c, *_score_values(score_row(logits, parameters, seed, prompt, output, c, mask=mask))]
         for c in claims

@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from trueweight.ledger.deadline import bound_sqlite
 from trueweight.ledger.findings import stream
 from trueweight.protos.errors import NotFound, StorageError
 
@@ -26,6 +27,8 @@ TRANSFER_COLUMNS = (
     "sequence", "operation_id", "ordinal", "debit", "credit", "amount", "phase", "pending_id",
     "reason", "created_at",
 )  # fmt: skip
+# Sides of a transfer by which a file finds it. SQLite puts the sequence behind each by itself.
+INDEXED = ("debit", "credit")
 _BUNDLES = f"SELECT {', '.join(BUNDLE_COLUMNS)} FROM bundle"  # noqa: S608
 _TRANSFERS = f"SELECT {', '.join(TRANSFER_COLUMNS)} FROM transfer"  # noqa: S608
 
@@ -75,19 +78,18 @@ class Archive:
                 found += _query(part, sql, (place, mask, limit - len(found)))
         return found
 
-    def transfers(self, after: int, limit: int, account_no: int | None = None) -> list[Row]:
-        """Transfers with a higher sequence (of one account), oldest first."""
-        where, values = "sequence > ?", [after]
-        if account_no is not None:
-            where, values = f"{where} AND (debit = ? OR credit = ?)", [after, *[account_no] * 2]
+    def transfers(
+        self, after: int, limit: int, account_no: int | None = None, end: int | None = None
+    ) -> list[Row]:
+        """Transfers with a higher sequence (of one account; up to ``end``), oldest first."""
+        end = self.sequence if end is None else end
+        sql, sides = transfers_sql(account_no is not None)
         found: list[Row] = []
         for part in self.parts:
-            if part.sequence > after and len(found) < limit:
-                found += _query(
-                    part,
-                    f"{_TRANSFERS} WHERE {where} ORDER BY sequence LIMIT ?",
-                    (*values, limit - len(found)),
-                )
+            if part.sequence > after and part.after < end and len(found) < limit:
+                left = limit - len(found)
+                values = (account_no, after, end, left) * sides if sides else (after, end)
+                found += _query(part, sql, (*values, left))
         return found
 
     def all_bundles(self) -> Iterator[Row]:
@@ -102,6 +104,20 @@ class Archive:
                 part,
                 f"SELECT {', '.join(columns)} FROM transfer ORDER BY sequence",  # noqa: S608
             )
+
+
+def transfers_sql(of_one_account: bool) -> tuple[str, int]:
+    """One page of a file's transfers, and how many sides of them it looks at."""
+    order = "ORDER BY sequence LIMIT ?"
+    if not of_one_account:
+        return f"{_TRANSFERS} WHERE sequence > ? AND sequence <= ? {order}", 0
+    # Two index ranges, as in the database; files of early versions have no index and are scanned.
+    pages = [
+        f"SELECT * FROM (SELECT sequence FROM transfer WHERE {side} = ? "  # noqa: S608
+        f"AND sequence > ? AND sequence <= ? {order})"
+        for side in INDEXED
+    ]
+    return f"{_TRANSFERS} WHERE sequence IN ({' UNION '.join(pages)}) {order}", len(pages)
 
 
 def bundles_of(connection: sa.Connection, archive: Archive | None) -> Iterator[Any]:
@@ -146,7 +162,7 @@ def _read_part(path: Path) -> Part:
 
 def _query(part: Part, sql: str, values: Sequence[Any]) -> list[Row]:
     try:
-        with closing(_open(part.path)) as connection:
+        with closing(_open(part.path)) as connection, bound_sqlite(connection):
             return connection.execute(sql, values).fetchall()
     except sqlite3.Error as error:
         raise StorageError(f"the archive {part.path} failed: {error}") from error

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from google.protobuf.message import Message
 
+from trueweight.ledger.accounts import check_owner
+from trueweight.ledger.requests import check_digest
 from trueweight.protos.calibrations import CalibrationTable, read_calibration
 from trueweight.protos.conviction import (
     Asked,
@@ -30,6 +32,9 @@ from trueweight.protos.errors import Conflict, InvalidRequest, Unavailable
 from trueweight.protos.v1.audit_pb2 import Calibration, Conviction, EpochOpen, Verdict
 
 EPOCH, CALIBRATION = 1, 2
+MAX_CLASS = 100
+# What the table's column takes. The outcomes that are known need less; later ones may come.
+MAX_OUTCOME = 2**15 - 1
 STEP_KINDS = {"epoch-open": EPOCH, "calibration": CALIBRATION}
 _MOST = 2**63 - 1
 
@@ -142,6 +147,25 @@ class Docket:
         if self._newest_epoch is None or row.version > self._newest_epoch:
             self._newest_epoch = row.version
             self._line.epoch_opened(row.log_index)
+
+
+def check_verdict(message: Verdict) -> None:
+    """Raises InvalidRequest for a verdict that its table could not keep."""
+    if message.node_id:
+        check_owner(message.node_id, "the verdict's node id")
+    check_digest(message.receipt_digest, "the verdict's receipt digest")
+    if message.calibration_digest:
+        check_digest(message.calibration_digest, "the verdict's calibration digest")
+    name = message.parameter_class
+    if not name.isprintable() or len(name) > MAX_CLASS:
+        raise InvalidRequest(
+            "the verdict's parameter class is not a name of at most 100 characters",
+            hint="Write plain, greedy, top_p, …",
+        )
+    if not 0 <= message.outcome <= MAX_OUTCOME:
+        raise InvalidRequest(
+            "the verdict's outcome is none", hint="Use a value of Verdict.Outcome."
+        )
 
 
 def verdict_row(message: Verdict) -> VerdictRow:

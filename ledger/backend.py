@@ -11,16 +11,19 @@ import fcntl
 import itertools
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import psycopg
 import sqlalchemy as sa
+from psycopg.abc import PQGen
 
-from trueweight.ledger.schema import BUSY_MS, sqlite_path, use_wal
+from trueweight.ledger.schema import BUSY_MS, TCP_OPTIONS, sqlite_path, use_wal
 from trueweight.protos.errors import StorageError, Unavailable
 
 Row = tuple[Any, ...]
+T = TypeVar("T")
 # Any fixed number: the advisory lock that makes one process the writer of a database.
 ADVISORY_LOCK = 0x7472756577
 _KEYS_PER_QUERY = 500
@@ -28,15 +31,39 @@ _KEYS_PER_QUERY = 500
 # is judged meanwhile. Few sizes, so that statements stay prepared.
 _ROWS_PER_STATEMENT = (512, 64, 8, 1)
 _CACHE = "cache_size=-131072"  # KiB
-# Pages (64 MiB): most groups write to pages that others have written to before, so each page goes
-# back into the database once for many of them. The default is less than one large group.
-_CHECKPOINT = "wal_autocheckpoint=16384"
+# Pages (16 MiB): most groups write to pages that others have written to before, so each page goes
+# back into the database once for many of them; more would be a wait that callers notice. The default
+# is less than one large group.
+_CHECKPOINT = "wal_autocheckpoint=4096"
 # Column types of what is inserted by COPY, in SQL order.
 _PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
+_SETTINGS = (
+    "synchronous_commit TO on",
+    "statement_timeout TO '60s'",
+    "lock_timeout TO '5s'",
+    "idle_in_transaction_session_timeout TO '15s'",
+    "tcp_keepalives_idle TO 2",
+    "tcp_keepalives_interval TO 1",
+    "tcp_keepalives_count TO 3",
+    "tcp_user_timeout TO '4s'",
+)
+# Not on every system: a statement whose client is gone is ended.
+_CONNECTION_CHECK = "client_connection_check_interval TO '1s'"
+# Whoever holds the writer's lock is heard every second. A proxy between us and the database may
+# hide that the writer's host is gone; its lock must not stay.
+_LOCK_SETTING = "idle_session_timeout TO '15s'"
+# So long the database may be silent during one statement, and during a query that may read a lot
+# (its own limit is a minute). A proxy that stopped forwarding answers keepalives by itself.
+PATIENCE_S = 10.0
+_LONG_PATIENCE_S = 65.0
+_POLL_S = 0.1
+# Values that no column takes, as the drivers and the database say it.
+_UNFIT = (OverflowError, struct.error, UnicodeEncodeError)
 
 
 class ConstraintViolated(StorageError):
-    """The database itself refused a change: Python was about to break an invariant."""
+    """The database itself refused a change: Python was about to break an invariant, or to store
+    what no column takes."""
 
     retryable = False
 
@@ -46,6 +73,10 @@ class Backend(Protocol):
 
     def acquire(self) -> bool:
         """True if this process is now the only writer."""
+        ...
+
+    def confirm(self) -> None:
+        """Raises unless this process still is the only writer; after ``acquire``."""
         ...
 
     def begin(self) -> None: ...
@@ -85,6 +116,7 @@ class SqliteBackend:
 
     def __init__(self, url: sa.URL) -> None:
         self._path = sqlite_path(url)
+        self._lock_path = self._path.with_name(f"{self._path.name}.writer")
         self._lock: int | None = None
         with _sqlite_errors():
             self._connection = sqlite3.connect(
@@ -101,7 +133,7 @@ class SqliteBackend:
     def acquire(self) -> bool:
         if self._lock is not None:
             return True
-        descriptor = os.open(f"{self._path}.writer", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,7 +142,18 @@ class SqliteBackend:
         self._lock = descriptor
         return True
 
+    def confirm(self) -> None:
+        # The lock belongs to the file, not to its name: another process may have locked a new one.
+        try:
+            named = self._lock_path.stat()
+        except FileNotFoundError:
+            raise _deposed() from None
+        if self._lock is None or not os.path.samestat(os.fstat(self._lock), named):
+            raise _deposed()
+
     def begin(self) -> None:
+        if self._lock is not None:
+            self.confirm()  # unlike PostgreSQL's, this lock does not go with the connection
         with _sqlite_errors():
             self._connection.execute("BEGIN IMMEDIATE")
 
@@ -184,6 +227,29 @@ class SqliteBackend:
             self._lock = None
 
 
+class _Connection(psycopg.Connection[Row]):
+    """One that gives up on a database that says nothing for too long."""
+
+    patience_s = PATIENCE_S
+
+    def wait(self, gen: PQGen[T], interval: float = _POLL_S, timeout: float | None = None) -> T:
+        try:
+            return super().wait(gen, interval, timeout or self.patience_s)
+        except psycopg.errors._WaitTimeout:
+            # Whatever it still says would be taken for the answer to the next statement.
+            self.close()
+            raise psycopg.OperationalError("it does not answer") from None
+
+    @contextlib.contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Statements inside may take long."""
+        self.patience_s = _LONG_PATIENCE_S
+        try:
+            yield
+        finally:
+            del self.patience_s
+
+
 class PostgresBackend:
     """psycopg 3. The advisory lock lives in the same session as the writes: a session that lost
     the lock has lost its connection, so that two processes can never both write."""
@@ -191,19 +257,35 @@ class PostgresBackend:
     def __init__(self, url: sa.URL) -> None:
         conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         with _pg_errors():
-            self._connection = psycopg.connect(
-                conninfo, autocommit=True, connect_timeout=5, application_name="trueweight-ledger"
+            self._connection = _Connection.connect(
+                conninfo,
+                autocommit=True,
+                connect_timeout=5,
+                application_name="trueweight-ledger",
+                # What the operator's URL says comes first.
+                **{name: value for name, value in TCP_OPTIONS.items() if name not in url.query},
             )
-            for setting in (
-                "synchronous_commit TO on",
-                "statement_timeout TO '60s'",
-                "lock_timeout TO '5s'",
-                "idle_in_transaction_session_timeout TO '60s'",
-            ):
-                self._connection.execute(f"SET {setting}".encode())
+            self._connection.execute(";".join(f"SET {s}" for s in _SETTINGS).encode())
+            with contextlib.suppress(psycopg.errors.InvalidParameterValue):
+                self._connection.execute(f"SET {_CONNECTION_CHECK}".encode())
 
     def acquire(self) -> bool:
-        return bool(self.query("SELECT pg_try_advisory_lock(%s)", (ADVISORY_LOCK,))[0][0])
+        if not self.query("SELECT pg_try_advisory_lock(%s)", (ADVISORY_LOCK,))[0][0]:
+            return False
+        with _pg_errors():
+            self._connection.execute(f"SET {_LOCK_SETTING}".encode())
+        return True
+
+    def confirm(self) -> None:
+        with _pg_errors():
+            # A pooler in between may have given us another session, which has no lock.
+            held = self._connection.execute(
+                "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
+                "AND classid = %s AND objid = %s AND objsubid = 1",
+                divmod(ADVISORY_LOCK, 1 << 32),
+            ).fetchall()
+        if not held:
+            raise _deposed()
 
     def begin(self) -> None:
         with _pg_errors():
@@ -218,7 +300,7 @@ class PostgresBackend:
             self._connection.execute("ROLLBACK")
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
-        with _pg_errors():
+        with _pg_errors(), self._connection.patiently():
             return self._connection.execute(
                 sql.replace("?", "%s").encode(), values, binary=True
             ).fetchall()
@@ -235,6 +317,8 @@ class PostgresBackend:
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
         if not rows:
             return
+        for place, most in _PG_SMALL.get(table, ()):
+            _check_small(table, most, [row[place] for row in rows])
         sql = f"COPY {table} ({','.join(columns)}) FROM STDIN (FORMAT BINARY)"
         with _pg_errors(), self._connection.cursor().copy(sql.encode()) as copy:
             copy.set_types(_PG_COLUMNS[table])
@@ -303,6 +387,21 @@ _PG_COLUMNS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+_SMALL = {"int2": 2**15 - 1, "int4": 2**31 - 1}
+# Columns that the driver fills with what is left of a larger number, without a word. Not of tables
+# where these are constants of this program: many rows go there.
+_PG_SMALL: dict[str, list[tuple[int, int]]] = {
+    table: [(place, _SMALL[kind]) for place, kind in enumerate(kinds) if kind in _SMALL]
+    for table, kinds in _PG_COLUMNS.items()
+    if table not in ("account", "transfer", "pending")
+}
+
+
+def _check_small(table: str, most: int, values: list[int]) -> None:
+    if max(values) > most or min(values) < -most:
+        raise ConstraintViolated(f"a number is too large for its column of {table}")
+
+
 def _array_type(value: Any) -> str:
     return _PG_TYPES.get(type(value), "bigint")
 
@@ -326,6 +425,10 @@ def _upsert_sql(table: str, columns: Sequence[str], keys: int) -> tuple[str, str
     )
 
 
+def _deposed() -> Unavailable:
+    return Unavailable("the writer's lock is lost", hint="Send the same operations again.")
+
+
 def _check_count(found: int, expected: int, table: str) -> None:
     if found != expected:
         raise ConstraintViolated(
@@ -338,7 +441,7 @@ def _check_count(found: int, expected: int, table: str) -> None:
 def _sqlite_errors() -> Any:
     try:
         yield
-    except sqlite3.IntegrityError as error:
+    except (sqlite3.IntegrityError, sqlite3.DataError, *_UNFIT) as error:
         raise ConstraintViolated(f"the database refused: {error}") from error
     except (sqlite3.Error, OSError) as error:
         raise StorageError(
@@ -350,8 +453,16 @@ def _sqlite_errors() -> Any:
 def _pg_errors() -> Any:
     try:
         yield
-    except psycopg.errors.IntegrityError as error:
-        raise ConstraintViolated(f"the database refused: {error.diag.message_primary}") from error
+    except (
+        psycopg.errors.IntegrityError,
+        psycopg.errors.DataError,
+        # More than an index takes; the driver counts it among lost connections.
+        psycopg.errors.ProgramLimitExceeded,
+    ) as error:
+        reason = error.diag.message_primary or str(error)
+        raise ConstraintViolated(f"the database refused: {reason}") from error
+    except _UNFIT as error:
+        raise ConstraintViolated(f"the driver refused: {error}") from error
     except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as error:
         # The driver counts them among lost connections.
         raise StorageError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trueweight.ledger.connect import connected
-from trueweight.protos.ids import uuid7
+from trueweight.protos.ids import derived_id, uuid7
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.cli import (
@@ -94,6 +94,15 @@ def with_ledger(
             return await use(port)
 
     return run_async(run())
+
+
+def deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
+    """Operation id and reference. The same reference gives the same id, so that a command that is
+    run again after a lost answer is a replay."""
+    if not reference:
+        id_ = new_id()
+        return id_, id_.hex()
+    return derived_id("deposit", rail.encode(), reference.encode()), reference
 
 
 def new_id() -> bytes:

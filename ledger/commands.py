@@ -17,6 +17,7 @@ from trueweight.ledger import witness as witnessing
 from trueweight.ledger.command_support import (
     archive_option,
     database_option,
+    deposit_id,
     ledger_options,
     move,
     new_id,
@@ -24,13 +25,19 @@ from trueweight.ledger.command_support import (
     with_ledger,
 )
 from trueweight.ledger.connect import connected
-from trueweight.ledger.money_commands import debts, limit, reward, settle
+from trueweight.ledger.money_commands import (
+    debts,
+    limit,
+    payout,
+    reward,
+    settle,
+    withdraw_bond,
+)
 from trueweight.ledger.public_log import MAX_CONNECTIONS, error_response, make_app
 from trueweight.ledger.reinstate_command import reinstate
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.servicer import LedgerServer, check_address
 from trueweight.protos.checkpoint import log_origin
-from trueweight.protos.ids import derived_id
 from trueweight.protos.money import format_credits, parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Member
@@ -277,7 +284,7 @@ def deposit(
 ) -> None:
     """Credit ACCOUNT (client:NAME) with CREDITS."""
     amount = parse_credits(credits)
-    id_, reference = _deposit_id(rail, reference)
+    id_, reference = deposit_id(rail, reference)
     operation = pb.Operation(
         id=id_,
         deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
@@ -304,7 +311,7 @@ def bond(
 ) -> None:
     """Deposit CREDITS as bond of NODE_ID."""
     amount = parse_credits(credits)
-    id_, reference = _deposit_id(rail, reference)
+    id_, reference = deposit_id(rail, reference)
     operation = pb.Operation(
         id=id_,
         bond_deposit=pb.BondDeposit(
@@ -312,41 +319,6 @@ def bond(
         ),
     )
     move(market, keys, endpoint, operation, as_json)
-
-
-@ledger.command()
-@click.argument("node_id")
-@click.argument("credits")
-@ledger_options
-@option("--rail", default="manual", help="Where the money goes.")
-@option("--settle/--start-only", default=False, help="Also mark it as paid.")
-@json_option
-def payout(
-    *,
-    node_id: str,
-    credits: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    rail: str,
-    settle: bool,
-    as_json: bool,
-) -> None:
-    """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled."""
-    start = pb.Operation(
-        id=new_id(),
-        payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
-    )
-    operations = [start]
-    if settle:
-        operations.append(
-            pb.Operation(
-                id=new_id(),
-                payout_settle=pb.PayoutSettle(payout_id=start.id, paid=True, reference="manual"),
-            )
-        )
-    for operation in operations:
-        move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
@@ -421,14 +393,5 @@ def witness(
     run_async(serve_until_signal(follow))
 
 
-def _deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
-    """Operation id and reference. The same reference gives the same id, so that a command that is
-    run again after a lost answer is a replay."""
-    if not reference:
-        id_ = new_id()
-        return id_, id_.hex()
-    return derived_id("deposit", rail.encode(), reference.encode()), reference
-
-
-for _command in (settle, limit, reward, debts, reinstate):
+for _command in (payout, withdraw_bond, settle, limit, reward, debts, reinstate):
     ledger.add_command(_command)

@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from trueweight.ledger.audits import StepRow, VerdictRow, step_row, verdict_row
-from trueweight.ledger.requests import RequestRow, request_row
+from trueweight.ledger.accounts import check_owner
+from trueweight.ledger.audits import StepRow, VerdictRow, check_verdict, step_row, verdict_row
+from trueweight.ledger.requests import RequestRow, check_digest, request_row
 from trueweight.ledger.values import Terms
 from trueweight.protos.envelope import (
     Opened,
@@ -29,6 +30,7 @@ from trueweight.protos.envelope import (
 from trueweight.protos.errors import BadSignature, InvalidRequest, PermissionDenied
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.money import charge_nano, split_charge
+from trueweight.protos.receipts import NODE_FAULTS
 from trueweight.protos.v1 import audit_pb2, ledger_pb2, market_pb2
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.protos.v1.market_pb2 import Assignment, Bill, BillLeg, Receipt
@@ -38,6 +40,7 @@ MAX_LEGS = 64
 # floor(1000 * log10(1/alpha)): no conviction on less, whatever threshold it names.
 CONVICT_LOG10_MILLI = 6000
 MAX_EVIDENCE_BYTES = 256 * 1024
+MAX_INDEX = 2**63 - 1
 # From an assignment's deadline until its node may claim: the router's time to settle.
 CLAIM_GRACE_MS = 30_000
 REFUNDABLE = frozenset(
@@ -346,10 +349,13 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
     _check_no_owner(kind, opened, court)
     conviction, verdict, request = "", None, None
     if isinstance(opened.message, audit_pb2.Conviction):
+        check_owner(opened.message.node_id, "the node id")
         conviction = f"{opened.message.node_id}:{opened.signer}"
     if isinstance(opened.message, audit_pb2.Verdict):
+        check_verdict(opened.message)
         verdict = verdict_row(opened.message)
     if isinstance(opened.message, audit_pb2.AuditRequest):
+        check_digest(opened.message.receipt_digest, "the request's receipt digest")
         request = request_row(opened.message)
     return PublishFacts(
         kind,
@@ -392,6 +398,9 @@ def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -
         raise InvalidRequest("the verdict is about another receipt")
     if verdict.outcome not in REFUNDABLE:
         raise InvalidRequest("the verdict's outcome does not refund")
+    refused = verdict.outcome == audit_pb2.Verdict.INVALID_RECEIPT
+    if refused and verdict.l0_failure not in NODE_FAULTS:
+        raise InvalidRequest("the verdict names no check that its node can have failed")
     by_router = verdict.outcome == audit_pb2.Verdict.MISSING_TRANSCRIPT
     return RefundFacts(body.receipt_digest, published, verdict.node_id, by_router)
 
@@ -413,6 +422,8 @@ def check_convict(body: ledger_pb2.Convict, caller: str, court: Court) -> Convic
             "the conviction does not state enough evidence",
             hint="A wealth of 10^6 over at least one audited token.",
         )
+    if conviction.change_point_index > MAX_INDEX:
+        raise InvalidRequest("no log is that long", hint="change_point_index is at most 2^63-1.")
     if published.signer != caller and "admin" not in court.roles_of(caller):
         raise PermissionDenied("the conviction was signed by another verifier")
     return ConvictFacts(

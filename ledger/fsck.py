@@ -10,7 +10,9 @@ truth.
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
+from ctypes import c_longlong
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -23,6 +25,8 @@ from trueweight.protos.errors import InvalidRequest, StorageError
 
 # Starting a process takes about a second.
 _WORTH_A_PROCESS = 200_000
+# How often the other process is asked how far it is.
+_LOOK_S = 0.5
 
 
 def check(
@@ -39,18 +43,26 @@ def check(
         _check_archive(connection, archive)
         transfers = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
     if transfers < _WORTH_A_PROCESS:
-        findings.include(check_books(engine, archive))
+        findings.include(check_books(engine, archive, progress))
         findings.include(check_log(engine, market_id, ledger_keys, progress, archive))
         return findings
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+    context = multiprocessing.get_context("spawn")
+    folded = context.RawValue(c_longlong, 0)
+    with ProcessPoolExecutor(1, context, _share, (folded,)) as other:
         books = other.submit(_check_books, engine.url, archive)
         log = check_log(engine, market_id, ledger_keys, progress, archive)
-        try:
-            findings.include(books.result())
-        except BrokenExecutor:
-            raise StorageError("the process that checks the balances was killed") from None
+        while not wait([books], _LOOK_S).done:
+            progress("transfers", folded.value, transfers)
+        findings.include(_result(books))
     findings.include(log)
     return findings
+
+
+def _result(books: Future[Findings]) -> Findings:
+    try:
+        return books.result()
+    except BrokenExecutor:
+        raise StorageError("the process that checks the balances was killed") from None
 
 
 def _check_archive(connection: sa.Connection, archive: Archive | None) -> None:
@@ -63,9 +75,22 @@ def _check_archive(connection: sa.Connection, archive: Archive | None) -> None:
         )
 
 
+# In the other process: how many transfers it has folded, as the first one sees it.
+_folded: Any = None
+
+
+def _share(folded: Any) -> None:
+    global _folded  # noqa: PLW0603
+    _folded = folded
+
+
 def _check_books(url: sa.URL, archive: Archive | None) -> Findings:
     engine = make_engine(url)
+
+    def note(_: str, done: int, __: int) -> None:
+        _folded.value = done
+
     try:
-        return check_books(engine, archive)
+        return check_books(engine, archive, note)
     finally:
         engine.dispose()

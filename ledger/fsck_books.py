@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
-from trueweight.ledger.accounts import EXTERNAL
+from trueweight.ledger.accounts import CLIENT, EXTERNAL, NODE_BOND, NODE_LOCKED, owner_of
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, transfers_of
-from trueweight.ledger.findings import Findings, snapshot, stream
+from trueweight.ledger.findings import Findings, Progress, Tally, snapshot, stream
+from trueweight.ledger.fsck_rows import Refunds, check_claims, check_references, check_refunds
 from trueweight.ledger.values import (
     EXPIRE,
     NOT_INDEXED,
@@ -27,6 +29,13 @@ from trueweight.ledger.values import (
 _STATE_OF_PHASE = {POST: 2, VOID: 3, EXPIRE: 4}
 _EARNED = (REASON_NO["earning"], REASON_NO["subsidy"])
 _FORFEIT, _REINSTATE = REASON_NO["forfeit"], REASON_NO["reinstate"]
+_REFUND, _REWARD = REASON_NO["refund"], REASON_NO["reward"]
+_RAIL = (REASON_NO["deposit"], REASON_NO["bond-deposit"])
+_PAYOUT = frozenset((REASON_NO["payout"], REASON_NO["bond-withdrawal"]))
+# Reasons for which a row must stand beside the money.
+_NOTED = frozenset((_FORFEIT, _REINSTATE, _REFUND, _REWARD, *_RAIL))
+# Transfers between two reports of progress.
+_PART = 8_192
 # Kinds of account that a reason must name on a side, because no index would find it there.
 _DEBITED, _CREDITED = (
     {REASON_NO[reason]: kinds for reason in reasons} for reasons, kinds in NOT_INDEXED.values()
@@ -39,45 +48,87 @@ def _no_counters() -> list[int]:
 
 @dataclass
 class _Fold:
-    """Counters recomputed from transfers, by account number."""
+    """What transfers come to: counters by account number, and what must stand beside them."""
 
     kinds: dict[int, int]
+    names: dict[int, str]
     counters: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(_no_counters))
     open: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
-    resolved: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    # Resolved holds would be too many to keep.
+    resolved: Tally = field(default_factory=Tally)
     earned: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     # What convictions took from an account and reinstatements have not paid back.
     forfeited: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    refunds: Refunds = field(default_factory=Refunds)
+    # Operations by the unique fact that each of them took: a deposit over a rail, a reward.
+    facts: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    # Operations that settled payouts, and the accounts of their rails.
+    settled: dict[bytes, str] = field(default_factory=dict)
+    next: int = 1
+
+    def note(self, reason: int, operation: bytes, sides: tuple[int, int], amount: int) -> None:
+        """A transfer for one of ``_NOTED``."""
+        debit, credit = (self.names.get(no, "?") for no in sides)
+        if reason == _FORFEIT:
+            self.forfeited[sides[0]] += amount
+        elif reason == _REINSTATE:
+            self.forfeited[sides[1]] -= amount
+        elif reason == _REFUND and self.kinds.get(sides[1]) == CLIENT:
+            self.refunds.paid[credit] += amount
+            if self.kinds.get(sides[0]) in (NODE_LOCKED, NODE_BOND):
+                self.refunds.by_node[owner_of(debit)] += amount
+        elif reason == _REWARD:
+            self.facts[f"reward:{owner_of(credit)}"].add(operation)
+        elif reason in _RAIL:
+            self.facts[f"rail:{owner_of(debit)}"].add(operation)
 
 
-def check_books(engine: sa.Engine, archive: Archive | None = None) -> Findings:
+def check_books(
+    engine: sa.Engine, archive: Archive | None = None, progress: Progress = lambda *_: None
+) -> Findings:
     """All that needs no leaf."""
     findings = Findings()
     with snapshot(engine) as connection:
         accounts = {r[0]: r for r in connection.execute(sa.text("SELECT * FROM account"))}
-        fold = _Fold({no: row.kind for no, row in accounts.items()})
-        names = {no: row.id for no, row in accounts.items()}
-        rows = transfers_of(connection, archive, TRANSFER_COLUMNS[:-1])
-        _fold_transfers(rows, findings, fold, names)
+        fold = _Fold(
+            {no: row.kind for no, row in accounts.items()},
+            {no: row.id for no, row in accounts.items()},
+        )
+        _fold_all(connection, archive, findings, fold, progress)
         _check_accounts(findings, fold, accounts)
-        _check_pendings(connection, findings, fold, names)
-        _check_legs(connection, findings, fold, names)
-        _check_forfeits(connection, findings, fold, names)
+        _check_pendings(connection, archive, findings, fold)
+        _check_legs(connection, findings, fold)
+        _check_forfeits(connection, findings, fold)
+        check_refunds(connection, findings, fold.refunds)
+        check_claims(connection, findings)
+        check_references(connection, findings, fold.facts, fold.settled)
         _check_spending(connection, findings)
         _check_operations(connection, findings)
     return findings
 
 
-def _fold_transfers(
-    rows: Iterator[Any], findings: Findings, fold: _Fold, names: dict[int, str]
+def _fold_all(
+    connection: sa.Connection,
+    archive: Archive | None,
+    findings: Findings,
+    fold: _Fold,
+    progress: Progress,
 ) -> None:
-    counters, earned = fold.counters, fold.earned
+    total = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
+    rows = iter(transfers_of(connection, archive, TRANSFER_COLUMNS[:-1]))
+    while part := list(itertools.islice(rows, _PART)):
+        _fold_transfers(part, findings, fold)
+        progress("transfers", fold.next - 1, total)
+    findings.counts["transfers"] = fold.next - 1
+
+
+def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> None:
+    counters, earned, resolved = fold.counters, fold.earned, fold.resolved
     inside = {no for no, kind in fold.kinds.items() if kind != EXTERNAL}
-    expected = 1
     for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in rows:
-        if sequence != expected:
-            findings.add(f"transfers {expected} to {sequence - 1} are missing")
-        expected = sequence + 1
+        if sequence != fold.next:
+            findings.add(f"transfers {fold.next} to {sequence - 1} are missing")
+        fold.next = sequence + 1
         debit, credit = counters[debit_no], counters[credit_no]
         if (reason in _DEBITED and fold.kinds.get(debit_no) not in _DEBITED[reason]) or (
             reason in _CREDITED and fold.kinds.get(credit_no) not in _CREDITED[reason]
@@ -88,10 +139,8 @@ def _fold_transfers(
             credit[3] += amount
             if reason in _EARNED:
                 earned[credit_no] += amount
-            elif reason == _FORFEIT:
-                fold.forfeited[debit_no] += amount
-            elif reason == _REINSTATE:
-                fold.forfeited[credit_no] -= amount
+            elif reason in _NOTED:
+                fold.note(reason, bytes(operation), (debit_no, credit_no), amount)
         elif phase == PENDING:
             debit[0] += amount
             credit[2] += amount
@@ -105,10 +154,15 @@ def _fold_transfers(
             debit[1] += amount
             credit[2] -= first[2]
             credit[3] += amount
-            fold.resolved[bytes(pending)] = (_STATE_OF_PHASE.get(phase, 0), amount)
+            resolved.add(_resolution(pending, _STATE_OF_PHASE.get(phase, 0), amount))
+            if reason in _PAYOUT:
+                fold.settled[bytes(operation)] = fold.names.get(credit_no, "?")
         if debit[3] - debit[1] - debit[0] < 0 and debit_no in inside:
-            findings.add(f"transfer {sequence} overdraws {names.get(debit_no, debit_no)}")
-    findings.counts["transfers"] = expected - 1
+            findings.add(f"transfer {sequence} overdraws {fold.names.get(debit_no, debit_no)}")
+
+
+def _resolution(pending: bytes, state: int, posted: int) -> bytes:
+    return b"%b%d:%d" % (pending, state, posted)
 
 
 def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -> None:
@@ -131,9 +185,9 @@ def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -
 
 
 def _check_pendings(
-    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
+    connection: sa.Connection, archive: Archive | None, findings: Findings, fold: _Fold
 ) -> None:
-    count = 0
+    count, names, resolved = 0, fold.names, fold.resolved
     for row in stream(connection, "SELECT id, debit, credit, amount, posted, state FROM pending"):
         count += 1
         id_, (debit, credit, amount, posted, state) = bytes(row[0]), row[1:]
@@ -142,19 +196,30 @@ def _check_pendings(
             seen = first and (names.get(first[0]), names.get(first[1]), first[2], 0)
             if seen != (debit, credit, amount, posted):
                 findings.add(f"the open hold {id_.hex()} does not follow from its transfer")
-        elif fold.resolved.pop(id_, None) != (state, posted):
-            findings.add(f"the hold {id_.hex()} was not resolved as its row says")
-    for id_ in [*fold.open, *fold.resolved]:
-        findings.add(f"the pending transfer {id_.hex()} has no row")
+        else:
+            resolved.take(_resolution(id_, state, posted))
+    for id_ in fold.open:
+        findings.add(f"the pending transfer {id_.hex()} has no open row")
+    if resolved.sum:
+        _name_resolved(connection, archive, findings)
     findings.counts["holds"] = count
 
 
-def _check_legs(
-    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
-) -> None:
+def _name_resolved(connection: sa.Connection, archive: Archive | None, findings: Findings) -> None:
+    """Something is wrong with resolved holds: now they are all kept, to say with which."""
+    rows = transfers_of(connection, archive, ("sequence", "pending_id", "phase", "amount"))
+    said = {bytes(r[1]): (_STATE_OF_PHASE.get(r[2], 0), r[3]) for r in rows if r[1] is not None}
+    for row in stream(connection, f"SELECT id, state, posted FROM pending WHERE state <> {OPEN}"):  # noqa: S608
+        if said.pop(bytes(row[0]), None) != tuple(row[1:]):
+            findings.add(f"the hold {bytes(row[0]).hex()} was not resolved as its row says")
+    for id_ in said:
+        findings.add(f"the resolved hold {id_.hex()} has no row")
+
+
+def _check_legs(connection: sa.Connection, findings: Findings, fold: _Fold) -> None:
     """Legs sum to what holds paid and nodes earned. (That each is where its receipt is in the log,
     the log's half finds.)"""
-    earned = {names[no]: amount for no, amount in fold.earned.items() if no in names}
+    earned = {fold.names[no]: amount for no, amount in fold.earned.items() if no in fold.names}
     for node, amount in connection.execute(
         sa.text("SELECT node_id, SUM(node + subsidy) FROM leg GROUP BY node_id")
     ):
@@ -164,9 +229,10 @@ def _check_legs(
         if amount:
             findings.add(f"{account} earned {amount} without receipts")
     wrong = sa.text(
-        "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged FROM leg GROUP BY hold_id) l "
+        "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged, MIN(client) AS one, "
+        "MAX(client) AS other FROM leg GROUP BY hold_id) l "
         "LEFT JOIN pending p ON p.id = l.hold_id AND p.kind = 1 "
-        "WHERE p.id IS NULL OR p.posted <> l.charged"
+        "WHERE p.id IS NULL OR p.posted <> l.charged OR p.debit <> l.one OR p.debit <> l.other"
     )
     sums = sa.text(
         "SELECT (SELECT COALESCE(SUM(charge), 0) FROM leg), "
@@ -174,16 +240,14 @@ def _check_legs(
     )
     charged, posted = connection.execute(sums).one()
     if connection.execute(wrong).scalar_one() or charged != posted:
-        findings.add("holds were captured for other sums than their receipts")
+        findings.add("holds were captured for other sums or clients than their receipts")
 
 
-def _check_forfeits(
-    connection: sa.Connection, findings: Findings, fold: _Fold, names: dict[int, str]
-) -> None:
+def _check_forfeits(connection: sa.Connection, findings: Findings, fold: _Fold) -> None:
     """Nobody was or may be paid back more than convictions took from him."""
     left: defaultdict[str, int] = defaultdict(int)
     for no, amount in fold.forfeited.items():
-        left[names.get(no, "?").partition(":")[2]] += amount
+        left[owner_of(fold.names.get(no, "?"))] += amount
     for node, amount in left.items():
         if amount < 0:
             findings.add(f"node {node} was paid back more than convictions took from it")

@@ -11,17 +11,26 @@ from trueweight.ledger import bundle
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
 from trueweight.ledger.audits import STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
+from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
 from trueweight.ledger.values import REASONS
 from trueweight.protos.checkpoint import log_origin, open_note
-from trueweight.protos.envelope import digest_of, message_class, parse_envelope, parse_payload
+from trueweight.protos.envelope import (
+    message_class,
+    message_digest,
+    parse_envelope,
+    parse_payload,
+    payload_type,
+)
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
+from trueweight.protos.v1.envelope_pb2 import Envelope
 
-VERDICT, REQUEST = "verdict", "audit-request"
+RECEIPT, BILL, VERDICT, REQUEST = "receipt", "bill", "verdict", "audit-request"
+_TYPES = {kind: payload_type(message_class(kind)) for kind in bundle.KINDS if kind != TRANSFER}
 
 
 def check_log(
@@ -46,14 +55,15 @@ def check_log(
 
 def _transfer_leaves(
     rows: Iterator[Any], findings: Findings, names: dict[int, str]
-) -> Iterator[bytes]:
-    """The leaves that the stored transfers must have, operation by operation."""
+) -> Iterator[tuple[bytes, int]]:
+    """The leaves that the stored transfers must have, operation by operation, and their times."""
     head: tuple[bytes, int, int] | None = None
     movements: list[bytes] = []
     for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in rows:
         if head is None or head[0] != operation:
             if head is not None:
-                yield from encode_batches(*head, movements)
+                for leaf in encode_batches(*head, movements):
+                    yield leaf, head[2]
             head, movements = (bytes(operation), sequence, at), []
         if ordinal != len(movements):
             findings.add(f"transfer {sequence} is not in its place in its operation")
@@ -68,17 +78,18 @@ def _transfer_leaves(
             )
         )
     if head is not None:
-        yield from encode_batches(*head, movements)
+        for leaf in encode_batches(*head, movements):
+            yield leaf, head[2]
 
 
 def _check_log(
     connection: sa.Connection,
     findings: Findings,
-    transfers: Iterator[bytes],
+    transfers: Iterator[tuple[bytes, int]],
     progress: Progress,
     archive: Archive | None,
 ) -> None:
-    """Indices, tiles, checkpointed roots, and each transfer leaf against its transfer."""
+    """Indices, tiles, checkpointed roots, and each leaf against what is kept beside it."""
     total = int(
         connection.execute(sa.text("SELECT COALESCE(SUM(leaves), 0) FROM bundle")).scalar_one()
     )
@@ -87,18 +98,7 @@ def _check_log(
     }
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
-    # Receipts are found in what they moved; older books have them in both.
-    evidence = stream(
-        connection,
-        "SELECT log_index, digest FROM evidence UNION "
-        "SELECT log_index, receipt_digest FROM leg ORDER BY log_index",
-    )
-    kept = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
-    verdicts, steps = (
-        stream(connection, f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index")  # noqa: S608
-        for table, columns in kept.items()
-    )
-    requests = _Requests(connection)
+    kept = _Kept(connection, findings, transfers)
     sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, (sizes, roots))
@@ -110,22 +110,10 @@ def _check_log(
         if leaves is None:
             return
         for place, (kind, body) in enumerate(leaves, row[0]):
-            _check_leaf(findings, place, (kind, body), transfers, evidence)
-            if kind == VERDICT:
-                _check_verdict(findings, place, body, verdicts)
-            elif kind == REQUEST:
-                requests.check(findings, place, body)
-            elif kind in STEP_KINDS:
-                _check_step(findings, place, (kind, body), steps)
+            kept.check(place, kind, body)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
         progress("leaves", edge.size, total)
-    for left in transfers:
-        findings.add(f"transfers have no leaf ({len(left)} bytes)")
-    for row in (*verdicts, *steps):
-        findings.add(f"what is kept of leaf {row[0]} is in no leaf")
-    requests.finish(findings)
-    for row in evidence:
-        findings.add(f"evidence names leaf {row[0]}, which does not exist")
+    kept.finish()
     for level, number in stored:
         findings.add(f"tile {level}/{number} covers leaves that do not exist")
     for size in sizes:
@@ -144,53 +132,115 @@ def _leaves(findings: Findings, row: Any) -> list[tuple[str, bytes]] | None:
     return leaves
 
 
-def _check_leaf(
-    findings: Findings,
-    place: int,
-    leaf: tuple[str, bytes],
-    transfers: Iterator[bytes],
-    evidence: Iterator[Any],
-) -> None:
-    kind, body = leaf
-    if kind == TRANSFER:
-        if next(transfers, b"") != body:
-            findings.add(f"leaf {place} differs from the transfers it records")
-        return
-    row = next(evidence, None)
-    try:
-        digest = digest_of(body)
-    except BadSignature:
-        findings.add(f"leaf {place} is not the {kind} it says")
-        return
-    if row is None or (row[0], bytes(row[1])) != (place, digest):
-        findings.add(f"leaf {place} is not found under its digest")
+class _Kept:
+    """What is kept of the leaves beside them, in their order."""
 
-
-def _check_verdict(findings: Findings, place: int, body: bytes, rows: Iterator[Any]) -> None:
-    row = next(rows, None)
-    try:
-        said = verdict_row(parse_payload(parse_envelope(body), Verdict))
-    except BadSignature:
-        said = None
-    stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
-    if said is None or stored != list(said._replace(log_index=place)):
-        findings.add(f"the verdict in leaf {place} is not what is kept of it")
-
-
-def _check_step(
-    findings: Findings, place: int, leaf: tuple[str, bytes], rows: Iterator[Any]
-) -> None:
-    kind, body = leaf
-    row = next(rows, None)
-    try:
-        said = step_row(
-            parse_payload(parse_envelope(body), message_class(kind)), digest_of(body), body
+    def __init__(
+        self,
+        connection: sa.Connection,
+        findings: Findings,
+        transfers: Iterator[tuple[bytes, int]],
+    ) -> None:
+        self._findings, self._transfers = findings, transfers
+        self._legs = stream(
+            connection, "SELECT log_index, receipt_digest, captured_at FROM leg ORDER BY log_index"
         )
-    except BadSignature:
-        said = None
-    stored = [bytes(v) if isinstance(v, memoryview) else v for v in row or ()]
-    if said is None or stored != list(said._replace(log_index=place)):
-        findings.add(f"the {kind} in leaf {place} is not what is kept of it")
+        self._evidence = stream(
+            connection, "SELECT log_index, digest FROM evidence ORDER BY log_index"
+        )
+        self._next_evidence = next(self._evidence, None)
+        # When the receipts before the next leaf of transfers were captured.
+        self._captured: list[int] = []
+        columns = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
+        self._verdicts, self._steps = (
+            stream(connection, f"SELECT {', '.join(names)} FROM {table} ORDER BY log_index")  # noqa: S608
+            for table, names in columns.items()
+        )
+        self._requests = _Requests(connection)
+        self._nodes, self._debts = Nodes(connection), NodeDebts(connection)
+        self._rewards = Rewards(connection)
+
+    def check(self, place: int, kind: str, body: bytes) -> None:
+        """One leaf."""
+        if kind == TRANSFER:
+            self._check_transfers(place, body)
+            return
+        try:
+            envelope = parse_envelope(body)
+            if envelope.payload_type != _TYPES[kind]:
+                raise BadSignature("the evidence is of another type")
+            digest = message_digest(envelope.payload_type, envelope.payload)
+            self._find(place, kind, digest)
+            self._rewards.leaf(digest)
+            if kind != RECEIPT:
+                self._compare(place, kind, envelope, digest, body)
+        except BadSignature:
+            self._findings.add(f"leaf {place} is not the {kind} it says")
+
+    def _check_transfers(self, place: int, body: bytes) -> None:
+        expected, at = next(self._transfers, (b"", 0))
+        if expected != body:
+            self._findings.add(f"leaf {place} differs from the transfers it records")
+        else:
+            self._nodes.transfers(body)
+        if self._captured:
+            if any(captured != at for captured in self._captured):
+                self._findings.add(f"receipts before leaf {place} were captured at another time")
+            self._captured.clear()
+
+    def _find(self, place: int, kind: str, digest: bytes) -> None:
+        """Receipts are found in what they moved; older books have them in both."""
+        found = True
+        if kind == RECEIPT:
+            leg = next(self._legs, None)
+            if leg is None or (leg[0], bytes(leg[1])) != (place, digest):
+                found = False
+            else:
+                self._captured.append(leg[2])
+        row = self._next_evidence
+        if kind != RECEIPT or (row is not None and row[0] == place):
+            found = found and row is not None and (row[0], bytes(row[1])) == (place, digest)
+            self._next_evidence = next(self._evidence, None)
+        if not found:
+            self._findings.add(f"leaf {place} is not found under its digest")
+
+    def _compare(
+        self, place: int, kind: str, envelope: Envelope, digest: bytes, body: bytes
+    ) -> None:
+        if kind == BILL:
+            self._debts.bill(envelope)
+        elif kind == VERDICT:
+            row = verdict_row(parse_payload(envelope, Verdict))
+            self._same(place, kind, row, self._verdicts)
+        elif kind == REQUEST:
+            self._requests.check(self._findings, place, envelope)
+        elif kind in STEP_KINDS:
+            step = step_row(parse_payload(envelope, message_class(kind)), digest, body)
+            self._same(place, kind, step, self._steps)
+        elif kind in (CONVICTION, REINSTATEMENT):
+            self._nodes.statement(place, kind, envelope)
+
+    def _same(
+        self, place: int, kind: str, said: VerdictRow | StepRow | None, rows: Iterator[Any]
+    ) -> None:
+        stored = [bytes(v) if isinstance(v, memoryview) else v for v in next(rows, None) or ()]
+        if said is None or stored != list(said._replace(log_index=place)):
+            self._findings.add(f"the {kind} in leaf {place} is not what is kept of it")
+
+    def finish(self) -> None:
+        """After the last leaf."""
+        findings = self._findings
+        for left, _ in self._transfers:
+            findings.add(f"transfers have no leaf ({len(left)} bytes)")
+        for row in (*self._verdicts, *self._steps):
+            findings.add(f"what is kept of leaf {row[0]} is in no leaf")
+        self._requests.finish(findings)
+        if self._next_evidence is not None:
+            findings.add(f"evidence names leaf {self._next_evidence[0]}, which does not exist")
+        for row in (*self._evidence, *self._legs):
+            findings.add(f"evidence names leaf {row[0]}, which does not exist")
+        for part in (self._nodes, self._debts, self._rewards):
+            part.finish(findings)
 
 
 class _Requests:
@@ -205,13 +255,9 @@ class _Requests:
         )
         self._seen: set[tuple[str, bytes]] = set()
 
-    def check(self, findings: Findings, place: int, body: bytes) -> None:
-        """One leaf."""
-        try:
-            said = request_row(parse_payload(parse_envelope(body), AuditRequest))
-        except BadSignature:
-            findings.add(f"leaf {place} is not the audit request it says")
-            return
+    def check(self, findings: Findings, place: int, envelope: Envelope) -> None:
+        """One leaf. Raises BadSignature if it is no audit request."""
+        said = request_row(parse_payload(envelope, AuditRequest))
         if said.key in self._seen:
             return
         self._seen.add(said.key)

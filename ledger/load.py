@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trueweight.ledger.accounts import (
+    EXTERNAL,
     FEE_ACCOUNT,
     POOL_ACCOUNT,
     TREASURY_ACCOUNT,
     Account,
     clearing_of,
     external,
+    kind_of,
     node_available,
     node_bond,
     node_locked,
@@ -27,6 +29,7 @@ from trueweight.ledger.evidence import (
     PublishFacts,
     RefundFacts,
 )
+from trueweight.ledger.movements import settled_by
 from trueweight.ledger.requests import NONE, RequestRow, held_since_unix_ms
 from trueweight.ledger.values import (
     OPEN,
@@ -157,6 +160,7 @@ def load(
         needs.accounts.add(pending.credit)
         if pending.api_key_id:
             needs.spending.add(pending.api_key_id)
+    _add_settled(needs, operations)
     legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
     _overlay(legs, last.legs, needs.legs)
     needs.claims.update(leg.hold_id for leg in legs.values())
@@ -278,6 +282,15 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
     elif kind == "release":
         needs.nodes.add(body.node_id)
         needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
+
+
+def _add_settled(needs: Needs, operations: Sequence[Prepared]) -> None:
+    """References of settled payouts, on every rail of the group: the payout that one settles, and
+    with it the rail, may itself be of this group."""
+    settled = {op.body.reference for op in operations if op.kind == "payout_settle" and op.body}
+    if settled - {""}:
+        rails = [account for account in needs.accounts if kind_of(account) == EXTERNAL]
+        needs.references.update((settled_by(rail), key) for rail in rails for key in settled)
 
 
 def _add_publication(needs: Needs, facts: PublishFacts) -> None:

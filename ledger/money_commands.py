@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -22,17 +24,107 @@ from trueweight.protos.money import format_credits, parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.runtime.cli import json_option, option, print_json, print_table
+from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.market import load_market
 
+F = TypeVar("F", bound=Callable[..., object])
 _BATCH = 256
 _HOUR_MS = 3_600_000
+_DAY_MS = 24 * _HOUR_MS
 # By the ledger's clock, one after the other from 1970 on.
 _PERIODS = {
     "hour": _HOUR_MS,
-    "day": 24 * _HOUR_MS,
-    "week": 7 * 24 * _HOUR_MS,
-    "month": 30 * 24 * _HOUR_MS,
+    "day": _DAY_MS,
+    "week": 7 * _DAY_MS,
+    "month": 30 * _DAY_MS,
 }
+
+
+def _own_reference(function: F) -> F:
+    """--reference: what makes a second run a replay."""
+    # Required: an id that is new in each run would pay again after a lost answer.
+    return option(
+        "--reference",
+        required=True,
+        help="Your name for it, such as an invoice's number: the same one never pays twice.",
+    )(function)
+
+
+@click.command()
+@click.argument("node_id")
+@click.argument("credits")
+@ledger_options
+@option("--rail", default="manual", help="Where the money goes.")
+@_own_reference
+@option("--settle/--start-only", default=False, help="Also mark it as paid.")
+@json_option
+def payout(
+    *,
+    node_id: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    rail: str,
+    reference: str,
+    settle: bool,
+    as_json: bool,
+) -> None:
+    """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled.
+
+    Run again with the same --reference after a lost answer: it pays once.
+    """
+    start = pb.Operation(
+        id=derived_id("payout", rail.encode(), reference.encode()),
+        payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
+    )
+    move(market, keys, endpoint, start, as_json)
+    if settle:
+        move(market, keys, endpoint, _settlement(start.id, True, reference), as_json)
+
+
+@click.command("withdraw-bond")
+@click.argument("node_id")
+@click.argument("credits")
+@ledger_options
+@_own_reference
+@option(
+    "--not-before",
+    type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")),
+    help="When it may be paid, UTC; default: the first midnight after the settlement window.",
+)
+@json_option
+def withdraw_bond(
+    *,
+    node_id: str,
+    credits: str,
+    market: Path,
+    keys: Path,
+    endpoint: str | None,
+    reference: str,
+    not_before: datetime | None,
+    as_json: bool,
+) -> None:
+    """Take CREDITS out of NODE_ID's bond; pending until it is settled, which takes the settlement
+    window at least.
+
+    Run again with the same --reference after a lost answer: it pays once. A run on a later day
+    needs the first one's --not-before.
+    """
+    if not_before is None:
+        due = _first_midnight(
+            SystemClock().now_unix_ms() + load_market(market).descriptor.settlement_window_ms
+        )
+    else:
+        due = round(not_before.replace(tzinfo=UTC).timestamp() * 1000)
+    operation = pb.Operation(
+        id=derived_id("withdraw-bond", reference.encode()),
+        bond_withdraw=pb.BondWithdraw(
+            node_id=node_id, amount_nano=parse_credits(credits), not_before_unix_ms=due
+        ),
+    )
+    move(market, keys, endpoint, operation, as_json)
 
 
 @click.command()
@@ -45,7 +137,7 @@ _PERIODS = {
     help="What the rail answered.",
 )
 @ledger_options
-@option("--reference", default="", help="The rail's reference.")
+@option("--reference", default="", help="The rail's reference: one settles one payout.")
 @json_option
 def settle(
     *,
@@ -58,13 +150,7 @@ def settle(
     as_json: bool,
 ) -> None:
     """End a pending payout or bond withdrawal PAYOUT_ID: paid, or back to the node."""
-    pending = _id(payout_id)
-    operation = pb.Operation(
-        # Derived: the same answer of the rail twice is a replay.
-        id=derived_id("settle", pending, bytes([paid])),
-        payout_settle=pb.PayoutSettle(payout_id=pending, paid=paid, reference=reference),
-    )
-    move(market, keys, endpoint, operation, as_json)
+    move(market, keys, endpoint, _settlement(_id(payout_id), paid, reference), as_json)
 
 
 @click.command()
@@ -169,6 +255,19 @@ def debts(*, database: str, as_json: bool) -> None:
     print_table("Owed, credits", ("creditor", "owed", "operation"), table)
 
 
+def _settlement(payout_id: bytes, paid: bool, reference: str) -> pb.Operation:
+    return pb.Operation(
+        # Derived: the same answer of the rail twice is a replay.
+        id=derived_id("settle", payout_id, bytes([paid])),
+        payout_settle=pb.PayoutSettle(payout_id=payout_id, paid=paid, reference=reference),
+    )
+
+
+def _first_midnight(after_unix_ms: int) -> int:
+    """The same for all runs of a day; an hour is left for a clock that is not the ledger's."""
+    return -(-(after_unix_ms + _HOUR_MS) // _DAY_MS) * _DAY_MS
+
+
 def _id(text: str) -> bytes:
     try:
         value = bytes.fromhex(text)
@@ -176,6 +275,7 @@ def _id(text: str) -> bytes:
         value = b""
     if len(value) != ID_BYTES:
         raise InvalidRequest(
-            "a payout id has 32 hexadecimal digits", hint="As 'ledger payout' prints it."
+            "a payout id has 32 hexadecimal digits",
+            hint="As 'ledger payout' and 'ledger withdraw-bond' print it.",
         )
     return value

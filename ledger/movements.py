@@ -13,6 +13,7 @@ from trueweight.ledger.accounts import (
     external,
     node_available,
     node_bond,
+    owner_of,
 )
 from trueweight.ledger.book import Book, state_name
 from trueweight.ledger.values import (
@@ -149,7 +150,7 @@ def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
 
 
 def payout_settle(book: Book, op: Prepared) -> int:
-    """Posts or voids a payout or a bond withdrawal."""
+    """Posts or voids a payout or a bond withdrawal. What the rail calls it settles only one."""
     body = op.body
     pending = book.pending(body.payout_id)
     if pending is None or pending.kind not in (PAYOUT, WITHDRAWAL):
@@ -158,7 +159,19 @@ def payout_settle(book: Book, op: Prepared) -> int:
         raise Conflict("the bond may not be paid out yet")
     state, posted = (CAPTURED, pending.amount) if body.paid else (VOIDED, 0)
     book.resolve(pending, state, posted, "payout" if pending.kind == PAYOUT else "bond-withdrawal")
+    if body.reference:
+        book.claim_reference(
+            settled_by(pending.credit),
+            body.reference,
+            "this reference of the rail settled another payout",
+        )
     return posted
+
+
+def settled_by(external_account: str) -> str:
+    """The kind of references under which a rail's answers to payouts are kept. Not that of its
+    deposits: a rail may count both ways on its own."""
+    return f"payout:{owner_of(external_account)}"
 
 
 def reward(book: Book, op: Prepared) -> int:

@@ -28,6 +28,8 @@ class Call:
 
     operations: Sequence[Prepared]
     answer: Any
+    # Whose part of the queue it takes; all who are no members of the market share one.
+    payer: str = ""
 
 
 Answer = tuple[Call, "list[Outcome] | TrueweightError"]
@@ -51,10 +53,17 @@ class Pipeline:
     """Belongs to the writer thread; ``committer`` is one other thread."""
 
     def __init__(
-        self, books: Books, hooks: Hooks, committer: Executor, landed: Callable[[], None]
+        self,
+        books: Books,
+        hooks: Hooks,
+        committer: Executor,
+        landed: Callable[[], None],
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
+        """``confirm`` raises if another process may write: asked before a group is answered that
+        changes nothing, so that no commit finds out."""
         self._books, self._hooks = books, hooks
-        self._committer, self._landed = committer, landed
+        self._committer, self._landed, self._confirm = committer, landed, confirm
         self._flying: tuple[list[Call], Future[None]] | None = None
 
     @property
@@ -73,7 +82,8 @@ class Pipeline:
         with self._answered(calls):
             judged = self._judge(calls)
             if not self.land() or judged is None:
-                # The ground has changed, or they read more than their keys.
+                # The ground has changed, or they read more than their keys, or what one of them
+                # reads by the database refuses.
                 self._apply(calls, self._books.apply)
                 return
         flying = self._committer.submit(self._commit, calls, judged)
@@ -120,11 +130,18 @@ class Pipeline:
             raise
 
     def _judge(self, calls: list[Call]) -> Judged | None:
-        return self._books.judge([call.operations for call in calls], self._hooks.now_unix_ms())
+        """None if they must be applied by ``apply``, which finds the guilty one if there is one."""
+        try:
+            return self._books.judge([call.operations for call in calls], self._hooks.now_unix_ms())
+        except ConstraintViolated:
+            log.exception("the database refused what a group asks for")
+            return None
 
     def _commit(self, calls: list[Call], judged: Judged) -> None:
         # What the database refuses is applied one by one, and answered then.
         with self._answered(calls, but=ConstraintViolated):
+            if not judged.book.applied:
+                self._confirm()
             done = self._books.commit(judged)
         self._answer(calls, done)
 

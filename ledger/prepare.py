@@ -50,6 +50,17 @@ _SCOPES: dict[str, frozenset[str]] = {
 }
 
 
+class OutOfScope(PermissionDenied):
+    """This caller may not send this kind of operation."""
+
+
+def is_hopeless(operation: Prepared) -> bool:
+    """True if its caller cannot have had it applied before either, unless he has lost a role: it is
+    not for him, or it is none. Other refused operations may be replays of what was good then."""
+    error = operation.error
+    return error is not None and (isinstance(error, OutOfScope) or not operation.body_hash)
+
+
 def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
     """Never raises for what a caller sent: a refusal is part of the value."""
     kind = operation.WhichOneof("body") or ""
@@ -61,7 +72,8 @@ def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
         body = getattr(operation, kind)
         body_hash = _body_hash(operation, kind, body)
     except TrueweightError as error:
-        return Prepared(bytes(operation.id), b"", operation.linked, kind, caller, None, None, error)
+        id_ = operation.id[:ID_BYTES]  # never looked up with success: it has no body's hash
+        return Prepared(id_, b"", operation.linked, kind, caller, None, None, error)
     try:
         _check_scope(kind, body, caller, court)
         facts = _CHECKS[kind](operation.id, body, caller, court)
@@ -90,7 +102,7 @@ def _check_scope(kind: str, body: Any, caller: str, court: Court) -> None:
         return
     if _NODE in allowed and (kind == "claim" or (caller and body.node_id == caller)):
         return
-    raise PermissionDenied(
+    raise OutOfScope(
         f"{kind.replace('_', ' ')} is not for this caller",
         hint=f"It takes: {', '.join(sorted(allowed - {SYSTEM}))}.",
     )
@@ -130,6 +142,8 @@ def _expire(_: bytes, body: pb.Expire, __: str, ___: Court) -> None:
 def _release(_: bytes, body: pb.Release, caller: str, court: Court) -> None:
     check_owner(body.node_id, "the node id")
     evidence.check_not_owner(caller, body.node_id, court)
+    if body.below_log_index > evidence.MAX_INDEX:
+        raise InvalidRequest("no log is that long", hint="below_log_index is at most 2^63-1.")
     if body.amount_nano > MAX_NANO:
         raise InvalidRequest("the amount is too large")
 

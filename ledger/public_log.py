@@ -124,7 +124,8 @@ async def _leaves(request: web.Request) -> web.Response:
 
 async def _inclusion(request: web.Request) -> web.Response:
     wanted = pb.InclusionProofRequest(tree_size=_number(request, "tree_size", 0))
-    # By hash alone is for members over gRPC: finding it is a scan, and this is for everybody.
+    # By hash alone is for members over gRPC: finding it is a scan, and this is for everybody. The
+    # ledger refuses it to strangers there, too.
     if ("index" in request.query) == ("digest" in request.query):
         raise InvalidRequest("name one leaf", hint="By index or by digest.")
     if "index" in request.query:

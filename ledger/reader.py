@@ -8,19 +8,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from trueweight.ledger import bundle
-from trueweight.ledger.accounts import CURRENCY, Account, kind_of
+from trueweight.ledger import bundle, deadline
+from trueweight.ledger.accounts import CURRENCY, Account
 from trueweight.ledger.archived import Archive, merged
 from trueweight.ledger.books import leaf_hashes
 from trueweight.ledger.leaves import transfer_record
+from trueweight.ledger.statements import Page, page_of, transfers_sql
 from trueweight.ledger.tiles import WIDTH as TILE_WIDTH
 from trueweight.ledger.tiles import TileReader
-from trueweight.ledger.values import BUSY_KINDS, HOLD, NOT_INDEXED, REASON_NO, Transfer
+from trueweight.ledger.values import HOLD, Transfer
 from trueweight.protos import merkle
 from trueweight.protos.errors import InvalidRequest, NotFound, StorageError
 from trueweight.protos.v1 import ledger_pb2 as pb
@@ -37,15 +39,11 @@ _ACCOUNT = (
     "SELECT no, id, kind, debits_pending, debits_posted, credits_pending, credits_posted "
     "FROM account"
 )
-_TRANSFERS = (
-    "SELECT t.sequence, t.operation_id, t.ordinal, d.id, c.id, t.amount, t.phase, t.pending_id, "
-    "t.reason, t.created_at FROM transfer t JOIN account d ON d.no = t.debit "
-    "JOIN account c ON c.no = t.credit"
-)
 
 
 class Reader:
-    """Reads through a connection pool. Raises StorageError when the database fails."""
+    """Reads through a connection pool. Raises StorageError when the database fails, and
+    DeadlineExceeded when the thread's deadline has passed (``trueweight.ledger.deadline``)."""
 
     def __init__(self, engine: sa.Engine, archive: Path | None = None) -> None:
         self._engine, self._archive_path = engine, archive
@@ -79,18 +77,27 @@ class Reader:
         return [account_record(row) for row in rows]
 
     def transfers(self, account: str, after: int, limit: int) -> pb.ListTransfersResponse:
-        """Transfers of an account (of all for "") with a higher sequence, oldest first."""
-        archived = self._archived_transfers(account, after, page_size(limit))
-        if archived:
-            return pb.ListTransfersResponse(transfers=archived, next_sequence=archived[-1].sequence)
+        """Transfers of an account (of all for "") with a higher sequence, oldest first. A page may
+        have none and still say that there are more behind ``next_sequence``."""
+        # Read first: what comes later has a higher sequence, and is for the next page.
+        newest = self._newest_sequence()
+        if after >= newest:  # also what no database can count to
+            return pb.ListTransfersResponse(next_sequence=after)
+        page = page_of(account, after, page_size(limit), newest)
+        number = None
+        if account:
+            found = self._rows(sa.text("SELECT no FROM account WHERE id = :id"), {"id": account})
+            if not found:
+                return pb.ListTransfersResponse(next_sequence=after)
+            number = int(found[0][0])
+        archived = self._archived_transfers(page, number)
+        if archived is not None:
+            return archived
         rows = self._rows(
             sa.text(transfers_sql(account)),
-            {"id": account, "after": after, "limit": page_size(limit)},
+            {"number": number, "after": after, "end": page.end, "limit": page.limit},
         )
-        records = [stored_record(row) for row in rows]
-        return pb.ListTransfersResponse(
-            transfers=records, next_sequence=records[-1].sequence if records else after
-        )
+        return page.answer([stored_record(row) for row in rows])
 
     def hold(self, hold_id: bytes) -> pb.HoldRecord:
         """The hold. Raises NotFound."""
@@ -317,27 +324,38 @@ class Reader:
             self._archive = known = Archive(self._archive_path, facts["market"])
         return known
 
-    def _archived_transfers(self, account: str, after: int, limit: int) -> list[pb.TransferRecord]:
-        archive = self._archive_for("archived_sequence", after)
+    def _newest_sequence(self) -> int:
+        # Never archived.
+        return int(self._rows(sa.text("SELECT MAX(sequence) FROM transfer"), {})[0][0] or 0)
+
+    def _archived_transfers(
+        self, page: Page, number: int | None
+    ) -> pb.ListTransfersResponse | None:
+        """The page if it is in the archive; None: it is in the database."""
+        archive = self._archive_for("archived_sequence", page.after)
         if archive is None:
-            return []
-        number = None
-        if account:
-            found = self._rows(sa.text("SELECT no FROM account WHERE id = :id"), {"id": account})
-            if not found:
-                return []
-            number = int(found[0][0])
-        rows = archive.transfers(after, limit, number)
+            return None
+        end = min(page.end, archive.sequence)
+        rows = archive.transfers(page.after, page.limit, number, end)
+        if not rows and end == archive.sequence:
+            return None
         statement = sa.text("SELECT no, id FROM account WHERE no IN :numbers").bindparams(
             sa.bindparam("numbers", expanding=True)
         )
         numbers = {no for row in rows for no in row[3:5]}
         names = {row[0]: row[1] for row in self._rows(statement, {"numbers": list(numbers)})}
-        return [stored_record((*r[:3], names[r[3]], names[r[4]], *r[5:])) for r in rows]
+        records = [stored_record((*r[:3], names[r[3]], names[r[4]], *r[5:])) for r in rows]
+        return replace(page, end=end).answer(records)
 
     def _with_tiles(self, work: Callable[[], T]) -> T:
-        with self._tile_lock, self._engine.connect() as self._connection:
-            return work()
+        left = deadline.left_s()
+        if not self._tile_lock.acquire(timeout=-1 if left is None else left):
+            raise deadline.too_late()
+        try:
+            with self._engine.connect() as self._connection:
+                return work()
+        finally:
+            self._tile_lock.release()
 
     def _read_tile(self, level: int, number: int) -> bytes | None:
         rows = self._rows(
@@ -364,33 +382,14 @@ class Reader:
     ) -> Sequence[Any]:
         try:
             if connection is not None:
-                return connection.execute(statement, values).fetchall()
-            with self._engine.connect() as fresh:
+                with deadline.bound(connection):
+                    return connection.execute(statement, values).fetchall()
+            with self._engine.connect() as fresh, deadline.bound(fresh):
                 return fresh.execute(statement, values).fetchall()
         except sa.exc.SQLAlchemyError as error:
             raise StorageError(
                 f"the database failed: {str(error).partition(chr(10))[0][:200]}"
             ) from error
-
-
-def transfers_sql(account: str) -> str:
-    """One page of the transfers of an account ("": of all) after a sequence."""
-    where, order = "t.sequence > :after", "ORDER BY t.sequence LIMIT :limit"
-    if not account:
-        return f"{_TRANSFERS} WHERE {where} {order}"
-    number = "(SELECT no FROM account WHERE id = :id)"
-    if kind_of(account) in BUSY_KINDS:
-        return f"{_TRANSFERS} WHERE {where} AND (t.debit = {number} OR t.credit = {number}) {order}"
-    # Two index ranges; an OR over both columns would scan the table.
-    pages = []
-    for side, (reasons, _) in NOT_INDEXED.items():
-        unseen = ", ".join(str(REASON_NO[reason]) for reason in reasons)
-        page = (
-            f"SELECT sequence FROM transfer WHERE {side} = {number} "  # noqa: S608
-            f"AND reason NOT IN ({unseen}) AND sequence > :after ORDER BY sequence LIMIT :limit"
-        )
-        pages.append(f"SELECT sequence FROM ({page}) {side}_side")  # noqa: S608
-    return f"{_TRANSFERS} WHERE {where} AND t.sequence IN ({' UNION '.join(pages)}) {order}"
 
 
 def page_size(limit: int) -> int:

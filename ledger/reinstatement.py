@@ -19,6 +19,9 @@ def reinstate(book: Book, op: Prepared, _: Terms) -> tuple[int, int]:
     row = book.node(facts.node_id)
     if not row.convicted:
         raise Conflict("the node is not convicted")
+    if book.published_at(facts.published.digest) is not None:
+        # It would take back evidence only up to where it was logged then.
+        raise Conflict("this statement was used before", hint="The market signs a new one.")
     most = min(row.forfeited, max(0, book.available(TREASURY_ACCOUNT)))
     if facts.pay_back > most:
         raise Conflict(

@@ -192,9 +192,9 @@ def _all_transfers(reader: Reader, account: str) -> Iterator[pb.TransferRecord]:
     after = 0
     while True:
         page = reader.transfers(account, after, MAX_PAGE)
-        if not page.transfers:
-            return
         yield from page.transfers
+        if not page.more:
+            return
         after = page.next_sequence
 
 

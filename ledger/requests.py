@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.v1.audit_pb2 import AuditRequest
 
 HOLDS_MS = 24 * 3600 * 1000
+DIGEST_BYTES = 32
 # No receipt of this digest was settled when the audit was asked for; no verdict yet.
 NONE = -1
 
@@ -36,6 +38,12 @@ class RequestRow(NamedTuple):
     def key(self) -> tuple[str, bytes]:
         """Who asked for what."""
         return self.verifier_id, self.receipt_digest
+
+
+def check_digest(digest: bytes, what: str) -> None:
+    """Raises InvalidRequest unless it has the length of a digest: tables are indexed by them."""
+    if len(digest) != DIGEST_BYTES:
+        raise InvalidRequest(f"{what} does not have 32 bytes")
 
 
 def request_row(message: AuditRequest) -> RequestRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
@@ -16,6 +17,14 @@ from trueweight.protos.errors import InvalidRequest, StorageError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_MS = 5_000
+# For PostgreSQL: a dead peer, or a network that swallows everything, is noticed after 5 s.
+TCP_OPTIONS: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 2,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 4000,
+}
 _BUSY_STEP_S = 0.02
 MIGRATION_LOCK = 0x7472756578
 # After the lock is ours a new snapshot must show what was committed meanwhile.
@@ -62,7 +71,7 @@ def make_engine(url: sa.URL) -> sa.Engine:
         pool_pre_ping=True,
         pool_timeout=10,
         isolation_level="REPEATABLE READ",
-        connect_args={"connect_timeout": 5},
+        connect_args={"connect_timeout": 5, **TCP_OPTIONS},
     )
 
 

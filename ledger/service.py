@@ -11,18 +11,20 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from trueweight.ledger import deadline
 from trueweight.ledger.accounts import CLIENT, kind_of, owner_of
 from trueweight.ledger.backend import Backend, open_backend
 from trueweight.ledger.core import Outcome
 from trueweight.ledger.court import court_of, with_key_events
 from trueweight.ledger.evidence import Court
 from trueweight.ledger.pipeline import Answer, Call, Hooks
-from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, prepare
+from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, is_hopeless, prepare
 from trueweight.ledger.prepare_pool import PreparePool
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, migrate, normal_url
@@ -40,13 +42,12 @@ from trueweight.protos.ids import uuid7
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
 from trueweight.runtime.clock import Clock
-from trueweight.runtime.ledger_port import publish_operation, raise_refused
+from trueweight.runtime.ledger_port import MAX_OPERATIONS, publish_operation, raise_refused
 from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MAX_OPERATIONS = 1024
 APPLY_TIMEOUT_MS = 15_000
 FOLLOW_WAIT_S = 0.5
 _READ_TIMEOUT_S = 15.0
@@ -127,10 +128,15 @@ class Ledger:
     async def apply(self, operations: Sequence[pb.Operation], caller: str) -> list[pb.Result]:
         """See LedgerPort.apply."""
         if len(operations) > MAX_OPERATIONS:
-            raise InvalidRequest(f"at most {MAX_OPERATIONS} operations at once")
+            raise InvalidRequest(
+                f"at most {MAX_OPERATIONS} operations at once", hint="Send several calls."
+            )
         if not operations:
             return []
         prepared = await self._checkers.prepare(operations, caller, self._court)
+        if not self._court.roles_of(caller) and all(map(is_hopeless, prepared)):
+            # The writer is for those who may write.
+            return [result_of(Outcome("refused", error=op.error)) for op in prepared]
         outcomes = await self.apply_prepared(prepared)
         return [result_of(outcome) for outcome in outcomes]
 
@@ -139,7 +145,10 @@ class Ledger:
         if self._writer is None:
             raise Unavailable("the ledger is not started")
         answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        self._writer.submit(Call(prepared, answer))
+        caller = prepared[0].caller
+        # Identities cost nothing: strangers, and the nodes among them, share one part.
+        payer = caller if self._court.roles_of(caller) else ""
+        self._writer.submit(Call(prepared, answer, payer))
         try:
             return await asyncio.wait_for(answer, APPLY_TIMEOUT_MS / 1000)
         except TimeoutError:
@@ -194,7 +203,16 @@ class Ledger:
     async def checkpoint(self) -> log_pb2.Checkpoint:
         return await self._read(self._reader.checkpoint)
 
-    async def inclusion(self, request: pb.InclusionProofRequest) -> pb.InclusionProofResponse:
+    async def inclusion(
+        self, request: pb.InclusionProofRequest, caller: str = ""
+    ) -> pb.InclusionProofResponse:
+        """By index or message digest for anybody; by a leaf's hash for members of the market."""
+        # There is no index of hashes: finding one is a scan.
+        if request.WhichOneof("which") == "leaf_hash" and not self._court.roles_of(caller):
+            raise PermissionDenied(
+                "finding a leaf by its hash is for members of the market",
+                hint="Ask by its index or by the message's digest.",
+            )
         return await self._read(lambda: self._reader.inclusion(request))
 
     async def consistency(self, old_size: int, new_size: int) -> log_pb2.ConsistencyProof:
@@ -212,11 +230,20 @@ class Ledger:
         raise PermissionDenied(f"this {what} is not yours to see")
 
     async def _read(self, work: Callable[[], T]) -> T:
+        """Reads in a thread of the pool, which has it back when nobody waits for the answer any
+        more: otherwise as many slow reads as there are threads would end all reading."""
         loop = asyncio.get_running_loop()
+        until = time.monotonic() + _READ_TIMEOUT_S
+
+        def bounded() -> T:
+            with deadline.ends_by(until):
+                return work()
+
         try:
-            return await asyncio.wait_for(loop.run_in_executor(self._pool, work), _READ_TIMEOUT_S)
+            reading = loop.run_in_executor(self._pool, bounded)
+            return await asyncio.wait_for(reading, _READ_TIMEOUT_S)
         except TimeoutError:
-            raise DeadlineExceeded("the database did not answer in time") from None
+            raise deadline.too_late() from None
 
     # -- called by the writer thread ----------------------------------------------------------
 
@@ -309,7 +336,7 @@ class LocalLedger:
         return await self._ledger.checkpoint()
 
     async def inclusion(self, request: pb.InclusionProofRequest) -> pb.InclusionProofResponse:
-        return await self._ledger.inclusion(request)
+        return await self._ledger.inclusion(request, self._caller)
 
     async def consistency(self, old_size: int, new_size: int) -> log_pb2.ConsistencyProof:
         return await self._ledger.consistency(old_size, new_size)

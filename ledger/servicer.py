@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from trueweight.ledger.service import Ledger
-from trueweight.protos.errors import InvalidRequest, TrueweightError
+from trueweight.protos.errors import InvalidRequest, TrueweightError, Unauthenticated
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
 from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
@@ -30,13 +30,13 @@ class LedgerRpc(LedgerServicer):
 
     @rpc.unary
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
-        return await self._apply(request, self._caller(context))
+        return await self._apply(request, self._named_caller(context))
 
     @rpc.streaming
     async def Submit(
         self, request_iterator: AsyncIterator[pb.ApplyRequest], context: Context
     ) -> AsyncIterator[pb.ApplyResponse]:
-        caller = self._caller(context)
+        caller = self._named_caller(context)
         async for response in _pipelined(request_iterator, lambda r: self._apply(r, caller)):
             yield response
 
@@ -84,7 +84,7 @@ class LedgerRpc(LedgerServicer):
     async def GetInclusionProof(
         self, request: pb.InclusionProofRequest, context: Context
     ) -> pb.InclusionProofResponse:
-        return await self._ledger.inclusion(request)
+        return await self._ledger.inclusion(request, self._caller(context))
 
     @rpc.unary
     async def GetConsistencyProof(
@@ -94,6 +94,15 @@ class LedgerRpc(LedgerServicer):
 
     def _caller(self, context: Context) -> str:
         return self._gate.caller(context).identity or ""
+
+    def _named_caller(self, context: Context) -> str:
+        """Who wants to write; nobody may do it unnamed."""
+        caller = self._caller(context)
+        if not caller:
+            raise Unauthenticated(
+                "operations need an access token", hint="Anybody may read the log without one."
+            )
+        return caller
 
     async def _apply(self, request: pb.ApplyRequest, caller: str) -> pb.ApplyResponse:
         results = await self._ledger.apply(list(request.operations), caller)

@@ -197,7 +197,7 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
         raise NotFound("no capture with this receipt")
     if facts.node_id not in ("", leg.node_id):
         raise InvalidRequest("the verdict names another node than the receipt")
-    if leg.refunded:
+    if leg.refunded or leg.refunded_node:
         raise Conflict("the leg was refunded before")
     if facts.verdict is not None:
         _publish_asked_for(book, facts.verdict, facts.receipt_digest)
@@ -383,10 +383,14 @@ def _keep_leg(book: Book, leg: Leg) -> None:
 def _undo(book: Book, leg: Leg) -> None:
     """Gives back what was just captured for a node that is convicted: its conviction has refunded
     everything up to then, and work that was under way is worth no more than that."""
+    # The subsidy first: it may have taken all that the bill brought to the pool. Another leg's may
+    # have taken more than that; the market makes up for it, or the bill's honest legs stay unpaid.
+    book.move(node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
     book.move(node_locked(leg.node_id), leg.client, leg.node, "refund")
     book.move(FEE_ACCOUNT, leg.client, leg.fee, "refund")
-    book.move(POOL_ACCOUNT, leg.client, leg.pool, "refund")
-    book.move(node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
+    missing = leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
+    missing -= _pay_up_to(book, TREASURY_ACCOUNT, leg.client, missing, "refund")
+    _owe(book, leg.client, missing)
     undone = leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy)
     book.put(book.legs, leg.receipt_digest, undone)
 

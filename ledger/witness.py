@@ -1,8 +1,9 @@
 """A witness follows the log's checkpoints and tells when its past was changed.
 
-It remembers the newest checkpoint it has seen. The next one must be the same tree, or a larger one
-with a proof that the remembered tree is its beginning. Anything else is a fork or a rollback,
-and the two signed notes are evidence of it for everyone.
+It remembers the largest checkpoint it has seen. Another one must be the same tree, a larger one
+with a proof that the remembered tree is its beginning, or an old one that is the beginning of the
+remembered tree. Anything else is a fork or a rollback, and the two signed notes are evidence of it
+for everyone. It never steps back: what it has seen once must be in every later tree.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def judge(previous: Seen | None, current: Seen, path: list[bytes]) -> None:
 
 
 async def look(ledger: LedgerPort, previous: Seen | None, origin: str, keys: list[bytes]) -> Seen:
-    """Asks for the newest checkpoint and judges it; what to remember. Raises LogForked."""
+    """Asks for the newest checkpoint and judges it; what to remember, which is never a smaller tree
+    than before. Raises LogForked."""
     note = (await ledger.checkpoint()).note
     current = Seen(_open(note, origin, keys), note)
     path: list[bytes] = []
@@ -65,7 +67,9 @@ async def look(ledger: LedgerPort, previous: Seen | None, origin: str, keys: lis
             except InvalidRequest:
                 path = []  # it no longer has the larger tree: judge says rollback
     judge(previous, current, path)
-    return current
+    # An old note is signed as well: taking it would forget what lies between, and a fork of that
+    # part would pass as growth.
+    return current if previous is None else max(current, previous, key=_how_far)
 
 
 def load(path: Path, origin: str, keys: list[bytes]) -> Seen | None:
@@ -84,6 +88,10 @@ def remember(path: Path, seen: Seen) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps({"size": seen.state.size, "note": seen.note}) + "\n")
     temporary.replace(path)
+
+
+def _how_far(seen: Seen) -> tuple[int, int]:
+    return seen.state.size, seen.state.issued_at_unix_ms
 
 
 def _open(note: str, origin: str, keys: list[bytes]) -> LogState:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from trueweight.ledger.backend import Backend
@@ -21,12 +22,16 @@ from trueweight.protos.identity import Signer
 
 log = logging.getLogger(__name__)
 
+# A caller may hold as much of the queue as he leaves free: one alone half of it, two a third each,
+# and whoever comes new always finds room.
 MAX_QUEUED = 16_384
 # While a group is in flight the next is judged early only if it is a full one: every group has its
 # price in statements, so small ones had better grow.
 MAX_GROUP = 512
 STANDBY_POLL_S = 0.2
 HOUSEKEEPING_MS = 1_000.0
+# Of which so much at most goes to expiring holds, so that nobody waits for a heap of them.
+EXPIRE_BUDGET_MS = 300.0
 _RETRY_S = 0.5
 
 
@@ -37,6 +42,7 @@ class Writer:
         self._terms, self._signer, self._hooks = terms, signer, hooks
         self._queue: deque[Call] = deque()
         self._queued = 0
+        self._queued_by: dict[str, int] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._active = False
@@ -58,12 +64,16 @@ class Writer:
                 raise Unavailable(
                     "this ledger is not the writer now", hint="Try again; a standby takes over."
                 )
-            if self._queued + len(call.operations) > MAX_QUEUED:
+            size = len(call.operations)
+            own = self._queued_by.get(call.payer, 0) + size
+            if own > MAX_QUEUED - self._queued:
                 raise OverCapacity(
-                    "the ledger's queue is full", hint="Send the same operations again later."
+                    "the ledger's queue is full, or this caller's part of it",
+                    hint="Send the same operations again later.",
                 )
             self._queue.append(call)
-            self._queued += len(call.operations)
+            self._queued += size
+            self._queued_by[call.payer] = own
             self._wake.notify()
 
     def stop(self, timeout_s: float = 30.0) -> None:
@@ -107,13 +117,13 @@ class Writer:
         self._active = True
         log.info("writing the books")
         with ThreadPoolExecutor(1, thread_name_prefix="ledger-commit") as committer:
-            pipeline = Pipeline(books, self._hooks, committer, self._nudge)
+            pipeline = Pipeline(books, self._hooks, committer, self._nudge, backend.confirm)
             try:
-                self._serve(books, pipeline)
+                self._serve(books, pipeline, backend.confirm)
             finally:
                 pipeline.abandon()
 
-    def _serve(self, books: Books, pipeline: Pipeline) -> None:
+    def _serve(self, books: Books, pipeline: Pipeline, confirm: Callable[[], None]) -> None:
         while True:
             calls = self._take(pipeline)
             if calls:
@@ -123,7 +133,10 @@ class Writer:
                 if self._stopping and not self._queue:
                     books.checkpoint(self._hooks.now_unix_ms())
                     return
-            self._keep_house(books, pipeline)
+            if self._hooks.monotonic_ms() - self._housekept_ms >= HOUSEKEEPING_MS:
+                pipeline.land()
+                confirm()
+                self._keep_house(books)
 
     def _take(self, pipeline: Pipeline) -> list[Call]:
         """The next group; empty when the one in flight has landed and nothing waits."""
@@ -134,11 +147,23 @@ class Writer:
             while self._queue and (
                 not taken or count + len(self._queue[0].operations) <= MAX_GROUP
             ):
-                call = self._queue.popleft()
+                call = self._pop()
+                if call.answer.done():
+                    continue  # the caller gave up, and was told nothing
                 count += len(call.operations)
                 taken.append(call)
-            self._queued -= count
         return taken
+
+    def _pop(self) -> Call:
+        call = self._queue.popleft()
+        size = len(call.operations)
+        self._queued -= size
+        left = self._queued_by[call.payer] - size
+        if left:
+            self._queued_by[call.payer] = left
+        else:
+            del self._queued_by[call.payer]
+        return call
 
     def _has_work(self, pipeline: Pipeline) -> bool:
         if self._stopping or pipeline.has_landed:
@@ -149,15 +174,15 @@ class Writer:
         with self._wake:
             self._wake.notify()
 
-    def _keep_house(self, books: Books, pipeline: Pipeline) -> None:
-        now = self._hooks.monotonic_ms()
-        if now - self._housekept_ms < HOUSEKEEPING_MS:
-            return
-        self._housekept_ms = now
-        pipeline.land()
-        if books.has_due_holds(self._hooks.now_unix_ms()):
+    def _keep_house(self, books: Books) -> None:
+        """With nothing in flight."""
+        started = self._housekept_ms = self._hooks.monotonic_ms()
+        while books.has_due_holds(self._hooks.now_unix_ms()):
             done = books.apply([[self._hooks.expire()]], self._hooks.now_unix_ms())
             self._hooks.committed(books.size, done.leaves)
+            refused = done.outcomes[0][0].error
+            if refused or self._hooks.monotonic_ms() - started >= EXPIRE_BUDGET_MS:
+                break
         books.checkpoint(self._hooks.now_unix_ms())
 
     def _pause(self, seconds: float) -> None:
@@ -170,6 +195,7 @@ class Writer:
             self._active = False
             failed = list(self._queue)
             self._queue.clear()
+            self._queued_by.clear()
             self._queued = 0
         if failed:
             error = Unavailable("the ledger lost its database", hint="Send the same ids again.")

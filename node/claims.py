@@ -51,15 +51,14 @@ async def confirm_reports(
     for _ in range(MAX_PAGES):
         cursor = journal.earnings_cursor()
         page = await ledger.transfers(account, cursor, PAGE)
-        if not page.transfers:
-            break
         earned = Counter(
             transfer.operation_id
             for transfer in page.transfers
             if transfer.credit_account == account and transfer.reason == EARNING
         )
-        journal.note_earnings(earned, page.next_sequence, now_unix_ms)
-        if len(page.transfers) < PAGE:
+        if page.next_sequence > cursor:
+            journal.note_earnings(earned, page.next_sequence, now_unix_ms)
+        if not page.more:
             break
     return journal.settle_reports()
 

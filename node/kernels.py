@@ -26,6 +26,9 @@ import numpy as np
 CLIPPED_MARGIN = 1000.0
 """Largest margin; also that of a token that is not allowed at all."""
 
+MASS_LADDER = (1 / 32, 1 / 16, 1 / 8)
+"""The reference's; here once more, because it is compiled in."""
+
 INVALID_ROW = -1
 """Winner of a row that holds NaN or plus infinity."""
 
@@ -325,15 +328,22 @@ def _pop(heap, size):
 def _threshold(scaled, rules, best, buffer):
     """Smallest allowed value of ``scaled``: the highest of the min-p, top-k and top-p cuts.
     ``buffer`` is scratch of the row's length."""
+    if best == np.float32(-np.inf):
+        return best
+    threshold = _cut_before_top_p(scaled, rules, best)
+    if rules.top_p < 1.0:
+        threshold = max(threshold, _top_p_threshold(scaled, threshold, rules.top_p, best, buffer))
+    return threshold
+
+
+@_compiled
+def _cut_before_top_p(scaled, rules, best):
+    """The higher of the min-p and top-k cuts; minus infinity without."""
     threshold = np.float32(-np.inf)
-    if best == threshold:
-        return threshold
     if rules.log_min_p > threshold:
         threshold = np.float32(best + rules.log_min_p)
     if 0 < rules.top_k < scaled.size:
         threshold = max(threshold, _kth_largest(scaled, threshold, rules.top_k))
-    if rules.top_p < 1.0:
-        threshold = max(threshold, _top_p_threshold(scaled, threshold, rules.top_p, best, buffer))
     return threshold
 
 
@@ -530,6 +540,31 @@ def _cut_margin(scaled, state, rules, claimed, clip, bounds):
 
 
 @_compiled
+def _shifted_top_p(top_p, shift):
+    return 1.0 / (1.0 + (1.0 - top_p) / top_p * math.exp(-shift))
+
+
+@_compiled
+def _is_explained(scaled, state, rules, claimed, rounding, buffer):
+    """Whether logits off by at most ``rounding / 2`` each explain ``claimed`` under top-p; see the
+    reference's ``_is_explained``."""
+    step = np.float32(np.float32(rounding) / rules.temperature)
+    shift = rounding / np.float64(rules.temperature)
+    best = _largest(scaled)
+    before = _cut_before_top_p(scaled, rules, best)
+    low, high = np.float32(before - step), min(np.float32(before + step), best)
+    more, less = _shifted_top_p(rules.top_p, shift), _shifted_top_p(rules.top_p, -shift)
+    lowest = _top_p_threshold(scaled, low, more, best, buffer)
+    highest = _top_p_threshold(scaled, high, less, best, buffer)
+    cut = np.float32(min(highest, scaled[claimed]) + step)
+    if cut < np.float32(lowest - step):
+        return False
+    own = np.float32(scaled[claimed] + _noise(_uniform(state, claimed)))
+    most = np.float32(own + step)
+    return _noisy_best(scaled, np.float32(1), state, cut, most, buffer)[1] == most
+
+
+@_compiled
 def _margin(processed, rules, seed, pos, claimed, clip, scratch):
     """Distance in logits of ``claimed`` from what the sampler takes."""
     if processed[claimed] == -np.inf:
@@ -540,7 +575,14 @@ def _margin(processed, rules, seed, pos, claimed, clip, scratch):
     state = _seed_state(seed, pos)
     if rules.has_cuts:
         _scale(processed, rules.temperature, scratch[2])
-        return _cut_margin(scratch[2], state, rules, claimed, clip, scratch[1])
+        margin = _cut_margin(scratch[2], state, rules, claimed, clip, scratch[1])
+        if rules.top_p < 1.0:
+            for rounding in MASS_LADDER:
+                if rounding >= margin:
+                    break
+                if _is_explained(scratch[2], state, rules, claimed, rounding, scratch[1]):
+                    return rounding
+        return margin
     low = np.float32(-np.inf)
     own = np.float32(processed[claimed] / rules.temperature + _noise(_uniform(state, claimed)))
     best = _noisy_best(processed, rules.temperature, state, low, own, scratch[1])[1]

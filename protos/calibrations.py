@@ -22,6 +22,7 @@ def is_usable(entry: CalibrationEntry) -> bool:
     return (
         MU0_FLOOR_NANO <= entry.mu0_nano < NANO
         and entry.mu0_nano >= 2 * entry.upper_bound_nano
+        and entry.ignored_below_nano < NANO
         and entry.refund_above_nano > 0
         and entry.requests > 0
     )

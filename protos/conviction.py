@@ -176,13 +176,22 @@ class NodeEvidence:
 
 
 def frozen_pairs(nodes: Sequence[NodeEvidence]) -> frozenset[str]:
-    """Pairs whose median node looks guilty: then the calibration is wrong, not the nodes."""
-    frozen = set()
-    for pair in {p for node in nodes for p in node.pairs}:
-        values = [node.pairs[pair].value for node in nodes if pair in node.pairs]
-        if len(values) >= FREEZE_MIN_NODES and statistics.median(values) >= FREEZE_MEDIAN_WEALTH:
-            frozen.add(pair)
-    return frozenset(frozen)
+    """Pairs whose median node looks guilty: then the calibration is wrong, not the nodes.
+
+    ``nodes`` are those that are not convicted: what became of a cheat says nothing any more, and
+    cheats of the past would outnumber the living. The median is taken twice, by nodes and by
+    audited tokens: many small identities do not freeze a pair, nor does one that has most work.
+    """
+    pairs = {p for node in nodes for p in node.pairs}
+    return frozenset(p for p in pairs if _is_frozen([n.pairs[p] for n in nodes if p in n.pairs]))
+
+
+def _is_frozen(found: Sequence[Wealth]) -> bool:
+    if len(found) < FREEZE_MIN_NODES:
+        return False
+    guilty = [w.tokens for w in found if w.value >= FREEZE_MEDIAN_WEALTH]
+    by_nodes = statistics.median(w.value for w in found) >= FREEZE_MEDIAN_WEALTH
+    return by_nodes and 2 * sum(guilty) > sum(w.tokens for w in found)
 
 
 def should_convict(node: NodeEvidence, frozen: frozenset[str]) -> bool:
@@ -247,15 +256,16 @@ def as_zero(index: int, why_not: str) -> Answer:
 def answer_of(said: Said, asked: Asked, verifier_id: str, calibrations: CalibrationTable) -> Answer:
     """How a verdict settles the audit.
 
-    1. What the verifier has no calibration for is left out: which class a request is of says its
-    assignment, not its margins. 2. Every other verdict without margins counts as zero, or a
-    verifier could make the audits disappear that speak for a node. So does one that 3. cites
-    another calibration than its signer's in force, 4. or one for other weights, 5. scores another
-    number of tokens than the node signed for, or 6. states an impossible sum.
+    1. What the verifier has no calibration for is left out, refunded or not: which class a request
+    is of says its assignment, not its margins. 2. Every other verdict without margins counts as
+    zero, or a verifier could make the audits disappear that speak for a node. So does one that 3.
+    cites another calibration than its signer's in force, 4. or one for other weights, 5. scores
+    another number of tokens than the node signed for, or 6. states an impossible sum.
     """
     index, name = said.verdict_index, said.parameter_class
     is_uncovered = name and not calibrations.covers(verifier_id, name, asked.receipt_index)
-    if said.outcome == Verdict.UNCALIBRATED and is_uncovered:  # 1
+    is_bare = said.outcome == Verdict.REFUND and not said.calibration_digest
+    if is_uncovered and (is_bare or said.outcome == Verdict.UNCALIBRATED):  # 1
         return Answer(index, why_not="its class is not calibrated", is_left_out=True)
     if said.outcome not in (Verdict.SCORED, Verdict.REFUND):  # 2
         return as_zero(index, "the outcome is no evidence")

@@ -21,8 +21,11 @@ CONVICT = 10**6
 LAMBDAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 # A request counts in full from this many scored tokens.
 FULL_WEIGHT_TOKENS = 256
-# Smallest null mean that a calibration may state: 2 * 10^-4.
-MU0_FLOOR_NANO = 200_000
+# The mean x of a shorter request is taken over so many, as if its other tokens were exact: else one
+# near tie that a client searched for and asked alone would stand for thousands of ordinary tokens.
+MEAN_TOKENS = 64
+# Smallest null mean that a calibration may state: 5 * 10^-5.
+MU0_FLOOR_NANO = 50_000
 # What references compute in. Margins grow with the square of the rounding on both sides: one that
 # rounds like the nodes doubles an honest node's and hides small cheats behind its own noise.
 REFERENCE_DTYPE = "float32"
@@ -47,17 +50,26 @@ def clipped_nano(margin: float) -> int:
     return math.floor(min(margin, CLIP_LOGIT) / CLIP_LOGIT * NANO)
 
 
-def sum_nano(margins: Iterable[float]) -> int:
-    """Sum of ``clipped_nano`` over one request's margins: ``Verdict.sum_x_nano``."""
-    return sum(clipped_nano(margin) for margin in margins)
+def counted_nano(x_nano: Iterable[int], ignored_below_nano: int) -> int:
+    """Sum of what counts of one request's x: a token below ``ignored_below_nano`` counts as 0.
+
+    Up to there rounding alone decides between two tokens, and a client that chooses prompts and
+    seeds can make it decide as often as he likes."""
+    return sum(x for x in x_nano if x >= ignored_below_nano)
+
+
+def sum_nano(margins: Iterable[float], ignored_below_nano: int = 0) -> int:
+    """``counted_nano`` of one request's margins: ``Verdict.sum_x_nano``."""
+    return counted_nano(map(clipped_nano, margins), ignored_below_nano)
 
 
 def bet(item: Item, fraction: float) -> float:
-    """e = 1 + fraction * w * (mean / mu0 - 1), the factor of one request. Always positive."""
+    """e = 1 + fraction * w * (mean / mu0 - 1), the factor of one request, with
+    w = min(n, 256)/256 and mean = sum of x / max(n, 64). Always positive."""
     _check(item)
     weight = min(item.n, FULL_WEIGHT_TOKENS) / FULL_WEIGHT_TOKENS
     # Integer / integer is rounded once, also beyond 2^53.
-    ratio = item.sum_x_nano / (item.n * item.mu0_nano)
+    ratio = item.sum_x_nano / (max(item.n, MEAN_TOKENS) * item.mu0_nano)
     return 1.0 + fraction * weight * (ratio - 1.0)
 
 

@@ -324,3 +324,11 @@ CHECKS: tuple[Check, ...] = (
     Check("allowed", "the engine is on the market's allow-list", _engine_is_allowed),
 )
 # fmt: on
+
+# The name, next to those of L0, for parameters that the contract forbids.
+SAMPLING = "sampling"
+# Checks that only a wrong transcript or assignment fails, never a node: its router answers for
+# them. (The name that is sold is the router's word; a node only ever sees the weights' digest.)
+TRANSCRIPT_CHECKS = frozenset({"assignment", "manifest", "prompt_digest", "prefix_digest"})
+# What a verdict of INVALID_RECEIPT may name: without a name there would be nothing to check it by.
+NODE_FAULTS = frozenset(c.name for c in CHECKS) - TRANSCRIPT_CHECKS | {SAMPLING}

@@ -7,6 +7,7 @@ from it. Everything is per row of logits, so callers may work in row blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from trueweight.protos.sampling_parameters import Sampling, parameter_class, res
 
 __all__ = [
     "CLIP_LOGIT",
+    "MASS_LADDER",
     "MAX_MARGIN",
     "SAMPLER_ID",
     "Perturbed",
@@ -40,10 +42,13 @@ __all__ = [
     "sample_rows",
     "score_row",
     "score_rows",
+    "shifted_top_p",
 ]
 
 SAMPLER_ID = "tw-gumbel-1"
 MAX_MARGIN = 1000.0
+MASS_LADDER = (1 / 32, 1 / 16, 1 / 8)
+"""Roundings, in logits, that are tried as an explanation of what top-p cut off or let in."""
 Mask = NDArray[np.bool_]
 
 
@@ -246,17 +251,22 @@ def cut_threshold(scaled: F32, sampling: Sampling) -> float:
     Values at the threshold are kept, so cuts by value keep ties and their intersection is again
     one threshold. Top-p is renormalised over what min-p and top-k left.
     """
-    best = np.max(scaled)
-    if not sampling.cuts or best == -np.inf:
+    if not sampling.cuts or np.max(scaled) == -np.inf:
         return -np.inf
+    threshold = _cut_before_top_p(scaled, sampling)
+    if sampling.top_p < 1.0:
+        threshold = max(threshold, _top_p_threshold(scaled, threshold, sampling.top_p))
+    return threshold
+
+
+def _cut_before_top_p(scaled: F32, sampling: Sampling) -> float:
+    """The higher of the min-p and top-k cuts; -inf without."""
     threshold = -np.inf
     if sampling.min_p > 0.0:
-        threshold = float(best + np.log(np.float32(sampling.min_p)))
+        threshold = float(np.max(scaled) + np.log(np.float32(sampling.min_p)))
     if 0 < sampling.top_k < len(scaled):
         kth = np.partition(scaled, len(scaled) - sampling.top_k)[len(scaled) - sampling.top_k]
         threshold = max(threshold, float(kth))
-    if sampling.top_p < 1.0:
-        threshold = max(threshold, _top_p_threshold(scaled, threshold, sampling.top_p))
     return threshold
 
 
@@ -282,23 +292,30 @@ def _score(logits: F32, row: Row, claimed: int, clip: float) -> RowScore:
     raw = np.asarray(logits, dtype=np.float32)
     if not 0 <= claimed < len(raw):
         raise InvalidRequest("a claimed token is outside the vocabulary")
-    margin = margin_of(perturb(raw, row), claimed, row.sampling.temperature, clip)
+    margin = margin_of(perturb(raw, row), claimed, row.sampling, clip)
     best = float(np.max(raw))
     total = float(np.sum(np.exp(raw.astype(np.float64) - best)))
     logprob = float(raw[claimed]) - best - float(np.log(total))
     return RowScore(margin, logprob, int(np.count_nonzero(raw > raw[claimed])))
 
 
-def margin_of(row: Perturbed, claimed: int, temperature: float, clip: float = CLIP_LOGIT) -> float:
+def margin_of(row: Perturbed, claimed: int, sampling: Sampling, clip: float = CLIP_LOGIT) -> float:
     """Distance in logits of ``claimed`` from what the sampler takes, in [0, 1000]."""
     if row.processed[claimed] == -np.inf:
         nothing_allowed = bool(np.max(row.processed) == -np.inf)
         return 0.0 if nothing_allowed and claimed == 0 else MAX_MARGIN
-    scale = temperature if temperature > 0.0 else 1.0
+    scale = sampling.temperature if sampling.temperature > 0.0 else 1.0
     own = float(row.noisy[claimed])
     if row.threshold == -np.inf:
         return _bounded(scale * (float(np.max(row.noisy)) - own))
-    return _bounded(_cut_margin(row, claimed, own, scale, clip))
+    margin = _bounded(_cut_margin(row, claimed, own, scale, clip))
+    if sampling.top_p < 1.0:
+        for rounding in MASS_LADDER:
+            if rounding >= margin:
+                break
+            if _is_explained(row, claimed, sampling, rounding):
+                return rounding
+    return margin
 
 
 def _cut_margin(row: Perturbed, claimed: int, own: float, scale: float, clip: float) -> float:
@@ -328,6 +345,32 @@ def _cut_margin(row: Perturbed, claimed: int, own: float, scale: float, clip: fl
             break
         best = min(best, max(_move_cost(move, short), float(worst[i + 1])))
     return best
+
+
+def _is_explained(row: Perturbed, claimed: int, sampling: Sampling, rounding: float) -> bool:
+    """Whether logits that are off by at most ``rounding / 2`` each explain ``claimed`` under top-p.
+
+    They move the log-odds of the mass of any set of tokens by at most ``rounding / T``, and the
+    min-p and top-k cuts by at most ``rounding``. So the cut lies between ``lowest`` and
+    ``highest``, give or take ``step``. The best for ``claimed`` is the highest that it survives.
+    """
+    scaled = row.scaled
+    step = np.float32(rounding) / np.float32(sampling.temperature)
+    before = np.float32(_cut_before_top_p(scaled, sampling))
+    shift = rounding / sampling.temperature
+    above = (float(before - step), float(min(before + step, np.max(scaled))))
+    lowest = _top_p_threshold(scaled, above[0], shifted_top_p(sampling.top_p, shift))
+    highest = _top_p_threshold(scaled, above[1], shifted_top_p(sampling.top_p, -shift))
+    cut = min(np.float32(highest), scaled[claimed]) + step
+    if cut < np.float32(lowest) - step:
+        return False
+    return not np.any(row.noisy[scaled >= cut] > row.noisy[claimed] + step)
+
+
+def shifted_top_p(top_p: float, shift: float) -> float:
+    """``top_p`` moved by ``shift`` in log-odds, in fp64. Needs no clamp: of an fp32 value below 1
+    and at most 1/8 over the least temperature it makes a value strictly between 0 and 1."""
+    return 1.0 / (1.0 + (1.0 - top_p) / top_p * math.exp(-shift))
 
 
 def _move_cost(move: float, short: float) -> float:

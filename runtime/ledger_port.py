@@ -19,8 +19,11 @@ import grpc.aio
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     OverCapacity,
+    PayloadTooLarge,
     TrueweightError,
+    Unauthenticated,
     Unavailable,
     error_for,
 )
@@ -33,6 +36,8 @@ from trueweight.runtime import rpc
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Of one call.
+MAX_OPERATIONS = 1024
 MAX_BATCH = 256
 MAX_QUEUE = 8192
 DEFAULT_TIMEOUT_MS = 15_000
@@ -229,6 +234,10 @@ class _Batcher:
             return []
         if self._closed:
             raise Unavailable("the ledger connection is closed")
+        if len(operations) > MAX_OPERATIONS:
+            raise InvalidRequest(
+                f"at most {MAX_OPERATIONS} operations at once", hint="Send several calls."
+            )
         if self._queued_operations + len(operations) > MAX_QUEUE:
             raise OverCapacity("too many ledger operations are waiting", hint="Try again later.")
         waiting = _Waiting(operations, asyncio.get_running_loop().create_future())
@@ -306,5 +315,17 @@ class _Batcher:
         self._flying.clear()
         for waiting in failed:
             if not waiting.answer.done():
-                waiting.answer.set_exception(error)
+                waiting.answer.set_exception(_as_seen_by(waiting, error))
         self._wake.set()
+
+
+def _as_seen_by(waiting: _Waiting, error: TrueweightError) -> TrueweightError:
+    """What a lost stream means for one call: usually that nobody knows what became of it, because
+    the fault may be another call's."""
+    if isinstance(error, Unauthenticated | Unavailable | DeadlineExceeded):
+        return error  # a stream that was not let in has done nothing
+    if sum(o.ByteSize() for o in waiting.operations) > rpc.MAX_MESSAGE_BYTES:
+        return PayloadTooLarge("the operations do not fit into one message", hint="Send fewer.")
+    return Unavailable(
+        f"the ledger ended the stream: {error.message}", hint="Send the same operations again."
+    )

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trueweight.protos.evidence import Item
+from trueweight.protos.evidence import Item, counted_nano
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibration_traffic import class_of
@@ -73,7 +73,7 @@ class PowerBench:
     def pool(self, source: str, kind: str) -> Pool:
         """Scored requests of one way of serving; empty if there are none."""
         served = next(s for s in SERVED if s.source.name == source)
-        mu0 = self.entries[class_of(kind)].mu0_nano
+        entry = self.entries[class_of(kind)]
         rows = [
             row
             for s in (served.source, by_transformers(served.source))
@@ -81,7 +81,10 @@ class PowerBench:
         ]
         tokens = sum(map(len, rows))
         exact = sum(x == 0 for row in rows for x in row)
-        items = tuple(Item(sum(row), len(row), mu0) for row in rows)
+        items = tuple(
+            Item(counted_nano(row, entry.ignored_below_nano), len(row), entry.mu0_nano)
+            for row in rows
+        )
         return Pool(source, items, exact / tokens if tokens else 0.0)
 
     def roc_pools(self) -> dict[str, Pool]:

@@ -1,9 +1,9 @@
 """``make bench-verify``: what verification costs, what it convicts, and whom it leaves alone.
 
 - ``cost``: scoring against a bare prefill of the same tokens, and against generating them, alone
-  and 32 at once, on the shipped model and a random Llama of hidden size 1024. All three ways run
-  on the same engine in interleaved rounds. Also what L0 costs a receipt, and what both come to as a
-  share of the market's compute at the floor rate.
+  and 32 at once, on the shipped model and a random Llama of hidden size 1024. Scoring and prefill
+  run on a reference (float32), generating on a node's engine, in interleaved rounds. Also what L0
+  costs a receipt, and what both come to as a share of the market's compute at the floor rate.
 - ``cheats``: audited tokens until each known cheat is convicted (``bench_power``).
 - ``honest``: the largest wealth of honest nodes on held-out traffic (``honest_run``).
 
@@ -17,7 +17,8 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import click
 
 from trueweight.node.engine import GenerateJob, ScoreJob
 from trueweight.node.vllm.engine import VllmEngine, VllmOptions
+from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.runtime import cli
 from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
 from trueweight.simulation.bench_engines import make_jobs
@@ -41,24 +43,28 @@ OUTPUT_TOKENS = 128
 CONCURRENCIES = (1, 32)
 _ALONE_REPEATS = 2
 _OPTIONS = VllmOptions(max_context_tokens=1024, kv_cache_bytes=512 << 20)
+_REFERENCE_OPTIONS = replace(_OPTIONS, dtype=REFERENCE_DTYPE)
 
 Way = Callable[[], Awaitable[Any]]
 
 
 async def measure(model: Path, rounds: int) -> dict[str, Any]:
     """Figures of one model, by concurrency."""
-    engine = VllmEngine(model, _OPTIONS)
-    await engine.start()
-    try:
-        figures: dict[str, Any] = {}
-        for concurrency in CONCURRENCIES:
-            figures[f"concurrency_{concurrency}"] = await _compare(engine, concurrency, rounds)
-        return figures
-    finally:
-        await engine.close()
+    async with AsyncExitStack() as stack:
+        engines = [VllmEngine(model, options) for options in (_OPTIONS, _REFERENCE_OPTIONS)]
+        for engine in engines:
+            await engine.start()
+            stack.push_async_callback(engine.close)
+        node, reference = engines
+        return {
+            f"concurrency_{count}": await _compare(node, reference, count, rounds)
+            for count in CONCURRENCIES
+        }
 
 
-async def _compare(engine: VllmEngine, concurrency: int, rounds: int) -> dict[str, Estimate]:
+async def _compare(
+    node: VllmEngine, reference: VllmEngine, concurrency: int, rounds: int
+) -> dict[str, Estimate]:
     seconds: dict[str, list[float]] = {"prefill": [], "score": [], "generate": []}
     exact = total = 0
     for index in range(rounds + 1):
@@ -66,15 +72,15 @@ async def _compare(engine: VllmEngine, concurrency: int, rounds: int) -> dict[st
             concurrency if concurrency > 1 else _ALONE_REPEATS,
             prompt_tokens=PROMPT_TOKENS,
             tokens=OUTPUT_TOKENS,
-            vocabulary=engine.limits.vocabulary_size,
+            vocabulary=node.limits.vocabulary_size,
             seed=7000 + index,
         )
         batches = [jobs] if concurrency > 1 else [[job] for job in jobs]
-        spent, claims = await _timed_generation(engine, batches)
-        scores = await engine.score([claim for batch in claims for claim in batch])
+        spent, claims = await _timed_generation(node, batches)
+        scores = await reference.score([claim for batch in claims for claim in batch])
         margins = [margin for score in scores for margin in score.margins]
         exact, total = exact + sum(m == 0 for m in margins), total + len(margins)
-        both = await _timed_checks(engine, claims, score_first=bool(index % 2))
+        both = await _timed_checks(reference, claims, score_first=bool(index % 2))
         if index:
             for name, value in (("generate", spent), *both.items()):
                 seconds[name].append(value)

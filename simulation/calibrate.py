@@ -184,6 +184,7 @@ def _show(out: Path, entries: Sequence[CalibrationEntry], as_json: bool) -> None
             "class": e.parameter_class,
             "requests": e.requests,
             "tokens": e.tokens,
+            "counts_from": e.ignored_below_nano / 1e9,
             "mean": e.mean_nano / 1e9,
             "upper": e.upper_bound_nano / 1e9,
             "mu0": e.mu0_nano / 1e9,

@@ -49,19 +49,24 @@ def _engine(
 
 
 _EVERY_KIND = {"plain": 1.0, "greedy": 0.2, SHORT: 0.1, LOW: 0.2}
+_WITH_CUTS = {**_EVERY_KIND, "top_p": 0.2, "multi_cut": 0.2}
 
 SERVED = (
     Served(
         Source(HONEST, options=OPTIONS),
-        {**_EVERY_KIND, "top_p": 0.2},
+        _WITH_CUTS,
     ),
-    _weights("4-bit weights", lambda a, b: write_quantised(a, b, bits=4, group=32), _EVERY_KIND),
-    _weights("fp8 weights", write_fp8, {**_EVERY_KIND, "top_p": 0.2}),
-    _weights("1 % weight noise", lambda a, b: write_noisy(a, b, relative=0.01)),
+    _weights("4-bit weights", lambda a, b: write_quantised(a, b, bits=4, group=32), _WITH_CUTS),
+    _weights("fp8 weights", write_fp8, _WITH_CUTS),
+    _weights(
+        "1 % weight noise",
+        lambda a, b: write_noisy(a, b, relative=0.01),
+        {"plain": 1.0, "greedy": 0.2, SHORT: 0.1},
+    ),
     _engine(
         "T = 0.95 for 1",
         lambda e: adversaries.WrongTemperature(e, 0.95),
-        {"plain": 1.0, SHORT: 0.1},
+        {"plain": 1.0, SHORT: 0.1, LOW: 0.2},
     ),
     _weights("int8 per channel", lambda a, b: write_quantised(a, b, bits=8, group=0)),
     _weights("fine-tuned weights", write_fine_tuned, {"plain": 1.0, "greedy": 0.2}),
@@ -111,7 +116,9 @@ ROWS = (
     Row("another model, short outputs", "another model", SHORT),
     Row("another model, low entropy", "another model", LOW),
     Row("hidden prompt or truncated context", "hidden prompt"),
+    *_disguises("hidden prompt"),
     Row("early end with a forged stop token", "early end"),
+    *_disguises("early end"),
     Row("top-p 0.9 unasked", "top-p 0.9 unasked"),
     *_disguises("top-p 0.9 unasked"),
     Row("top-p 0.9 for 0.5 to 0.99", "another top-p than asked for", "top_p"),
@@ -120,6 +127,8 @@ ROWS = (
     Row("4-bit weights, T = 0", "4-bit weights", "greedy"),
     Row("4-bit weights, short outputs", "4-bit weights", SHORT),
     Row("4-bit weights, low entropy", "4-bit weights", LOW),
+    Row("4-bit weights, top-p", "4-bit weights", "top_p"),
+    Row("4-bit weights, several cuts", "4-bit weights", "multi_cut"),
     *_disguises("4-bit weights"),
     Row("5 % weight noise", "5 % weight noise"),
     Row("fine-tuned weights", "fine-tuned weights"),
@@ -127,14 +136,18 @@ ROWS = (
     Row("fine-tuned weights, T = 0", "fine-tuned weights", "greedy"),
     Row("T = 0.95 for 1", "T = 0.95 for 1", target=1500),
     Row("T = 0.95 for 1, short outputs", "T = 0.95 for 1", SHORT),
+    Row("T = 0.95 for 1, low entropy", "T = 0.95 for 1", LOW),
     *_disguises("T = 0.95 for 1"),
     Row("fp8 weights", "fp8 weights", target=8000),
     Row("fp8 weights, T = 0", "fp8 weights", "greedy"),
     Row("fp8 weights, short outputs", "fp8 weights", SHORT),
     Row("fp8 weights, low entropy", "fp8 weights", LOW),
     Row("fp8 weights, top-p", "fp8 weights", "top_p"),
+    Row("fp8 weights, several cuts", "fp8 weights", "multi_cut"),
     *_disguises("fp8 weights"),
     Row("1 % weight noise", "1 % weight noise", target=18000),
+    Row("1 % weight noise, T = 0", "1 % weight noise", "greedy"),
+    Row("1 % weight noise, short outputs", "1 % weight noise", SHORT),
     *_disguises("1 % weight noise"),
     Row("int8 per channel", "int8 per channel"),
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trueweight.protos.evidence import CONVICT, Item, Wealth
+from trueweight.protos.evidence import CONVICT, Item, Wealth, counted_nano
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
@@ -24,7 +24,8 @@ from trueweight.verifier.calibration import calibrate_class
 
 HONEST_SEED = 880_001
 HOSTILE = tuple(kind for kind in SPECIAL if kind.startswith("hostile "))
-WIDE_CLASSES = ("plain", "greedy", "top_p", "multi_cut", "penalties")
+# All but grammar, which needs a tokeniser.
+WIDE_CLASSES = tuple(kind for kind in CLASSES if kind != "grammar")
 # Two weight scales: flat outputs with tiny noise, sharp ones with large noise.
 WIDE = {
     "random, hidden 1024, std 0.02": LlamaShape(1024, 4, 16, 8, 2816, 8192, std=0.02),
@@ -105,12 +106,16 @@ class HonestRun:
         items: list[Item] = []
         worst = 0.0
         for kind in kinds:
-            mu0 = self._entries[class_of(kind)].mu0_nano
+            entry = self._entries[class_of(kind)]
             sources = [v for v in VARIANTS if v.name == pair[0]]
             sample = self._measurement.sample(sources, kind, pair[1])
-            items += [Item(sum(r), len(r), mu0) for r in sample.requests]
-            total = sum(map(sum, sample.requests))
-            worst = max(worst, total / (sample.tokens * mu0) if sample.tokens else 0.0)
+            found = [
+                Item(counted_nano(r, entry.ignored_below_nano), len(r), entry.mu0_nano)
+                for r in sample.requests
+            ]
+            items += found
+            null = sample.tokens * entry.mu0_nano
+            worst = max(worst, sum(i.sum_x_nano for i in found) / null if null else 0.0)
         convicted, largest = lifetimes(items, orders, seed=1)
         tokens = sum(i.n for i in items)
         return HonestRow(
@@ -130,7 +135,7 @@ class HonestRun:
 async def wide_run(
     name: str, work: Path, *, tokens: int, orders: int, minutes: float
 ) -> list[HonestRow]:
-    """Calibrates a random model with a fifth of the tokens, then judges it on other traffic.
+    """Calibrates a random model with as many tokens, then judges it on other traffic.
 
     No rows as long as something is missing."""
     model = write_random_llama(work / "model", WIDE[name])
@@ -140,7 +145,7 @@ async def wide_run(
         store = MarginStore(work / f"seed-{seed}", weights, seed)
         return Measurement(model, store, Traffic.of_model(model, seed), minutes)
 
-    each = round(tokens / 5 / len(WIDE_CLASSES))
+    each = round(tokens / len(WIDE_CLASSES))
     calibrator = Calibrator(measurement(1), VARIANTS[:2], dict.fromkeys(WIDE_CLASSES, each))
     await calibrator.run()
     if calibrator.missing():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -217,12 +218,22 @@ class World:
 
     def capture(self, hold_id: bytes, *legs: Leg) -> pb.Operation:
         """A correct capture of these legs."""
-        request_id, bill_id = self.new_id(), self.new_id()
+        request_id = self.new_id()
         pairs = [self.evidence(hold_id, leg, request_id) for leg in legs]
+        return self.capture_served(hold_id, request_id, legs, pairs)
+
+    def capture_served(
+        self,
+        hold_id: bytes,
+        request_id: bytes,
+        legs: Sequence[Leg],
+        pairs: list[tuple[bytes, bytes]],
+    ) -> pb.Operation:
+        """A correct capture of legs whose evidence was made before, for example to be claimed."""
         bill_legs = [self.bill_leg(leg, *pair) for leg, pair in zip(legs, pairs, strict=True)]
         bill = market_pb2.Bill(
             market_id=self.market_id,
-            bill_id=bill_id,
+            bill_id=self.new_id(),
             request_id=request_id,
             router_id=self.identity("router"),
             model_id="demo",
@@ -232,6 +243,43 @@ class World:
             issued_at_unix_ms=self.now,
         )
         return self.capture_of(bill, pairs)
+
+    def claim(self, hold_id: bytes, pair: tuple[bytes, bytes]) -> pb.Operation:
+        """A node's own claim for a leg."""
+        assignment, receipt = pair
+        body = pb.Claim(hold_id=hold_id, assignment=assignment, receipt=receipt)
+        return pb.Operation(id=self.new_id(), claim=body)
+
+    def release(self, node_id: str, amount: int = 0, below: int = 10**9) -> pb.Operation:
+        """0: all that may be released."""
+        body = pb.Release(node_id=node_id, amount_nano=amount, below_log_index=below)
+        return pb.Operation(id=self.new_id(), release=body)
+
+    def payout(self, node_id: str, amount: int) -> pb.Operation:
+        body = pb.PayoutStart(node_id=node_id, amount_nano=amount, rail="bank")
+        return pb.Operation(id=self.new_id(), payout_start=body)
+
+    def withdraw(self, node_id: str, amount: int, not_before: int) -> pb.Operation:
+        body = pb.BondWithdraw(node_id=node_id, amount_nano=amount, not_before_unix_ms=not_before)
+        return pb.Operation(id=self.new_id(), bond_withdraw=body)
+
+    def settle(self, payout_id: bytes, *, paid: bool = True) -> pb.Operation:
+        """What the rail said of a payout or a withdrawal."""
+        body = pb.PayoutSettle(payout_id=payout_id, paid=paid)
+        return pb.Operation(id=self.new_id(), payout_settle=body)
+
+    def limit(self, api_key: str, most: int, period_ms: int = 0) -> pb.Operation:
+        body = pb.SetSpendingLimit(api_key_id=api_key, limit_nano=most, period_ms=period_ms)
+        return pb.Operation(id=self.new_id(), set_spending_limit=body)
+
+    def reward(self, verdict_digest: bytes, amount: int, by: str = "verifier") -> pb.Operation:
+        body = pb.Reward(
+            verifier_id=self.identity(by), amount_nano=amount, verdict_digest=verdict_digest
+        )
+        return pb.Operation(id=self.new_id(), reward=body)
+
+    def expire(self) -> pb.Operation:
+        return pb.Operation(id=self.new_id(), expire=pb.Expire(limit=1000))
 
     def capture_of(
         self, bill: market_pb2.Bill, pairs: list[tuple[bytes, bytes]], signer: str = "router"

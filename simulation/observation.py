@@ -109,7 +109,7 @@ async def transfers_of(ledger: LedgerPort, account: str) -> list[TransferRecord]
     while True:
         page = await ledger.transfers(account, after, _PAGE)
         found.extend(page.transfers)
-        if not page.transfers or page.next_sequence <= after:
+        if not page.more:
             return found
         after = page.next_sequence
 

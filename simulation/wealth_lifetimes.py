@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trueweight.protos.evidence import FULL_WEIGHT_TOKENS, LAMBDAS
+from trueweight.protos.evidence import FULL_WEIGHT_TOKENS, LAMBDAS, MEAN_TOKENS
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -42,7 +42,7 @@ def wealth_paths(draws: Iterator[I64], tokens: int, mu0_nano: int) -> Iterator[F
     for r, drawn in enumerate(draws, start=1):
         if sums is None:
             sums = np.zeros((len(LAMBDAS), drawn.size))
-        ratio = drawn / (tokens * mu0_nano)
+        ratio = drawn / (max(tokens, MEAN_TOKENS) * mu0_nano)
         factor = 1.0 + slopes * weight * (ratio - 1.0)
         sums = np.minimum(factor * (sums + 1.0 / (r * (r + 1))), 1e300)
         rest = 1.0 / (r + 1)

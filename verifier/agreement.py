@@ -23,9 +23,11 @@ mu0, where the wealth does not grow.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trueweight.protos.evidence import CONVICT, FULL_WEIGHT_TOKENS
+from trueweight.protos.receipts import NODE_FAULTS
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry, Verdict
 from trueweight.verifier.calibration import is_far_outside
 from trueweight.verifier.selection import ReceiptLeaf
@@ -79,7 +81,10 @@ def contradicted(view: LogView, verifier_id: str, until_index: int) -> tuple[str
             for first, second in ((mine, theirs), (theirs, mine)):
                 key = (first.verifier_id + second.verifier_id, receipt.node_id)
                 capital = capitals.setdefault(key, Capital())
-                if _is_too_much(capital, first, second, _entry(view, first, receipt)):
+                entries = [_entry(view, v, receipt) for v in (first, second)]
+                if _is_too_much(capital, first, second, entries[0]):
+                    found.add(receipt.node_id)
+                if _is_bare_framing(first, second, entries):
                     found.add(receipt.node_id)
     return tuple(sorted(found))
 
@@ -91,6 +96,16 @@ def _is_too_much(
         return False
     capital.bet(mean_x(first), mean_x(second), first.scored_tokens, entry.mu0_nano / 1e9)
     return capital.largest >= CONTRADICTED or is_beyond_noise(first, second, entry)
+
+
+def _is_bare_framing(
+    first: Verdict, second: Verdict, entries: Sequence[CalibrationEntry | None]
+) -> bool:
+    """True if the first refunds without citing a calibration what is ordinary by the second's."""
+    mine, theirs = entries
+    if mine is not None or theirs is None or not second.scored_tokens:
+        return False
+    return first.outcome == Verdict.REFUND and is_beyond_noise(first, second, theirs)
 
 
 def is_beyond_noise(first: Verdict, second: Verdict, entry: CalibrationEntry) -> bool:
@@ -110,6 +125,53 @@ def _is_opposite(mine: Verdict, theirs: Verdict) -> bool:
         return False
     facts = [(v.scored_tokens, v.parameter_class) for v in (mine, theirs)]
     return facts[0] != facts[1]
+
+
+def is_void(verdict: Verdict) -> bool:
+    """True if the verdict says nothing about the margins, nor names a check that failed."""
+    if verdict.outcome == Verdict.INVALID_RECEIPT:
+        return verdict.l0_failure not in NODE_FAULTS
+    return verdict.outcome not in (Verdict.SCORED, Verdict.REFUND)
+
+
+def voids_compared(view: LogView, mine: Iterable[Verdict]) -> tuple[int, tuple[bytes, ...]]:
+    """How many of a verifier's receipts another scored as well, and which of those it called void
+    all the same. Who had no calibration that it could have scored by, says no more than that."""
+    compared, refuted = 0, []
+    for verdict in mine:
+        receipt = view.receipts.get(verdict.receipt_digest)
+        others = _scored_by_others(view, verdict, receipt) if receipt else []
+        if receipt is None or not others:
+            continue
+        compared += 1
+        if is_void(verdict) and not _is_uncovered(view, verdict, others, receipt):
+            refuted.append(verdict.receipt_digest)
+    return compared, tuple(refuted)
+
+
+def _scored_by_others(view: LogView, mine: Verdict, receipt: ReceiptLeaf) -> list[Verdict]:
+    """Other verifiers' margins of the same receipt; who copied need not have looked at it."""
+    judges = [j for j in view.judges_of(receipt.node_id) if j != mine.verifier_id]
+    found = [view.verdicts.get((judge, receipt.receipt_digest)) for judge in judges]
+    messages = [v.leaf.message for v in found if v is not None and not v.copied]
+    return [m for m in messages if not is_void(m) and m.scored_tokens]
+
+
+def _is_uncovered(
+    view: LogView, mine: Verdict, others: Iterable[Verdict], receipt: ReceiptLeaf
+) -> bool:
+    """True if the verdict says "not calibrated", another's verdict names the same class, and there
+    was no calibration of its signer for it: for the weights that the other cites one for."""
+    name, known = mine.parameter_class, view.calibrations
+    if mine.outcome != Verdict.UNCALIBRATED or mine.l0_failure:
+        return False
+    for other in (v for v in others if v.parameter_class == name):
+        cited = known.cited(other.verifier_id, other.calibration_digest, receipt.index)
+        if cited is None:
+            return not known.covers(mine.verifier_id, name, receipt.index)
+        own = known.in_force(mine.verifier_id, cited.manifest_digest, receipt.index)
+        return own is None or name not in own.entries
+    return False
 
 
 def _entry(view: LogView, verdict: Verdict, receipt: ReceiptLeaf) -> CalibrationEntry | None:

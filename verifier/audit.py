@@ -17,7 +17,13 @@ from trueweight.protos.errors import (
 )
 from trueweight.protos.grammar import digest_of_source
 from trueweight.protos.market_terms import refusal_in
-from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
+from trueweight.protos.receipts import (
+    SAMPLING,
+    TRANSCRIPT_CHECKS,
+    ReceiptFacts,
+    check_receipt,
+    open_assignment,
+)
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
 from trueweight.protos.tokens import SALT_BYTES, token_digest
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Transcript, Verdict
@@ -34,10 +40,6 @@ from trueweight.verifier.transcripts import TranscriptSource, unseal
 from trueweight.verifier.verdicts import AuditContext, Scored
 
 log = logging.getLogger(__name__)
-
-# L0 checks that only a wrong transcript or assignment fails, never a node: its router answers for
-# them. (The name that is sold is the router's word; a node only ever sees the weights' digest.)
-_TRANSCRIPT_CHECKS = frozenset({"assignment", "manifest", "prompt_digest", "prefix_digest"})
 
 
 class TranscriptMissing(TrueweightError):
@@ -68,19 +70,19 @@ class Auditor:
             return verdicts.missing_transcript(context)
         except Erased:
             return verdicts.erased(context)
-        if not _is_what_was_signed(transcript):
+        if not is_what_was_signed(transcript):
             # The router paid for this receipt, so it had the signed tokens: it withholds them.
             return verdicts.missing_transcript(context)
         try:
             self._check(transcript, assignment, context.receipt)  # 2
             sampling = Sampling.from_proto(assignment.message.sampling)  # 3
         except ReceiptRefused as error:
-            if error.check in _TRANSCRIPT_CHECKS:
+            if error.check in TRANSCRIPT_CHECKS:
                 return verdicts.missing_transcript(context)
             return verdicts.invalid_receipt(context, error.check)
         except InvalidRequest:
             # Router and node agreed on parameters that the contract forbids.
-            return verdicts.invalid_receipt(context, "sampling")
+            return verdicts.invalid_receipt(context, SAMPLING)
         return await self._score(context, transcript, assignment.message, sampling)  # 4
 
     async def _open(self, context: AuditContext) -> Transcript:
@@ -170,7 +172,7 @@ def is_source_of(signed_sha256: bytes, transcript: Transcript) -> bool:
     return signed_sha256 == (digest_of_source(source) if source else b"")
 
 
-def _is_what_was_signed(transcript: Transcript) -> bool:
+def is_what_was_signed(transcript: Transcript) -> bool:
     """True if the output is the one that the receipt's digest names, whoever lies otherwise."""
     try:
         receipt = parse_payload(parse_envelope(transcript.receipt_envelope), Receipt)

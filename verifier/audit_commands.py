@@ -16,7 +16,7 @@ from trueweight.runtime.ledger_port import LedgerPort
 from trueweight.runtime.market import Market
 from trueweight.verifier.app import access_tokens, connect_ledger
 from trueweight.verifier.command_support import ledger_option, market_of, read_log, read_view
-from trueweight.verifier.owed import DONE, LATE, MISSING, PENDING, accounts
+from trueweight.verifier.owed import LATE, MISSING, STATUSES, accounts
 from trueweight.verifier.rewards import Payable, payable, reward
 
 _BATCH = 256
@@ -31,7 +31,7 @@ _PAID_BEFORE = ("CONFLICT", "ID_CONFLICT")
 @ledger_option
 @cli.json_option
 def owed(epoch: int, as_json: bool, **options: Any) -> None:
-    """Which audits EPOCH owed, which were done, late or missing, and by whom."""
+    """Which audits EPOCH owed, which were done, late, missing or void, and by whom."""
     view = read_log(options)
     found = accounts(view, epoch, SystemClock().now_unix_ms())
     if as_json:
@@ -40,17 +40,18 @@ def owed(epoch: int, as_json: bool, **options: Any) -> None:
     cli.print_table(
         f"epoch {epoch}",
         (
-            *("verifier", "revealed", DONE, LATE, MISSING, PENDING),
-            *("unasked", "copied", "disputed", "contradicted", "kept"),
+            *("verifier", "revealed", *STATUSES),
+            *("unasked", "copied", "disputed", "refuted", "contradicted", "kept"),
         ),
         [
             (
                 entry.verifier_id,
                 entry.revealed,
-                *(entry.count(status) for status in (DONE, LATE, MISSING, PENDING)),
+                *(entry.count(status) for status in STATUSES),
                 entry.unasked,
                 entry.copied,
                 len(entry.disputed),
+                len(entry.refuted),
                 len(entry.contradicted),
                 entry.kept,
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trueweight.protos.evidence import MU0_FLOOR_NANO
+from trueweight.protos.evidence import MU0_FLOOR_NANO, counted_nano
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.verifier.bounds import CONFIDENCE, MeanBound, upper_bound
 
@@ -23,6 +23,14 @@ REFUND_CEILING_NANO = 300_000_000
 _REFUND_FACTOR = 3
 # A mean over fewer tokens than this is no mean; such requests are judged as if they had so many.
 SHORT_TOKENS = 8
+# Where honest nodes take another token than the reference, margins are normal rounding noise seen
+# from one side: nine in ten are below 1.36 of its standard deviations. What counts begins at two of
+# them, beyond which rounding decides one near tie in 44. Rounded up, so that verifiers who
+# measured the same noise ignore the same.
+NOISE_QUANTILE = 0.9
+IGNORED_QUANTILES = 2 / 1.36
+IGNORED_STEP_NANO = 10_000_000
+IGNORED_CEILING_NANO = 400_000_000
 # However long a request is, its client is not refunded for less than so many times the null mean.
 REFUND_TIMES_NULL = 10
 
@@ -54,12 +62,28 @@ class PairResult:
     worst_request_nano: int
 
 
-def measure(sample: PairSample, confidence: float = CONFIDENCE) -> PairResult:
+def ignored_below_nano(samples: Sequence[PairSample]) -> int:
+    """Below which x a token counts as 0: what rounding alone may do, in the noisiest pair."""
+    noise = max((_noise_nano(s) for s in samples), default=0)
+    steps = math.ceil(IGNORED_QUANTILES * noise / IGNORED_STEP_NANO)
+    return min(IGNORED_CEILING_NANO, steps * IGNORED_STEP_NANO)
+
+
+def _noise_nano(sample: PairSample) -> int:
+    """That quantile of the x of tokens in which node and reference differ; 0 if there are none."""
+    found = sorted(x for request in sample.requests for x in request if x)
+    return found[math.ceil(NOISE_QUANTILE * len(found)) - 1] if found else 0
+
+
+def measure(
+    sample: PairSample, ignored_nano: int = 0, confidence: float = CONFIDENCE
+) -> PairResult:
     """The upper confidence bound of one pair's mean x, its requests being the units."""
     requests = [r for r in sample.requests if r]
-    sums = [sum(r) / NANO for r in requests]
-    bound = upper_bound(sums, [len(r) for r in requests], confidence)
-    levels = [sum(r) // _spread(len(r)) for r in requests]
+    counted = [counted_nano(r, ignored_nano) for r in requests]
+    lengths = [len(r) for r in requests]
+    bound = upper_bound([total / NANO for total in counted], lengths, confidence)
+    levels = [total // _spread(n) for total, n in zip(counted, lengths, strict=True)]
     return PairResult(sample.pair, bound, len(requests), max(levels, default=0))
 
 
@@ -71,7 +95,8 @@ def calibrate_class(parameter_class: str, samples: Sequence[PairSample]) -> Cali
     if not samples:
         raise ValueError("a class is calibrated from at least one pair")
     confidence = 1 - (1 - CONFIDENCE) / len(samples)
-    results = [measure(s, confidence) for s in samples]
+    ignored = ignored_below_nano(samples)
+    results = [measure(s, ignored, confidence) for s in samples]
     worst = max(results, key=lambda r: r.bound.upper)
     upper_nano = _ceil_nano(worst.bound.upper)
     refund = _REFUND_FACTOR * max(r.worst_request_nano for r in results)
@@ -85,6 +110,7 @@ def calibrate_class(parameter_class: str, samples: Sequence[PairSample]) -> Cali
         requests=sum(r.requests for r in results),
         tokens=sum(r.bound.tokens for r in results),
         refund_above_nano=min(REFUND_CEILING_NANO, max(REFUND_FLOOR_NANO, refund)),
+        ignored_below_nano=ignored,
     )
 
 

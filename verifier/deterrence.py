@@ -18,7 +18,7 @@ from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import CONVICT, FULL_WEIGHT_TOKENS, LAMBDAS
 
 # The 95th percentile of tokens to conviction is at most this many times the path of a node whose
-# margins are always average: measured 913/696, 7598/6262 (docs/verification.md).
+# margins are always average (docs/verification.md has the measured ones).
 _SPREAD = 2.0
 # A cheat that takes longer is within twice the honest noise as good as not detected: no stake is
 # asked for it, or a null mean just below its mean would ask for any stake (see the limits).
@@ -40,12 +40,12 @@ def _with_bits(name: str, mean_x: float, bits: float) -> Cheat:
     return Cheat(name, mean_x, 1 - bits / _WEIGHT_BITS)
 
 
-# Margins measured on the demo model (docs/verification.md, ``make bench-power``). 4-bit weights in
+# Margins measured on the demo model (docs/verification.md, ``make bench-verify``). 4-bit weights in
 # groups of 32 have a 16-bit scale each: 4.5 bits. Another model may be arbitrarily small.
 KNOWN_CHEATS = (
-    Cheat("another model", 0.86, 1.0),
-    _with_bits("4-bit weights", 0.031, 4.5),
-    _with_bits("fp8 weights", 0.0025, 8),
+    Cheat("another model", 0.83, 1.0),
+    _with_bits("4-bit weights", 0.025, 4.5),
+    _with_bits("fp8 weights", 0.0016, 8),
 )
 
 

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from trueweight.verifier.agreement import contradicted
+from trueweight.verifier.agreement import contradicted, is_void, voids_compared
 from trueweight.verifier.leaves import VerdictLeaf
 from trueweight.verifier.selection import EpochLeaf, ReceiptLeaf, epoch_of, owes
 from trueweight.verifier.state import LogView
 from trueweight.verifier.verdicts import agree
 
 DONE, LATE, MISSING, PENDING = "done", "late", "missing", "pending"
+# In time, but without margins or a named failure: nothing was found out, and nothing is paid.
+VOID = "void"
+STATUSES = (DONE, LATE, MISSING, PENDING, VOID)
+# Receipts that a verifier may call void though another scored them: a router may have been down
+# for one of the two. More than this share of those that both judged, and more than so many, is no
+# accident.
+REFUTED_SHARE, REFUTED_ALWAYS = 0.1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,9 @@ class EpochAccount:
     ``contradicted``: nodes about which another verifier's verdicts on receipts up to the end of
     this epoch differ by what honest noise cannot explain (``verifier.agreement``); one of the two
     is wrong, and replaying the bundles tells which.
+    ``refuted``: leaves of verdicts that called void what another verifier scored, of ``compared``
+    receipts that another scored. This is held only against the one who called it void: else it
+    could cost the other the epoch.
     ``refused``: why the epoch does not count, if it was opened outside the market's terms.
     """
 
@@ -49,6 +59,8 @@ class EpochAccount:
     copied: int = 0
     disputed: tuple[int, ...] = ()
     contradicted: tuple[str, ...] = ()
+    refuted: tuple[int, ...] = ()
+    compared: int = 0
     refused: str = ""
 
     def count(self, status: str) -> int:
@@ -56,18 +68,23 @@ class EpochAccount:
         return sum(1 for a in self.audits if a.status == status)
 
     @property
+    def is_refuted(self) -> bool:
+        """True if it called void more of what others scored than happens by accident."""
+        return len(self.refuted) > max(REFUTED_ALWAYS, REFUTED_SHARE * self.compared)
+
+    @property
     def kept(self) -> bool:
         """True if the secret was revealed and nothing is missing, late, unasked, copied or
-        contradicted."""
+        contradicted, nor too much refuted."""
         broken = self.count(MISSING) + self.count(LATE) + self.unasked + self.copied
-        broken += len(self.contradicted)
+        broken += len(self.contradicted) + self.is_refuted
         return self.revealed and not broken
 
     def as_json(self) -> dict[str, object]:
         """For machines."""
         facts = asdict(self)
         facts["kept"] = self.kept
-        facts["counts"] = {s: self.count(s) for s in (DONE, LATE, MISSING, PENDING)}
+        facts["counts"] = {s: self.count(s) for s in STATUSES}
         return facts
 
 
@@ -95,6 +112,7 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
         elif verdict is not None:
             unasked += 1
     until = min((e.index for e in epochs if e.index > leaf.index), default=view.next_index)
+    compared, refuted = voids_compared(view, (v.leaf.message for v in mine))
     return EpochAccount(
         verifier_id,
         epoch,
@@ -104,6 +122,8 @@ def account(view: LogView, verifier_id: str, epoch: int, now_unix_ms: int) -> Ep
         copied=sum(1 for verdict in mine if verdict.copied),
         disputed=tuple(v.leaf.index for v in mine if _is_disputed(view, v)),
         contradicted=contradicted(view, verifier_id, until),
+        refuted=tuple(v.leaf.index for v in mine if v.leaf.message.receipt_digest in refuted),
+        compared=compared,
     )
 
 
@@ -125,6 +145,8 @@ def _audit(view: LogView, epoch: EpochLeaf, receipt: ReceiptLeaf, now_unix_ms: i
     delay = until - receipt.merged_at_unix_ms
     in_time = delay <= epoch.message.audit_deadline_ms
     good, bad = (PENDING, MISSING) if verdict is None else (DONE, LATE)
+    if verdict is not None and is_void(verdict.leaf.message):
+        good = VOID
     status = good if in_time else bad
     index = verdict.leaf.index if verdict else None
     return OwedAudit(receipt.index, receipt.node_id, status, index, delay)

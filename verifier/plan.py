@@ -204,7 +204,11 @@ class Agenda:
 
     def _conviction_duties(self) -> Iterator[Duty]:
         records = self.view.nodes
-        judged = [r.by_verifier.get(self.verifier_id) for r in records.values()]
+        judged = [
+            record.by_verifier.get(self.verifier_id)
+            for record in records.values()
+            if not record.standing.convicted
+        ]
         frozen = frozen_pairs([own for own in judged if own is not None])
         for node_id, record in records.items():
             own = record.by_verifier.get(self.verifier_id)

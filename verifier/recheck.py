@@ -7,7 +7,7 @@ and 9 need the market's log.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trueweight.protos.calibrations import CalibrationLeaf, read_calibration
 from trueweight.protos.conviction import Asked
@@ -22,13 +22,20 @@ from trueweight.protos.envelope import (
 from trueweight.protos.errors import BadSignature, InvalidRequest, ReceiptRefused, TrueweightError
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.market_terms import refusal_in
-from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
+from trueweight.protos.receipts import (
+    NODE_FAULTS,
+    SAMPLING,
+    ReceiptFacts,
+    check_receipt,
+    open_assignment,
+)
 from trueweight.protos.sampling_parameters import Sampling, parameter_class
-from trueweight.protos.v1.audit_pb2 import Calibration, Verdict
-from trueweight.protos.v1.market_pb2 import Assignment, Member
+from trueweight.protos.v1.audit_pb2 import Calibration, Transcript, Verdict
+from trueweight.protos.v1.market_pb2 import Assignment, Member, Receipt
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.protos.v1.node_pb2 import ScoreItem
 from trueweight.runtime.market import Market
+from trueweight.verifier.audit import is_what_was_signed
 from trueweight.verifier.bundle import Bundle
 from trueweight.verifier.reference import Scorer
 from trueweight.verifier.rules import answer_in
@@ -49,11 +56,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Replay:
-    """All steps that ran. ``recomputed`` is the verdict that the replay itself comes to."""
+    """All steps that ran. ``recomputed`` is the verdict that the replay itself comes to,
+    ``receipt`` the envelope that was judged."""
 
     steps: tuple[Step, ...]
     verdict: Verdict | None = None
     recomputed: Verdict | None = None
+    receipt: bytes = b""
 
     @property
     def agrees(self) -> bool:
@@ -80,7 +89,8 @@ async def replay(bundle: Bundle, market: Market, scorer: Scorer) -> Replay:
         case = _signed(bundle, market, steps)
         l0_failure = _l0(bundle, case, market, steps)
         if l0_failure or case.verdict.outcome == Verdict.INVALID_RECEIPT:
-            return Replay(tuple(steps), case.verdict)
+            receipt = bundle.transcript.receipt_envelope
+            return Replay(tuple(steps), case.verdict, receipt=receipt)
         found = await _score(bundle, case, scorer)
     except TrueweightError as error:
         steps.append(Step(len(steps) + 1, "failed", False, error.message))
@@ -106,11 +116,24 @@ def _signed(bundle: Bundle, market: Market, steps: list[Step]) -> _Case:
         raise BadSignature("the transcript carries another assignment than the verdict judges")
     if assignment.message.manifest_digest != digest:
         raise BadSignature("the assignment is for other weights than the bundle's")
+    _check_transcript(transcript, assignment.message, ring)
     steps.append(Step(3, "transcript", True, "the receipt and assignment that were judged"))
     calibration = _calibration(bundle, market, verdict, digest)
     detail = "in the bundle" if calibration else "none cited"
     steps.append(Step(4, "calibration", True, detail))
     return _Case(verdict, manifest, digest, ring, assignment, calibration)
+
+
+def _check_transcript(transcript: Transcript, order: Assignment, ring: KeyRing) -> None:
+    """What only its maker can have got wrong is held against no node: else whoever hands out the
+    bundle could damage the transcript, and find the very failure that the verdict names."""
+    lengths = (len(transcript.prompt_token_ids), len(transcript.prefix_token_ids))
+    if lengths != (order.prompt_len, order.prefix_len):
+        raise BadSignature("the transcript carries another prompt than was assigned")
+    if not is_what_was_signed(transcript):
+        raise BadSignature("the transcript carries another output than the node signed for")
+    if not any(identity == order.node_id for identity, _ in ring.keys.values()):
+        raise BadSignature("the bundle lacks the node's key event")
 
 
 def _manifest(bundle: Bundle, market: Market) -> tuple[Manifest, bytes]:
@@ -158,10 +181,16 @@ def _l0(bundle: Bundle, case: _Case, market: Market, steps: list[Step]) -> str:
     except ReceiptRefused as error:
         failed = error.check
     except InvalidRequest:
-        failed = "sampling"
-    agrees = failed == case.verdict.l0_failure
-    steps.append(Step(5, "L0", agrees, f"failed: {failed}" if failed else "every check holds"))
+        failed = SAMPLING
+    steps.append(Step(5, "L0", _follows(case.verdict, failed), failed or "every check holds"))
     return failed
+
+
+def _follows(verdict: Verdict, failed: str) -> bool:
+    """True if the verdict names exactly the check that failed. To refuse a receipt it must name one
+    that a node can fail."""
+    refuses = verdict.outcome == Verdict.INVALID_RECEIPT
+    return failed == verdict.l0_failure and refuses == (failed in NODE_FAULTS)
 
 
 async def _score(bundle: Bundle, case: _Case, scorer: Scorer) -> Verdict:
@@ -210,11 +239,20 @@ def with_log(found: Replay, view: LogView) -> Replay:
     was in force. Not asked of what is no verdict at all."""
     if found.verdict is None:
         return found
-    steps = (*found.steps, *_log_steps(found.verdict, view))
-    return Replay(steps, found.verdict, found.recomputed)
+    steps = (*found.steps, *_log_steps(found, found.verdict, view))
+    return replace(found, steps=steps)
 
 
-def _log_steps(verdict: Verdict, view: LogView) -> Iterator[Step]:
+def _is_signed(receipt: bytes, node_id: str, view: LogView) -> bool:
+    """True if a key in the log signed the receipt; a bundle may leave key events out."""
+    try:
+        open_envelope(receipt, Receipt, view.ring, view.market.market_id, signer=node_id)
+    except BadSignature:
+        return False
+    return True
+
+
+def _log_steps(found: Replay, verdict: Verdict, view: LogView) -> Iterator[Step]:
     key = (verdict.verifier_id, verdict.receipt_digest)
     logged, request = view.verdicts.get(key), view.requests.get(key)
     receipt = view.receipts.get(verdict.receipt_digest)
@@ -229,11 +267,18 @@ def _log_steps(verdict: Verdict, view: LogView) -> Iterator[Step]:
         return
     leaves = f"receipt {receipt.index}, request {request.index}, verdict {logged.leaf.index}"
     yield Step(8, "log", True, leaves)
+    if verdict.l0_failure == "signature":
+        signed = _is_signed(found.receipt, receipt.node_id, view)
+        yield Step(9, "key", not signed, "the log has the key" if signed else "no key signed it")
     if verdict.outcome not in (Verdict.SCORED, Verdict.REFUND):
         return
     # Whether its margins count, whatever became of the audits before it.
     why_not = "the node was reinstated after this receipt"
     if receipt.index >= view.node(receipt.node_id).reinstated:
         asked = Asked(request.index, receipt.index, receipt.output_tokens, "")
-        why_not = answer_in(view, logged.leaf, asked, copied=False).why_not
+        answer = answer_in(view, logged.leaf, asked, copied=False)
+        if answer.is_left_out:
+            yield Step(9, "in force", True, f"no evidence: {answer.why_not}")
+            return
+        why_not = answer.why_not
     yield Step(9, "in force", not why_not, why_not or "the cited calibration was in force")

@@ -56,7 +56,8 @@ def state_of(view: LogView, node_id: str) -> str:
     if record.suspended:
         return "suspended"
     if record.pooled.crossed_by is not None:
-        frozen = frozen_pairs([r.pooled for r in view.nodes.values()])
+        live = [r.pooled for r in view.nodes.values() if not r.standing.convicted]
+        frozen = frozen_pairs(live)
         return "frozen" if record.pooled.dominant_pair in frozen else "convict"
     return record.pooled.state
 

@@ -1,9 +1,10 @@
 """What verifiers are paid for an epoch, from public data. Pure.
 
 A verifier sets neither the price nor the quantity: the market's administrator pays so much per
-audit that was owed, done in time and not contradicted, once the epoch's secret is revealed. One
-missing, unasked, copied or contradicted audit costs the pay of the whole epoch, so that silence,
-laziness and framing cost more than the single audit.
+audit that was owed, done in time, not void and not contradicted, once the epoch's secret is
+revealed. One missing, unasked, copied or contradicted audit costs the pay of the whole epoch, and
+so do void ones that others could score, so that silence, laziness and framing cost more than the
+single audit.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def payable(view: LogView, account: EpochAccount) -> Payable:
         "audits are still to come": account.count(PENDING),
         "it judged what it did not owe": account.unasked,
         "it copied": account.copied,
+        "it called void what others scored": account.is_refuted,
         "another verifier found what noise cannot explain; see the bundles": account.contradicted,
     }
     for why_not, applies in faults.items():

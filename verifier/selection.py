@@ -27,7 +27,8 @@ class ReceiptLeaf:
     output_tokens: int
     charge_nano: int | None = None
     router_id: str = ""
-    hold_id: bytes = b""
+    # Account that paid, or empty if the log does not tell.
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,12 @@ from trueweight.protos.v1.audit_pb2 import (
     MarginCommitment,
     Verdict,
 )
-from trueweight.protos.v1.ledger_pb2 import TransferBatch, TransferRecord
+from trueweight.protos.v1.ledger_pb2 import TransferBatch
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Reinstatement, Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
+from trueweight.verifier.clients import Clients
 from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.registry import Registry
@@ -112,11 +113,12 @@ class LogView:
         self.nodes: dict[str, NodeRecord] = {}
         # Leaf of the first verdict of each receipt by a verifier that may judge its node.
         self.first_verdicts: Recent[bytes, int] = Recent(MAX_RECEIPTS)
-        self.hold_clients: Recent[bytes, str] = Recent(MAX_HOLDS)
+        self._clients = Clients(MAX_HOLDS)
         # Nodes with audits that wait, by verifier.
         self._waiting: dict[str, dict[str, None]] = {}
         self._judged: Recent[bytes, bool] = Recent(MAX_RECEIPTS)
-        self._bills: Recent[bytes, tuple[int, str, bytes]] = Recent(MAX_HOLDS)
+        # Of receipts that are not in the log yet: charge, router and client.
+        self._bills: Recent[bytes, tuple[int, str, str]] = Recent(MAX_HOLDS)
         self._handlers: dict[str, Callable[[LogEntry], None]] = {
             "key-event": self._on_key_event,
             "registry-entry": self._on_registry_entry,
@@ -259,7 +261,7 @@ class LogView:
         # the audit (L0); here they only say what there is to audit.
         receipt = parse_payload(parse_envelope(entry.body), Receipt)
         digest = digest_of(entry.body)
-        charge, router_id, hold_id = self._bills.pop(digest) or (None, "", b"")
+        charge, router_id, client = self._bills.pop(digest) or (None, "", "")
         leaf = ReceiptLeaf(
             index=entry.index,
             merged_at_unix_ms=entry.merged_at_unix_ms,
@@ -269,8 +271,10 @@ class LogView:
             output_tokens=receipt.output_tokens,
             charge_nano=charge,
             router_id=router_id,
-            hold_id=hold_id,
+            client=client,
         )
+        if charge is None:
+            self._clients.receipt(entry.index, digest, receipt.node_id)
         if self.receipts.get(digest) is None:
             self.node(receipt.node_id).receipts += 1
             self.receipts.put(digest, leaf)
@@ -279,18 +283,20 @@ class LogView:
         bill = parse_payload(parse_envelope(entry.body), Bill)
         # A capture's receipts are the leaves just before its bill, in order.
         first_receipt = entry.index - len(bill.legs)
+        # Now, and not when an audit is asked for: by then the hold may be forgotten.
+        client = self._clients.bill(bill.hold_id)
         for number, leg in enumerate(bill.legs[:MAX_LEGS]):
             record = self.node(leg.node_id)
             record.unsettled.earned(first_receipt + number, leg.client_charge_nano)
             record.charged_nano += leg.client_charge_nano
             record.billed_output_tokens += leg.billed_output_tokens
             known = self.receipts.get(leg.receipt_digest)
-            facts = (leg.client_charge_nano, bill.router_id, bill.hold_id)
+            facts = (leg.client_charge_nano, bill.router_id, client)
             if known is None:
                 self._bills.put(leg.receipt_digest, facts)
             elif known.charge_nano is None:
-                charge, router_id, hold_id = facts
-                changed = replace(known, charge_nano=charge, router_id=router_id, hold_id=hold_id)
+                charge, router_id, payer = facts
+                changed = replace(known, charge_nano=charge, router_id=router_id, client=payer)
                 self.receipts.put(leg.receipt_digest, changed)
 
     def _on_transfer(self, entry: LogEntry) -> None:
@@ -299,9 +305,10 @@ class LogView:
             batch.ParseFromString(entry.body)
         except DecodeError:
             raise TrueweightError("not a batch of transfers") from None
-        for movement in batch.movements:
-            if movement.phase == TransferRecord.PENDING and movement.reason == "hold":
-                self.hold_clients.put(batch.operation_id, movement.debit_account)
+        for digest, client in self._clients.transfer(entry.index, batch):
+            known = self.receipts.get(digest)
+            if known is not None and not known.client:
+                self.receipts.put(digest, replace(known, client=client))
 
     def _on_audit_request(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, AuditRequest)
@@ -318,8 +325,7 @@ class LogView:
             return
         if receipt.index < record.reinstated:
             return
-        client = self.hold_clients.get(receipt.hold_id) or ""
-        asked = Asked(leaf.index, receipt.index, receipt.output_tokens, client)
+        asked = Asked(leaf.index, receipt.index, receipt.output_tokens, receipt.client)
         line = record.lines.setdefault(request.verifier_id, AuditLine())
         if line.ask(request.receipt_digest, asked):
             self._waiting.setdefault(request.verifier_id, {})[receipt.node_id] = None

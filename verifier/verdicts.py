@@ -10,7 +10,7 @@ from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.protos.evidence import sum_nano
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
-from trueweight.verifier.calibration import is_far_outside
+from trueweight.verifier.calibration import REFUND_CEILING_NANO, SHORT_TOKENS, is_far_outside
 from trueweight.verifier.selection import ReceiptLeaf
 
 # Outcomes for which the client gets the leg's charge back at once.
@@ -74,13 +74,15 @@ def scored(context: AuditContext, found: Scored, calibration: CalibrationLeaf | 
     margins = found.margins
     if len(margins) != context.receipt.output_tokens:
         raise EngineError("the reference node returned margins for another number of tokens")
+    entry = calibration.entries.get(found.parameter_class) if calibration else None
     try:
-        total = sum_nano(margins)
+        total = sum_nano(margins, entry.ignored_below_nano if entry else 0)
     except InvalidRequest:
         raise EngineError("the reference node returned margins that are no numbers") from None
-    entry = calibration.entries.get(found.parameter_class) if calibration else None
     outcome = Verdict.UNCALIBRATED
-    if entry is not None:
+    if entry is None and _is_beyond_any_class(total, len(margins)):
+        outcome = Verdict.REFUND
+    elif entry is not None:
         far = is_far_outside(total, len(margins), entry)
         outcome = Verdict.REFUND if far else Verdict.SCORED
     verdict = _verdict(context, outcome)
@@ -91,6 +93,12 @@ def scored(context: AuditContext, found: Scored, calibration: CalibrationLeaf | 
     verdict.exact_tokens = sum(1 for margin in margins if margin == 0)
     verdict.reference_fingerprint.CopyFrom(found.reference)
     return verdict
+
+
+def _is_beyond_any_class(sum_x_nano: int, tokens: int) -> bool:
+    """True if the client is refunded whatever class it is: above the most that a calibration may
+    ask for. Another model's text is; honest noise is not, unless somebody amplifies it."""
+    return tokens >= SHORT_TOKENS and sum_x_nano > REFUND_CEILING_NANO * tokens
 
 
 def _verdict(context: AuditContext, outcome: Verdict.Outcome) -> Verdict:
@@ -112,12 +120,18 @@ def mean_x(verdict: Verdict) -> float:
     return verdict.sum_x_nano / verdict.scored_tokens / 1e9 if verdict.scored_tokens else 0.0
 
 
+def _is_unseen(verdict: Verdict) -> bool:
+    erased_before = verdict.outcome == Verdict.UNCALIBRATED and verdict.l0_failure == ERASED
+    return erased_before or verdict.outcome == Verdict.MISSING_TRANSCRIPT
+
+
 def agree(one: Verdict, other: Verdict, mu0_nano: int) -> bool:
     """True if two references can have come to these verdicts on one receipt. Where one of them did
     not get to see the transcript, or could not score it, there is nothing to compare."""
-    outcomes = {one.outcome, other.outcome}
-    if Verdict.INVALID_RECEIPT in outcomes and Verdict.MISSING_TRANSCRIPT not in outcomes:
-        return one.l0_failure == other.l0_failure
+    if any(_is_unseen(v) for v in (one, other)):
+        return True
+    if Verdict.INVALID_RECEIPT in (one.outcome, other.outcome):
+        return one.outcome == other.outcome and one.l0_failure == other.l0_failure
     if not (one.scored_tokens and other.scored_tokens):
         return True
     before, after = mean_x(one), mean_x(other)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from trueweight.node.vllm import triton_kernels as kernels
-from trueweight.protos.sampling import CLIP_LOGIT, Sampling
+from trueweight.protos.sampling import CLIP_LOGIT, MASS_LADDER, Sampling
 from trueweight.protos.sampling_parameters import MAX_BAD_WORD_IDS, check_token_ids
 
 INVALID_ROW = -1
@@ -168,6 +168,12 @@ class DeviceRules:
         kernels.score_margins[(rows,)](
             margins, x, noisy, floors, *common, CLIP_LOGIT, size, BLOCK=kernels.BLOCK
         )
+        if any(s is not None and s.top_p < 1.0 for s in self._samplings):
+            for rounding in MASS_LADDER:
+                kernels.explain_margins[(rows,)](
+                    margins, x, noisy, floors, *common, t["log_min_ps"], t["top_ks"], t["top_ps"],
+                    rounding, size, BLOCK=kernels.BLOCK,
+                )  # fmt: skip
         return margins, logprobs, ranks
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

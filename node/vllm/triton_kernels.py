@@ -226,17 +226,30 @@ def find_cuts(
     floor = tl.full((), _NONE, tl.float32)
     if (temperature > 0.0) & cuts:
         row = x + index * size
-        best = tl.full((), _NONE, tl.float32)
-        for start in range(0, size, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            best = tl.maximum(best, tl.max(_scaled(row, ids, temperature, size)))
+        best = _largest_scaled(row, temperature, size, BLOCK)
         if best > float("-inf"):
-            floor = best + log_min_p
-            if (top_k > 0) & (top_k < size):
-                floor = _top_k(row, temperature, size, floor, best, top_k, BLOCK)
+            floor = _before_top_p(row, temperature, size, log_min_p, best, top_k, BLOCK)
             if top_p < 1.0:
                 floor = _top_p(row, temperature, size, floor, best, top_p, BLOCK)
     tl.store(floors + index, floor)
+
+
+@triton.jit
+def _largest_scaled(row, temperature, size, BLOCK: tl.constexpr):
+    best = tl.full((), _NONE, tl.float32)
+    for start in range(0, size, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.max(_scaled(row, ids, temperature, size)))
+    return best
+
+
+@triton.jit
+def _before_top_p(row, temperature, size, log_min_p, best, top_k, BLOCK: tl.constexpr):
+    """The higher of the min-p and top-k cuts; -inf without."""
+    floor = best + log_min_p
+    if (top_k > 0) & (top_k < size):
+        floor = _top_k(row, temperature, size, floor, best, top_k, BLOCK)
+    return floor
 
 
 @triton.jit
@@ -509,3 +522,51 @@ def _cut_margin(row, noisy, temperature, floor, top, mine, own, clip, size, BLOC
             gap = _gap_above(row, noisy, temperature, at, own, size, BLOCK)
             margin = tl.minimum(margin, tl.maximum(_cost(move, short), gap))
     return margin
+
+
+@triton.jit
+def explain_margins(
+    margins, x, noisy, floors, slots, seeds, temperatures, positions, claimed, log_min_ps, top_ks,
+    top_ps, rounding, size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``rounding`` for each larger margin of a row with top-p whose claimed token is explained by
+    logits off by at most half of that; see the reference's ``_is_explained``."""
+    index = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + index)
+    top_p = tl.load(top_ps + slot)
+    token = tl.load(claimed + index)
+    row = x + index * size
+    is_cut = (tl.load(floors + index) > float("-inf")) & (tl.load(row + token) > float("-inf"))
+    if is_cut & (top_p < 1.0) & (tl.load(margins + index) > rounding):
+        temperature = tl.load(temperatures + slot)
+        step = tl.div_rn(rounding, temperature)
+        best = _largest_scaled(row, temperature, size, BLOCK)
+        before = _before_top_p(
+            row, temperature, size, tl.load(log_min_ps + slot), best, tl.load(top_ks + slot), BLOCK
+        )
+        shift = tl.full((), 0.0, tl.float64) + rounding
+        shift = shift / temperature.to(tl.float64)
+        more, less = _shifted(top_p, shift), _shifted(top_p, -shift)
+        lowest = _top_p(row, temperature, size, before - step, best, more, BLOCK)
+        high = tl.minimum(before + step, best)
+        highest = _top_p(row, temperature, size, high, best, less, BLOCK)
+        mine = tl.div_rn(tl.load(row + token), temperature)
+        cut = tl.minimum(highest, mine) + step
+        if cut >= lowest - step:
+            state = _row_state(tl.load(seeds + slot), tl.load(positions + index))
+            most = _own(row, temperature, state, token) + step
+            rival = tl.full((), 0, tl.int32)
+            for start in range(0, size, BLOCK):
+                ids = start + tl.arange(0, BLOCK)
+                z = tl.load(noisy + index * size + ids, mask=ids < size, other=_NONE)
+                s = _scaled(row, ids, temperature, size)
+                rival += tl.sum(((s >= cut) & (z > most)).to(tl.int32))
+            if rival == 0:
+                tl.store(margins + index, tl.full((), 0.0, tl.float64) + rounding)
+
+
+@triton.jit
+def _shifted(top_p, shift):
+    """``top_p`` moved by ``shift`` in log-odds, fp64."""
+    p = top_p.to(tl.float64)
+    return 1.0 / (1.0 + (1.0 - p) / p * tl.exp(-shift))

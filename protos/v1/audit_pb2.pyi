@@ -181,7 +181,7 @@ class Calibration(_message.Message):
     def __init__(self, market_id: _Optional[str] = ..., manifest_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., clip_micro_logit: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[CalibrationEntry, _Mapping]]] = ..., provenance: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., verifier_id: _Optional[str] = ...) -> None: ...
 
 class CalibrationEntry(_message.Message):
-    __slots__ = ("parameter_class", "worst_pair", "mu0_nano", "mean_nano", "upper_bound_nano", "confidence_ppm", "requests", "tokens", "refund_above_nano")
+    __slots__ = ("parameter_class", "worst_pair", "mu0_nano", "mean_nano", "upper_bound_nano", "confidence_ppm", "requests", "tokens", "refund_above_nano", "ignored_below_nano")
     PARAMETER_CLASS_FIELD_NUMBER: _ClassVar[int]
     WORST_PAIR_FIELD_NUMBER: _ClassVar[int]
     MU0_NANO_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,7 @@ class CalibrationEntry(_message.Message):
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUND_ABOVE_NANO_FIELD_NUMBER: _ClassVar[int]
+    IGNORED_BELOW_NANO_FIELD_NUMBER: _ClassVar[int]
     parameter_class: str
     worst_pair: str
     mu0_nano: int
@@ -200,7 +201,8 @@ class CalibrationEntry(_message.Message):
     requests: int
     tokens: int
     refund_above_nano: int
-    def __init__(self, parameter_class: _Optional[str] = ..., worst_pair: _Optional[str] = ..., mu0_nano: _Optional[int] = ..., mean_nano: _Optional[int] = ..., upper_bound_nano: _Optional[int] = ..., confidence_ppm: _Optional[int] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., refund_above_nano: _Optional[int] = ...) -> None: ...
+    ignored_below_nano: int
+    def __init__(self, parameter_class: _Optional[str] = ..., worst_pair: _Optional[str] = ..., mu0_nano: _Optional[int] = ..., mean_nano: _Optional[int] = ..., upper_bound_nano: _Optional[int] = ..., confidence_ppm: _Optional[int] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., refund_above_nano: _Optional[int] = ..., ignored_below_nano: _Optional[int] = ...) -> None: ...
 
 class Conviction(_message.Message):
     __slots__ = ("market_id", "verifier_id", "node_id", "first_verdict_index", "last_verdict_index", "verdicts", "audited_tokens", "wealth_log10_milli", "threshold_log10_milli", "change_point_index", "calibration_digest", "issued_at_unix_ms")

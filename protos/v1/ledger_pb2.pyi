@@ -330,12 +330,14 @@ class ListTransfersRequest(_message.Message):
     def __init__(self, account: _Optional[str] = ..., after_sequence: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class ListTransfersResponse(_message.Message):
-    __slots__ = ("transfers", "next_sequence")
+    __slots__ = ("transfers", "next_sequence", "more")
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     transfers: _containers.RepeatedCompositeFieldContainer[TransferRecord]
     next_sequence: int
-    def __init__(self, transfers: _Optional[_Iterable[_Union[TransferRecord, _Mapping]]] = ..., next_sequence: _Optional[int] = ...) -> None: ...
+    more: bool
+    def __init__(self, transfers: _Optional[_Iterable[_Union[TransferRecord, _Mapping]]] = ..., next_sequence: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class TransferRecord(_message.Message):
     __slots__ = ("id", "sequence", "debit_account", "credit_account", "amount_nano", "currency", "phase", "pending_id", "reason", "operation_id", "created_at_unix_ms")

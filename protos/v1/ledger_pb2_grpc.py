@@ -105,7 +105,7 @@ class LedgerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetBalance(self, request, context):
-        """Scope: the account's owner, router, verifier, admin.
+        """Scope: the account's owner, router, verifier, admin, operator, ledger.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

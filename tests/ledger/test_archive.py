@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
 import pytest
 import sqlalchemy as sa
 
 from trueweight.ledger import archive as archiving
-from trueweight.ledger import reports
+from trueweight.ledger import reports, statements
 from trueweight.ledger.archive import archive
-from trueweight.ledger.archived import Archive
+from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, transfers_sql
 from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.protos.checkpoint import log_origin, open_note
@@ -144,6 +147,44 @@ def sizes(bench):
             ]
 
     return with_engine(bench.url, use)
+
+
+def test_archived_statements_are_read_by_index(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "a.archive")) as file:
+        file.execute("CREATE TABLE bundle (first_index INTEGER PRIMARY KEY)")
+        others = ", ".join(TRANSFER_COLUMNS[1:])
+        file.execute(f"CREATE TABLE transfer (sequence INTEGER PRIMARY KEY, {others})")
+        archiving.add_indexes(file)
+        sql, sides = transfers_sql(of_one_account=True)
+        rows = file.execute(f"EXPLAIN QUERY PLAN {sql}", (7, 0, 9, 5) * sides + (5,)).fetchall()
+    plan = "\n".join(row[3] for row in rows)
+    for side in ("debit", "credit"):
+        assert f"INDEX transfer_{side} ({side}=? AND rowid>? AND rowid<?)" in plan
+    assert "SCAN transfer" not in plan
+
+
+async def test_archived_statements_of_every_account_are_those_of_before(
+    busy, start, tmp_path, monkeypatch
+):
+    bench, directory = busy, tmp_path / "archive"
+    await settled(bench, start)
+    accounts = [b["account"] for b in reports.balances(bench.url, [])]
+    before = {a: reports.statement(bench.url, a, 10_000) for a in accounts}
+    run(bench, directory)
+    assert rows(bench, "transfer") < len(before["clearing:acme"])
+    for span in (50_000, 7):
+        monkeypatch.setattr(statements, "MAX_SPAN", span)
+        for account in accounts:
+            assert reports.statement(bench.url, account, 10_000, directory) == before[account]
+    # As earlier versions wrote it.
+    (file,) = directory.iterdir()
+    file.chmod(0o600)
+    with closing(sqlite3.connect(file)) as part:
+        for side in ("debit", "credit"):
+            part.execute(f"DROP INDEX transfer_{side}")
+        part.commit()
+    for account in ("client:acme", "clearing:acme", "fee:market"):
+        assert reports.statement(bench.url, account, 10_000, directory) == before[account]
 
 
 async def test_without_the_archive_nothing_is_silently_left_out(busy, start, tmp_path):

@@ -314,3 +314,20 @@ async def test_attack_a_long_history_that_carries_no_conviction(market, monkeypa
     codes = [(await market.do("verifier", convict))[0].code for _ in range(12)]
     assert set(codes) == {"UNAVAILABLE", "CONFLICT"} and codes[-1] == "CONFLICT"
     await untouched(market)
+
+
+@pytest.mark.parametrize("guilty", [0, 1], ids=["the first", "the one with the subsidy"])
+async def test_an_honest_leg_is_paid_though_the_bills_other_node_is_convicted(market, guilty):
+    """The subsidy takes all that the bill brings to an empty pool, out of which the convicted
+    node's client gets its share back."""
+    world = market.world
+    await market.must("verifier", await market.proven_guilty(world.node[0]))
+    honest = world.node[1].identity
+    nodes = [world.node[0], world.node[1]] if guilty == 0 else [world.node[1], world.node[0]]
+    hold = world.hold("acme", CREDIT // 2)
+    first = Leg(nodes[0], output=1, billed_output=1)
+    second = Leg(nodes[1], leg=1, prefix=1, output=1, billed_input=0, billed_output=1, subsidy=212)
+    await market.must("router", hold, world.capture(hold.id, first, second))
+    assert await market.available(f"node-locked:{honest}") > 0
+    assert await market.available(f"node-locked:{world.node[0].identity}") == 0
+    assert market.fsck().problems == []

@@ -28,6 +28,8 @@ from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.ledger_world import Leg, World, make_signer
 
 from .conftest import Bench, fsck
+from .test_money import claim_of, release
+from .test_powers import reinstate
 
 CREDIT = 10**9
 
@@ -118,7 +120,7 @@ async def test_every_leaf_is_proven_and_old_roots_are_consistent_with_new(bench)
         answer = await bench.as_("").inclusion(request)
         leaf = merkle.leaf_hash(entry.body)
         merkle.verify_inclusion(leaf, entry.index, new.size, list(answer.proof.path), new.root)
-        by_hash = await bench.as_("").inclusion(pb.InclusionProofRequest(leaf_hash=leaf))
+        by_hash = await bench.as_("router").inclusion(pb.InclusionProofRequest(leaf_hash=leaf))
         assert by_hash.entry == entry
         if entry.kind != "transfer":
             by = pb.InclusionProofRequest(message_digest=digest_of(entry.body))
@@ -266,6 +268,39 @@ TAMPERINGS = {
     "a calibration is another's": "UPDATE audit_step SET verifier_id = 'other' WHERE kind = 2",
     "a request was for an appeal": "UPDATE audit_request SET for_appeal = 1",
     "a kinds mask hides a leaf": "UPDATE bundle SET kinds = 1 WHERE kinds <> 1",
+    "a receipt may be refunded again": "UPDATE leg SET refunded = 0 WHERE refunded > 0",
+    "a refund is forgotten": "UPDATE leg SET refunded = 0, refunded_node = 0 WHERE refunded > 0",
+    "a node may keep what it gave back": "UPDATE leg SET refunded_node = 0 WHERE refunded_node > 0",
+    "a receipt is refunded for nothing": "UPDATE leg SET refunded = charge, refunded_node = node + subsidy WHERE charge > 0 AND refunded = 0",
+    "a receipt is refunded in part": "UPDATE leg SET refunded = 1 WHERE refunded > 0",
+    "a receipt is another client's": "UPDATE leg SET client = 'client:zeta' WHERE refunded = 0",
+    "a receipt was captured earlier": "UPDATE leg SET captured_at = captured_at - 1",
+    "releases are forgotten": "UPDATE node SET released = 0 WHERE released > 0 AND reinstated = 0",
+    "what was forfeited may be released": "UPDATE node SET released = released - 1 WHERE reinstated > 0",
+    "more was released than was earned": "UPDATE node SET released = released + 1000000000 WHERE reinstated > 0",
+    "a conviction is forgotten": "UPDATE node SET convicted = 0 WHERE convicted = 1",
+    "a node is convicted by nobody": "UPDATE node SET convicted = 1 WHERE convicted = 0",
+    "a reinstatement is forgotten": "UPDATE node SET reinstated = 0 WHERE reinstated > 0",
+    "a debt is forgotten": "DELETE FROM debt",
+    "a debt grows": "UPDATE debt SET amount = amount + 1",
+    "a debt is a node's": "INSERT INTO debt SELECT operation_id, 'node-locked:x', 1 FROM debt",
+    "a debt comes from nowhere": "UPDATE debt SET operation_id = CAST('x' AS {bytes}) WHERE operation_id IN (SELECT operation_id FROM debt LIMIT 1)",
+    "a claim is higher": "UPDATE claim SET charge = charge + 1",
+    "a claim is forgotten": "DELETE FROM claim",
+    "a claim is another node's": "UPDATE claim SET node_id = 'other'",
+    "a claim is for another assignment": "UPDATE claim SET assignment_digest = receipt_digest",
+    "a claim has more tokens": "UPDATE claim SET output_tokens = output_tokens + 1",
+    "a claim is on another hold": "UPDATE claim SET hold_id = receipt_digest",
+    "a deposit may come again": "DELETE FROM reference WHERE kind = 'rail:card'",
+    "a deposit's reference is another rail's": "UPDATE reference SET kind = 'rail:bank' WHERE kind = 'rail:card'",
+    "a deposit's reference is of another operation": "UPDATE reference SET operation_id = (SELECT operation_id FROM transfer WHERE phase = 2 AND sequence < 4) WHERE kind = 'rail:card'",
+    "a reference is of no operation": "UPDATE reference SET operation_id = CAST('x' AS {bytes}) WHERE kind = 'conviction'",
+    "a verdict may be rewarded again": "UPDATE reference SET key = key || '00' WHERE kind = 'reward'",
+    "a reward's reference is another verifier's": "UPDATE reference SET key = 'x' || key WHERE kind = 'reward'",
+    "a payout's reference is of another operation": "UPDATE reference SET operation_id = (SELECT operation_id FROM transfer WHERE sequence = 1) WHERE kind LIKE 'payout:%'",
+    "a conviction may be published again": "DELETE FROM reference WHERE kind = 'conviction'",
+    "a conviction counts for later receipts": "INSERT INTO reference SELECT key || ':' || '1', kind, operation_id FROM reference WHERE kind = 'conviction'",
+    "a reference of an unknown kind": "INSERT INTO reference SELECT key, 'other', operation_id FROM reference",
 }  # fmt: skip
 
 
@@ -287,18 +322,31 @@ def tamper(url, *statements):
     engine.dispose()
 
 
+class HandClock(SystemClock):
+    """Real time, and what the test puts before it."""
+
+    ahead_ms = 0
+
+    def now_unix_ms(self):
+        return super().now_unix_ms() + self.ahead_ms
+
+    def advance_ms(self, ms):
+        self.ahead_ms += ms
+
+
 @pytest.fixture(scope="module")
 def finished_books(databases, migrated):
-    """Books with some history, closed."""
+    """Books in which everything has happened that leaves a row behind, closed."""
 
     async def fill():
-        clock = SystemClock()
-        world = World(now=clock.now_unix_ms())
+        clock = HandClock()
+        world = World(now=clock.now_unix_ms(), nodes=4)
         url = databases.copy(migrated)
         ledger = Ledger(world.market, world.signers["ledger"], url, clock)
         await ledger.start()
         bench = Bench(world, clock, ledger, url)
         await some_traffic(bench)
+        await settled_otherwise(bench)
         await bench.as_("verifier").publish(world.verdict(b"r" * 32, world.node[0].identity))
         (receipt, *_) = await bench.leaves("receipt")
         who = {"market_id": world.market_id, "verifier_id": world.identity("verifier")}
@@ -312,8 +360,67 @@ def finished_books(databases, migrated):
         return url, world
 
     url, world = asyncio.run(fill())
-    assert fsck(url, world).clean
+    assert fsck(url, world).problems == []
     return url
+
+
+async def settled_otherwise(bench):
+    """Claims, refunds, releases, payouts, convictions and a reinstatement."""
+    world, (honest, claimant, *cheats) = bench.world, bench.world.node
+    await bench.must("admin", *(world.bond(n.identity, CREDIT) for n in world.node))
+    holds = [world.hold("acme", CREDIT) for _ in range(2)]
+    await bench.must("router", *holds)
+    claims = [claim_of(world, hold.id, Leg(claimant)) for hold in holds]
+    bench.advance(50_000)
+    await bench.must(claimant.identity, *claims)
+    # One of the claims is paid by the router all the same.
+    billed = claims[0].claim
+    pair = [(billed.assignment, billed.receipt)]
+    capture = world.capture_served(billed.hold_id, b"r" * 16, [Leg(claimant)], pair)
+    await bench.must("router", capture)
+    bench.advance(11_000)
+    await bench.must("router", pb.Operation(id=world.new_id(), expire=pb.Expire(limit=10)))
+    receipts = [digest_of(leaf.body) for leaf in await bench.leaves("receipt")]
+    for digest, node, outcome in (
+        (receipts[0], honest, audit_pb2.Verdict.MISSING_TRANSCRIPT),
+        (receipts[1], claimant, audit_pb2.Verdict.REFUND),
+    ):
+        await bench.must("verifier", world.request(digest))
+        await bench.must("verifier", world.refund(digest, node.identity, outcome))
+    await convicted_both(bench, *cheats)
+    await some_traffic_again(bench)
+    hold = world.hold("acme", CREDIT)
+    await bench.must("router", hold, world.capture(hold.id, Leg(cheats[1])))
+    bench.advance(world.window_ms + 1)
+    for node in (claimant, honest, cheats[1]):
+        await bench.must("verifier", release(world, node.identity))
+    start = pb.PayoutStart(node_id=claimant.identity, amount_nano=1, rail="bank")
+    payout = pb.Operation(id=world.new_id(), payout_start=start)
+    settle = pb.PayoutSettle(payout_id=payout.id, paid=True, reference="transfer-1")
+    (verdict, *_) = await bench.leaves("verdict")
+    reward = pb.Reward(
+        verifier_id=world.identity("verifier"),
+        verdict_digest=digest_of(verdict.body),
+        amount_nano=1,
+    )
+    await bench.must(
+        "admin",
+        payout,
+        pb.Operation(id=world.new_id(), payout_settle=settle),
+        pb.Operation(id=world.new_id(), reward=reward),
+    )
+
+
+async def convicted_both(bench, *nodes):
+    """Convicts both; the second is reinstated."""
+    world = bench.world
+    for node in nodes:
+        convict = await bench.proven_guilty(node)
+        hold = world.hold("acme", CREDIT)
+        # Undone pro rata by the conviction, which cannot pay for all of it.
+        await bench.must("router", hold, world.capture(hold.id, Leg(node)))
+        await bench.must("verifier", convict)
+    await bench.must("admin", reinstate(world, nodes[1].identity, 1))
 
 
 @pytest.fixture
@@ -323,7 +430,8 @@ def closed_books(databases, finished_books):
 
 @pytest.mark.parametrize("what", TAMPERINGS)
 def test_fsck_finds_that(closed_books, world, what):
-    tamper(closed_books, (TAMPERINGS[what], {}))
+    bytes_ = "BLOB" if closed_books.startswith("sqlite") else "BYTEA"
+    tamper(closed_books, (TAMPERINGS[what].replace("{bytes}", bytes_), {}))
     assert not fsck(closed_books, world).clean
 
 
@@ -336,18 +444,19 @@ def test_two_processes_find_what_one_finds(closed_books, world, monkeypatch):
     assert (one.problems, one.counts) == (two.problems, two.counts) and len(one.problems) > 1
 
 
-def test_fsck_finds_any_changed_leaf_even_with_tiles_and_roots_recomputed(closed_books, world):
+@pytest.mark.parametrize("worth", [1, 10**9])
+def test_fsck_tells_how_far_both_halves_are(closed_books, world, monkeypatch, worth):
+    monkeypatch.setattr(fsck_module, "_WORTH_A_PROCESS", worth)
+    monkeypatch.setattr(fsck_module, "_LOOK_S", 0.001)
+    told = {}
     engine = make_engine(normal_url(closed_books))
-    with engine.connect() as connection:
-        row = connection.execute(
-            sa.text("SELECT first_index, leaves, body FROM bundle WHERE kinds & 2 <> 0 LIMIT 1")
-        ).one()
+    found = fsck_module.check(
+        engine, world.market_id, progress=lambda what, *far: told.update({what: far})
+    )
     engine.dispose()
-    body = bytearray(row.body)
-    body[-3] ^= 1
-    change = ("UPDATE bundle SET body = :b WHERE first_index = :i", {"b": bytes(body), "i": row[0]})
-    tamper(closed_books, change)
-    assert not fsck(closed_books, world).clean
+    assert found.problems == [] and told.keys() == {"transfers", "leaves"}
+    assert told["leaves"] == (found.counts["leaves"],) * 2
+    assert told["transfers"][1] == found.counts["transfers"]
 
 
 def test_fsck_finds_a_consistent_forgery_by_the_checkpoints_signature(closed_books, world):
@@ -379,6 +488,21 @@ def test_fsck_finds_a_consistent_forgery_by_the_checkpoints_signature(closed_boo
         "DELETE FROM operation",
         "INSERT INTO transfer SELECT sequence + 1000, operation_id, ordinal + 9, debit, credit, "
         "amount, phase, pending_id, reason, created_at FROM transfer WHERE phase = 3",
+        "DELETE FROM leg",
+        "UPDATE leg SET node_id = 'other'",
+        "UPDATE leg SET captured_at = captured_at - 1",
+        "UPDATE leg SET output_tokens = NULL",
+        "UPDATE leg SET refunded = 0 WHERE refunded > 0",
+        "UPDATE leg SET refunded_node = refunded_node - 1 WHERE refunded_node > 0",
+        "DELETE FROM evidence",
+        "UPDATE evidence SET log_index = log_index + 1",
+        "DELETE FROM claim",
+        "UPDATE claim SET charge = charge - 1",
+        "DELETE FROM account",
+        "UPDATE account SET kind = 9 WHERE kind = 1",
+        "UPDATE account SET id = id || 'x'",
+        "UPDATE account SET no = no + 1000",
+        "UPDATE account SET currency = 'EURO'",
     ],
 )
 def test_the_database_itself_forbids(closed_books, statement):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from click.testing import CliRunner
 
-from trueweight.ledger import command_support, reinstate_command
+from trueweight.ledger import command_support, money_commands, reinstate_command
 from trueweight.ledger.commands import ledger as commands
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.v1 import audit_pb2
@@ -46,15 +47,19 @@ async def run(bench, monkeypatch):
 
     monkeypatch.setattr(command_support, "connected", connected)
 
-    async def invoke(*arguments):
+    async def raw(*arguments):
         given = [*arguments, "--json"]
         if "--database" not in arguments:
             given += ["--market", "m", "--keys", "k"]
-        result = await asyncio.to_thread(CliRunner().invoke, commands, given)
+        return await asyncio.to_thread(CliRunner().invoke, commands, given)
+
+    async def invoke(*arguments):
+        result = await raw(*arguments)
         if result.exit_code:
             return result.exit_code, result.exception
         return 0, json.loads(result.output)
 
+    invoke.raw = raw
     return invoke
 
 
@@ -77,12 +82,12 @@ async def earned(bench):
 async def test_a_payout_is_pending_until_the_rail_answers(bench, earned, run):
     node = bench.world.node[0].identity
     before = await bench.available(f"node-available:{node}")
-    _, started = await run("payout", node, "0.0005")
+    _, started = await run("payout", node, "0.0005", "--reference", "july-1")
     assert await bench.available(f"node-available:{node}") == before - 500_000
     code, failed = await run("settle", started["id"], "--failed")
     assert (code, failed["status"]) == (0, "applied")
     assert await bench.available(f"node-available:{node}") == before
-    _, again = await run("payout", node, "0.0005")
+    _, again = await run("payout", node, "0.0005", "--reference", "july-2")
     _, paid = await run("settle", again["id"], "--paid", "--reference", "wire-7")
     assert paid["credits"] == "0.0005"
     code, replayed = await run("settle", again["id"], "--paid", "--reference", "wire-7")
@@ -91,6 +96,117 @@ async def test_a_payout_is_pending_until_the_rail_answers(bench, earned, run):
     assert code and "already" in str(error)
     code, error = await run("settle", "xyz", "--paid")
     assert code and "32 hexadecimal" in str(error)
+
+
+async def test_fault_a_payout_whose_answer_was_lost_is_paid_once(bench, earned, run):
+    node = bench.world.node[0].identity
+    before = await bench.available(f"node-available:{node}")
+    arguments = ("payout", node, "0.0005", "--rail", "bank", "--reference", "july-17")
+    _, first = await run(*arguments)
+    code, second = await run(*arguments)
+    assert (code, second["status"], second["id"]) == (0, "replayed", first["id"])
+    assert await bench.available(f"node-available:{node}") == before - 500_000
+    code, error = await run("payout", node, "0.0006", *arguments[3:])
+    assert code and error.code == "ID_CONFLICT"
+    assert await bench.available(f"node-available:{node}") == before - 500_000
+
+
+def test_fault_a_payout_without_a_reference_could_be_paid_twice_and_is_refused():
+    for command in ("payout", "withdraw-bond"):
+        arguments = [command, "node", "1", "--market", "m", "--keys", "k"]
+        result = CliRunner().invoke(commands, arguments)
+        assert result.exit_code == 2
+        assert "Missing option '--reference'" in result.output
+
+
+async def test_fault_a_payout_that_is_settled_at_once_is_settled_once(bench, earned, run):
+    node = bench.world.node[0].identity
+    before = await bench.available(f"node-available:{node}")
+    for number in (1, 2):
+        arguments = ("payout", node, "0.0001", "--reference", f"july-{number}", "--settle")
+        for _ in range(2):
+            result = await run.raw(*arguments)
+            assert result.exit_code == 0, result.exception
+        assert result.output.count("replayed") == 2
+    assert await bench.available(f"node-available:{node}") == before - 200_000
+
+
+async def test_fault_a_bond_withdrawal_whose_answer_was_lost_is_paid_once(bench, run, monkeypatch):
+    world, node = bench.world, bench.world.node[0].identity
+    monkeypatch.setattr(money_commands, "load_market", lambda _: world.market)
+    monkeypatch.setattr(money_commands.SystemClock, "now_unix_ms", lambda _: world.now)
+    await bench.must("admin", world.bond(node, CREDIT))
+    arguments = ("withdraw-bond", node, "0.25", "--reference", "exit-1")
+    _, first = await run(*arguments)
+    code, second = await run(*arguments)
+    assert (code, second["status"], second["id"]) == (0, "replayed", first["id"])
+    assert await bench.available(f"node-bond:{node}") == CREDIT * 3 // 4
+    code, error = await run("settle", first["id"], "--paid")
+    assert code and "may not be paid out yet" in str(error)
+    bench.advance(world.window_ms + 2 * 86_400_000)
+    # A later day's default is another body: it is refused, never paid again.
+    code, error = await run(*arguments)
+    assert code and error.code == "ID_CONFLICT"
+    code, paid = await run("settle", first["id"], "--paid", "--reference", "wire-9")
+    assert (code, paid["credits"]) == (0, "0.25")
+    assert await bench.available(f"node-bond:{node}") == CREDIT * 3 // 4
+
+
+async def test_a_bond_withdrawal_may_name_its_day(bench, run):
+    world, node = bench.world, bench.world.node[0].identity
+    await bench.must("admin", world.bond(node, CREDIT))
+    then = datetime.fromtimestamp((world.now + world.window_ms) / 1000, UTC) + timedelta(days=3)
+    given = ("--reference", "exit-1", "--not-before", then.strftime("%Y-%m-%d"))
+    assert (await run("withdraw-bond", node, "1", *given))[1]["status"] == "applied"
+    far = ("--reference", "exit-2", "--not-before", "2999-01-01")
+    code, error = await run("withdraw-bond", node, "1", *far)
+    assert code and "not_before" in str(error)
+
+
+async def payouts(bench, *rails):
+    """Pending payouts of the node's earnings, one on each rail; their ids."""
+    world = bench.world
+    body = {"node_id": world.node[0].identity, "amount_nano": 1000}
+    started = [
+        pb.Operation(id=world.new_id(), payout_start=pb.PayoutStart(rail=rail, **body))
+        for rail in rails
+    ]
+    await bench.must("admin", *started)
+    return [operation.id for operation in started]
+
+
+def answer(bench, payout_id, reference, paid=True):
+    body = pb.PayoutSettle(payout_id=payout_id, paid=paid, reference=reference)
+    return pb.Operation(id=bench.world.new_id(), payout_settle=body)
+
+
+async def test_attack_one_reference_of_a_rail_settles_one_payout_only(bench, earned):
+    ids = await payouts(bench, "bank", "bank", "bank", "card", "bank", "bank")
+    (first,) = await bench.do("admin", answer(bench, ids[0], "wire-7"))
+    assert first.status == pb.Result.APPLIED
+    for paid in (True, False):
+        (second,) = await bench.do("admin", answer(bench, ids[1], "wire-7", paid))
+        assert (second.code, "another payout" in second.message) == ("CONFLICT", True)
+    # Another reference, another rail, or none: as before.
+    await bench.must("admin", answer(bench, ids[1], "wire-8"))
+    await bench.must("admin", answer(bench, ids[3], "wire-7"))
+    await bench.must("admin", answer(bench, ids[4], "", False), answer(bench, ids[5], "", False))
+    # In one group with each other, and with the payouts that they settle.
+    node = bench.world.node[0].identity
+    start = pb.PayoutStart(node_id=node, amount_nano=1000, rail="bank")
+    new = pb.Operation(id=bench.world.new_id(), payout_start=start)
+    both = (answer(bench, ids[2], "wire-9"), answer(bench, new.id, "wire-9"))
+    assert [r.code for r in await bench.do("admin", new, *both)] == ["", "", "CONFLICT"]
+    late = pb.Operation(id=bench.world.new_id(), payout_start=start)
+    results = await bench.do("admin", late, answer(bench, late.id, "wire-8"))
+    assert [r.code for r in results] == ["", "CONFLICT"]
+    await bench.must("admin", answer(bench, new.id, "wire-10"), answer(bench, late.id, "wire-11"))
+
+
+async def test_a_deposit_and_a_payout_of_a_rail_may_have_the_same_reference(bench, earned):
+    await bench.must("admin", bench.world.deposit("acme", CREDIT, "17"))
+    (one,) = await payouts(bench, "bank")
+    await bench.must("admin", answer(bench, one, "17"))
 
 
 def test_a_variable_left_in_the_environment_settles_nothing(monkeypatch):

@@ -49,7 +49,10 @@ def release(world, node, amount=0, below=10**9):
 def reinstate(world, node, pay_back=0, by=None):
     signer = world.signers[by] if by else world.market_signer
     message = market_pb2.Reinstatement(
-        market_id=world.market_id, node_id=node, issuer=signer.identity, reason="appeal"
+        market_id=world.market_id,
+        node_id=node,
+        issuer=signer.identity,
+        reason=f"appeal {world.new_id().hex()}",
     )
     body = pb.Reinstate(reinstatement=seal(message, signer), pay_back_nano=pay_back)
     return pb.Operation(id=world.new_id(), reinstate=body)
@@ -205,6 +208,11 @@ async def test_attack_the_convictions_that_were_taken_back_convict_again(bench):
     assert result.amount_nano == CREDIT
     (twice,) = await bench.do("admin", reinstate(world, node.identity, 3 * CREDIT))
     assert twice.code == "CONFLICT", "more than both convictions took"
+    # The market's earlier word does not undo the new conviction.
+    (word,) = [leaf.body for leaf in await bench.leaves("reinstatement")]
+    body = pb.Reinstate(reinstatement=word)
+    (used,) = await bench.do("admin", pb.Operation(id=world.new_id(), reinstate=body))
+    assert used.code == "CONFLICT"
     await bench.must("admin", reinstate(world, node.identity))
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import inspect
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 
 from trueweight.ledger import public_log
 from trueweight.ledger.public_log import error_response, make_app
+from trueweight.ledger.servicer import LedgerRpc
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import digest_of
+from trueweight.protos.errors import NotFound, PermissionDenied
 from trueweight.protos.identity import public_bytes
 from trueweight.protos.merkle import leaf_hash, root, verify_consistency, verify_inclusion
+from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime import http_server
 from trueweight.runtime.http_server import HttpServer, Seats
 from trueweight.simulation.ledger_world import Leg
@@ -213,3 +218,35 @@ async def test_a_question_that_takes_too_long_is_answered_with_504(bench, monkey
         monkeypatch.setattr(bench.ledger, "checkpoint", lambda: asyncio.sleep(60))
         status, _ = await stranger.get("/checkpoint")
         assert status == 504
+
+
+async def test_attack_a_stranger_cannot_make_the_ledger_scan_for_a_hash(bench, monkeypatch):
+    await grow(bench, holds=3)
+    leaf = (await bench.leaves("receipt"))[0]
+    request = pb.InclusionProofRequest(leaf_hash=leaf_hash(leaf.body))
+    looked = []
+    monkeypatch.setattr(
+        bench.ledger._reader, "_find_leaf", lambda wanted, size: looked.append(size) or leaf.index
+    )
+    # Nobody, a stranger with an identity, and a certified node, which anybody may have.
+    for caller in ("", "stranger", bench.world.node[0].identity):
+        with pytest.raises(PermissionDenied, match="members"):
+            await bench.ledger.as_caller(caller).inclusion(request)
+    assert looked == []
+    for role in ("router", "verifier", "admin"):
+        with contextlib.suppress(NotFound):  # not under a checkpoint yet
+            assert (await bench.as_(role).inclusion(request)).entry == leaf
+    assert looked
+
+
+async def test_attack_over_grpc_a_stranger_cannot_ask_by_hash_either(bench):
+    gate = SimpleNamespace(caller=lambda context: SimpleNamespace(identity=context))
+    rpc = LedgerRpc(bench.ledger, gate)
+    request = pb.InclusionProofRequest(leaf_hash=b"x" * 32)
+    found = []
+    for caller in (None, bench.world.node[0].identity, bench.world.identity("router")):
+        try:
+            await inspect.unwrap(LedgerRpc.GetInclusionProof)(rpc, request, caller)
+        except (PermissionDenied, NotFound) as error:
+            found.append(error.code)
+    assert found == ["PERMISSION_DENIED", "PERMISSION_DENIED", "NOT_FOUND"]

@@ -11,9 +11,11 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
+from trueweight.ledger import reports, statements
 from trueweight.ledger.commands import ledger as commands
-from trueweight.ledger.reader import Reader, transfers_sql
+from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, normal_url
+from trueweight.ledger.statements import transfers_sql
 from trueweight.protos.money import parse_credits
 from trueweight.simulation.ledger_crash import make_load, run_load
 
@@ -58,6 +60,12 @@ def test_a_statement_has_every_transfer_of_its_account_whatever_its_reason(books
 
 @pytest.mark.parametrize("account", ["client:acme", "node-locked:n", "external:rail"])
 def test_statements_are_read_by_index(books, account):
+    plan = plan_of(books, account)
+    assert {"transfer_debit", "transfer_credit"} <= set(re.findall(r"transfer_\w+", plan))
+
+
+def plan_of(books, account):
+    """How the database would read a page of an account."""
     engine = make_engine(normal_url(books))
     sqlite = engine.dialect.name == "sqlite"
     explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN"
@@ -67,11 +75,75 @@ def test_statements_are_read_by_index(books, account):
             connection.execute(sa.text("SET enable_bitmapscan = off"))
         rows = connection.execute(
             sa.text(f"{explain} {transfers_sql(account)}"),
-            {"id": account, "after": 0, "limit": 10},
+            {"number": 7, "after": 5, "end": 10, "limit": 10},
         ).fetchall()
     engine.dispose()
-    plan = "\n".join(" ".join(map(str, row)) for row in rows)
-    assert {"transfer_debit", "transfer_credit"} <= set(re.findall(r"transfer_\w+", plan))
+    return "\n".join(" ".join(map(str, row)) for row in rows)
+
+
+@pytest.fixture
+def reader(books):
+    made = Reader(make_engine(normal_url(books)))
+    yield made
+    made.close()
+
+
+BUSY = ["clearing:c0", "fee:market", "pool:market"]
+
+
+@pytest.mark.parametrize("account", BUSY)
+def test_attack_a_page_of_a_busy_account_looks_at_a_bounded_part_of_the_book(books, account):
+    plan = plan_of(books, account)
+    # By the primary key, from both ends.
+    if books.startswith("sqlite"):
+        assert "INTEGER PRIMARY KEY (rowid>? AND rowid<?)" in plan
+    else:
+        condition = r"Index Cond: \(\(sequence > .*\) AND \(sequence <= .*\)\)"
+        assert re.search(r"transfer_pkey .*\s+" + condition, plan), plan
+
+
+@pytest.mark.parametrize("account", ["clearing:nobody", "client:nobody", "fee:nobody"])
+def test_attack_an_account_that_does_not_exist_costs_nobody_a_scan(reader, account, monkeypatch):
+    asked = []
+    real = reader._rows
+    monkeypatch.setattr(reader, "_rows", lambda *a: asked.append(str(a[0])) or real(*a))
+    page = reader.transfers(account, 0, 1000)
+    assert (list(page.transfers), page.more, page.next_sequence) == ([], False, 0)
+    assert not any("FROM transfer t" in sql for sql in asked)
+
+
+def test_pages_of_a_busy_account_may_be_empty_and_lead_to_its_end(books, reader, monkeypatch):
+    whole = reader.transfers("", 0, 1000).transfers
+    monkeypatch.setattr(statements, "MAX_SPAN", 2)
+    accounts = {a for t in whole for a in (t.debit_account, t.credit_account)}
+    busy = {a for a in accounts if statements.is_busy(a)}
+    assert len(busy) > 3
+    for account in busy:
+        sides = [t.sequence for t in whole if account in {t.debit_account, t.credit_account}]
+        found, after, empty, more = [], 0, 0, True
+        while more:
+            page = reader.transfers(account, after, 1000)
+            assert all(after < t.sequence <= after + 2 for t in page.transfers)
+            found += [t.sequence for t in page.transfers]
+            empty += not page.transfers
+            assert page.next_sequence > after or not page.more
+            after, more = page.next_sequence, page.more
+        assert found == sides
+        assert empty or account in {"fee:market", "pool:market"}
+        assert [t["sequence"] for t in reports.statement(books, account, 1000)] == sides
+        for end in (whole[-1].sequence, 2**64 - 1):
+            beyond = reader.transfers(account, end, 1000)
+            assert (list(beyond.transfers), beyond.next_sequence, beyond.more) == ([], end, False)
+
+
+def test_a_full_page_says_that_there_may_be_more(reader):
+    whole = reader.transfers("", 0, 1000)
+    assert not whole.more
+    last = whole.transfers[-1].sequence
+    page = reader.transfers("", 0, last - 1)
+    assert (page.more, page.next_sequence) == (True, last - 1)
+    page = reader.transfers("", last - 1, 1000)
+    assert (len(page.transfers), page.more, page.next_sequence) == (1, False, last)
 
 
 def test_fsck_says_clean_with_exit_status_zero(books):

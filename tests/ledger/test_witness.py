@@ -67,6 +67,41 @@ async def test_attack_a_rollback_is_reported():
         await witness.look(older, seen, ORIGIN, KEYS)
 
 
+def grown(bodies, old):
+    """A log that shows its first ``old`` leaves under the old note's time, and proves all of it."""
+    log = Log(bodies)
+    state = LogState(ORIGIN, old, merkle.root(log.hashes[:old]), 1001)
+
+    async def checkpoint():
+        return log_pb2.Checkpoint(note=sign_note(state, SIGNER.key))
+
+    log.checkpoint = checkpoint
+    return log
+
+
+async def test_attack_a_replayed_old_note_does_not_make_the_witness_forget(tmp_path):
+    memory = tmp_path / "w.json"
+    longer = Log(bodies(100))
+    longer.at = 5000
+    seen = await witness.look(longer, None, ORIGIN, KEYS)
+    # The old note is genuine, and its tree is the beginning of the remembered one.
+    seen = await witness.look(grown(bodies(100), 50), seen, ORIGIN, KEYS)
+    witness.remember(memory, seen)
+    assert witness.load(memory, ORIGIN, KEYS).state.size == 100
+    fork = Log([*bodies(50), *bodies(70, b"x")])
+    fork.at = 6000
+    with pytest.raises(witness.LogForked, match="100 leaves is not the beginning of that of 120"):
+        await witness.look(fork, witness.load(memory, ORIGIN, KEYS), ORIGIN, KEYS)
+
+
+async def test_attack_an_older_note_of_the_same_tree_does_not_set_the_clock_back():
+    log = Log(bodies(50))
+    log.at = 5000
+    seen = await witness.look(log, None, ORIGIN, KEYS)
+    log.at = 1000
+    assert await witness.look(log, seen, ORIGIN, KEYS) == seen
+
+
 async def test_attack_a_checkpoint_by_another_key_is_no_checkpoint():
     log = Log(bodies(3))
     log.signer = make_signer("mallory", "m")

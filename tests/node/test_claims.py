@@ -37,7 +37,9 @@ class Books:
         self.reads += 1
         page = self.transfers_made[after_sequence : after_sequence + limit]
         last = page[-1].sequence if page else after_sequence
-        return ledger_pb2.ListTransfersResponse(transfers=page, next_sequence=last)
+        return ledger_pb2.ListTransfersResponse(
+            transfers=page, next_sequence=last, more=last < len(self.transfers_made)
+        )
 
     async def apply(self, operations):
         self.claims += [o.claim.receipt for o in operations]

@@ -12,7 +12,14 @@ from trueweight.node.canonical import BlockScorer, RowSampler, Scratch, is_plain
 from trueweight.node.engine import Score, SelfTest
 from trueweight.node.vllm.self_test import check_kernels, judge
 from trueweight.protos.errors import EngineError, InvalidRequest
-from trueweight.protos.sampling import Sampling, resolve, rows_of, sample_rows, score_rows
+from trueweight.protos.sampling import (
+    MASS_LADDER,
+    Sampling,
+    resolve,
+    rows_of,
+    sample_rows,
+    score_rows,
+)
 
 VOCABULARY = 96
 SCRATCH = Scratch(VOCABULARY)
@@ -79,6 +86,38 @@ def test_kernels_equal_the_reference(sampling, logits, seed, prompt, data):
         assert got.margins == pytest.approx([s.margin for s in scores], rel=1e-6, abs=1e-6)
         assert got.logprobs == pytest.approx([s.logprob for s in scores], rel=1e-5, abs=1e-5)
         assert got.ranks.tolist() == [s.rank for s in scores]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([(0.3, 0, 0.0), (1.0, 20, 0.0), (2.0, 0, 0.05), (1.0, 30, 0.02)]),
+    st.integers(0, 8),
+    st.sampled_from([1e-3, -1e-3, 0.02, -0.02]),
+    SEEDS,
+    st.integers(0, 2**32),
+)
+def test_kernels_equal_the_reference_beside_a_cumulative_mass(
+    others, index, offset, seed, row_seed
+):
+    """Every claim of a row whose top_p lies beside the mass of its likeliest tokens; not at it,
+    where fp32 sums may fall on either side."""
+    assert kernels.MASS_LADDER == MASS_LADDER
+    logits = np.random.default_rng(row_seed).normal(0, 1.5, VOCABULARY).astype(np.float32)
+    temperature, top_k, min_p = others
+    scaled = np.sort(logits.astype(np.float64))[::-1] / temperature
+    scaled = scaled[: top_k or None]
+    weights = np.exp(scaled - scaled[0])
+    weights = weights[weights >= min_p]
+    mass = min(float(weights[: index + 1].sum() / weights.sum()), 0.95)
+    sampling = resolve(
+        Sampling(temperature=temperature, top_k=top_k, min_p=min_p, top_p=mass * (1 + offset))
+    )
+    claims = np.argsort(-logits)[:24].tolist()
+    for claim in claims:
+        rows = rows_of(sampling, seed, [1], [], [claim], count=1)
+        wanted = score_rows(logits[None, :], rows, [claim])[0].margin
+        found = BlockScorer(sampling, seed, [1], [claim], SCRATCH).score(logits[None, :], 0)
+        assert found.margins[0] == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,7 +202,7 @@ def test_history_longer_than_its_first_buffer():
 
 def test_kernels_give_the_golden_vectors():
     found = check_kernels(VOCABULARY)
-    assert found.positions == found.equal >= 87 + 24
+    assert found.positions == found.equal >= 99 + 24
 
 
 def test_the_self_test_notices_a_sampler_that_is_off_by_one_position(monkeypatch):

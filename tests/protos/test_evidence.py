@@ -13,6 +13,7 @@ from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import (
     CONVICT,
     LAMBDAS,
+    MEAN_TOKENS,
     NANO,
     SUSPECT,
     Item,
@@ -34,20 +35,20 @@ def items(draw):
 
 
 def literal(sequence):
-    """The design's formula, each lambda on its own, nothing shared with the module."""
+    """The documented formula, each lambda on its own, nothing shared with the module."""
     total = 0.0
     for fraction in (0.05, 0.1, 0.2, 0.4, 0.8):
         s = 0.0
         for r, (sum_x, n, mu0) in enumerate(sequence, 1):
             weight = min(n, 256) / 256
-            e = 1 + fraction * weight * ((sum_x / n) / mu0 - 1)
+            e = 1 + fraction * weight * ((sum_x / max(n, 64)) / mu0 - 1)
             s = e * (s + 1 / (r * (r + 1)))
         total += s + 1 / (len(sequence) + 1)
     return total / 5
 
 
 @given(st.lists(items(), max_size=30))
-def test_wealth_is_the_designs_formula(sequence):
+def test_wealth_is_the_documented_formula(sequence):
     assert wealth_of(sequence).value == pytest.approx(literal(sequence), rel=1e-9)
 
 
@@ -63,7 +64,16 @@ def test_a_bet_is_fair_at_the_null_and_never_ruins(item):
         assert bet(item, fraction) > 0
     fair = Item(item.n * item.mu0_nano, item.n, item.mu0_nano)
     if fair.sum_x_nano <= fair.n * NANO:
-        assert all(bet(fair, fraction) == 1.0 for fraction in LAMBDAS)
+        factors = [bet(fair, fraction) for fraction in LAMBDAS]
+        assert all(f == 1.0 if item.n >= MEAN_TOKENS else f < 1.0 for f in factors)
+
+
+@given(st.integers(1, MEAN_TOKENS - 1), st.integers(0, NANO), st.integers(1, NANO))
+def test_one_token_of_a_short_request_counts_no_more_than_in_a_longer_one(n, x, mu0):
+    for fraction in LAMBDAS:
+        gain = bet(Item(x, n, mu0), fraction) - bet(Item(0, n, mu0), fraction)
+        longer = bet(Item(x, n + 1, mu0), fraction) - bet(Item(0, n + 1, mu0), fraction)
+        assert gain <= longer
 
 
 @given(items(), st.integers(1, 1000))

@@ -21,6 +21,7 @@ from trueweight.protos.checkpoint import (
 from trueweight.protos.errors import BadSignature, InvalidRequest, TrueweightError
 from trueweight.protos.identity import public_bytes
 from trueweight.protos.merkle import (
+    EMPTY_ROOT,
     CompactRange,
     consistency_path,
     fetch_from,
@@ -32,6 +33,8 @@ from trueweight.protos.merkle import (
     verify_consistency,
     verify_inclusion,
 )
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 LEAVES = [leaf_hash(bytes([i])) for i in range(70)]
 FETCH = fetch_from(LEAVES)
@@ -49,7 +52,33 @@ def tree_hash(leaves):
     return hashlib.sha256(b"\x01" + tree_hash(leaves[:k]) + tree_hash(leaves[k:])).digest()
 
 
-# Roots of the first 1, 2, 3, ... 8 leaves in Certificate Transparency's merkletree tests.
+def split_of(leaves):
+    """The largest power of two below their number, on both sides of which RFC 6962 divides."""
+    return 1 << (len(leaves) - 1).bit_length() - 1
+
+
+def audit_path(m, leaves):
+    """PATH(m, D[n]) of RFC 6962, section 2.1.1, word by word."""
+    if len(leaves) == 1:
+        return []
+    k = split_of(leaves)
+    if m < k:
+        return [*audit_path(m, leaves[:k]), tree_hash(leaves[k:])]
+    return [*audit_path(m - k, leaves[k:]), tree_hash(leaves[:k])]
+
+
+def subproof(m, leaves, known=True):
+    """SUBPROOF(m, D[n], b) of RFC 6962, section 2.1.2, word by word; PROOF(m, D[n]) by default."""
+    if m == len(leaves):
+        return [] if known else [tree_hash(leaves)]
+    k = split_of(leaves)
+    if m <= k:
+        return [*subproof(m, leaves[:k], known), tree_hash(leaves[k:])]
+    return [*subproof(m - k, leaves[k:], False), tree_hash(leaves[:k])]
+
+
+# Roots of the first 1, 2, 3, ... 8 leaves in Certificate Transparency's merkletree tests
+# (google/certificate-transparency, cpp/merkletree/merkle_tree_test.cc).
 PUBLISHED = [
     "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
     "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
@@ -64,9 +93,151 @@ TEXTS = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657"]
 TEXTS.append("606162636465666768696a6b6c6d6e6f")
 
 
+KNOWN = [leaf_hash(bytes.fromhex(text)) for text in TEXTS]
+# The same file's known answers: (index from 0, size, path). It counts leaves from 1; its path of no
+# leaf in an empty tree is an error here, see below.
+PUBLISHED_PATHS = [
+    (0, 1, []),
+    (
+        0,
+        8,
+        [
+            "96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7",
+            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
+            "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4",
+        ],
+    ),
+    (
+        5,
+        8,
+        [
+            "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b",
+            "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0",
+            "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+        ],
+    ),
+    (2, 3, ["fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125"]),
+    (
+        1,
+        5,
+        [
+            "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
+            "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b",
+        ],
+    ),
+]
+# The same file's consistency proofs: (old size, new size, path).
+PUBLISHED_PROOFS = [
+    (1, 1, []),
+    (
+        1,
+        8,
+        [
+            "96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7",
+            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
+            "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4",
+        ],
+    ),
+    (
+        6,
+        8,
+        [
+            "0ebc5d3437fbe2db158b9f126a1d118e308181031d0a949f8dededebc558ef6a",
+            "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0",
+            "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+        ],
+    ),
+    (
+        2,
+        5,
+        [
+            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
+            "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b",
+        ],
+    ),
+]
+
+
+def hexes(path):
+    return [node.hex() for node in path]
+
+
 def test_published_roots():
-    leaves = [leaf_hash(bytes.fromhex(text)) for text in TEXTS]
-    assert [root(leaves[:n]).hex() for n in range(1, 9)] == PUBLISHED
+    assert [root(KNOWN[:n]).hex() for n in range(1, 9)] == PUBLISHED
+    assert [tree_hash(KNOWN[:n]).hex() for n in range(1, 9)] == PUBLISHED
+
+
+def test_the_published_empty_root():
+    assert EMPTY == hashlib.sha256(b"").hexdigest() == EMPTY_ROOT.hex()
+    assert (
+        root([]).hex() == CompactRange().root().hex() == root_at(0, fetch_from([])).hex() == EMPTY
+    )
+
+
+@pytest.mark.parametrize(("index", "size", "path"), PUBLISHED_PATHS)
+def test_published_inclusion_proofs(index, size, path):
+    assert hexes(inclusion_path(index, size, fetch_from(KNOWN[:size]))) == path
+    assert hexes(inclusion_path(index, size, fetch_from(KNOWN))) == path, "in a log that grew since"
+    assert hexes(audit_path(index, KNOWN[:size])) == path
+    proof, top = [bytes.fromhex(node) for node in path], bytes.fromhex(PUBLISHED[size - 1])
+    verify_inclusion(KNOWN[index], index, size, proof, top)
+    # What the reference implementation's verifier must refuse of each.
+    empty = bytes.fromhex(EMPTY)
+    for leaf, place, many in [
+        *((KNOWN[index], other, size) for other in (index - 1, index + 1, index ^ 2)),
+        (KNOWN[index], index, size * 2),
+        (leaf_hash(b"WrongLeaf"), index, size),
+    ]:
+        with pytest.raises(BadSignature):
+            verify_inclusion(leaf, place, many, proof, top)
+    wrong = [[*proof, b""], [*proof, top], [b"", *proof], [top, *proof]]
+    wrong += [proof[:-1]] if proof else []
+    wrong += [[*proof[:at], empty, *proof[at + 1 :]] for at in range(len(proof))]
+    for forged, claimed in [(proof, empty), *((each, top) for each in wrong)]:
+        with pytest.raises(BadSignature):
+            verify_inclusion(KNOWN[index], index, size, forged, claimed)
+
+
+@pytest.mark.parametrize(("old", "new", "path"), PUBLISHED_PROOFS)
+def test_published_consistency_proofs(old, new, path):
+    assert hexes(consistency_path(old, new, fetch_from(KNOWN[:new]))) == path
+    assert hexes(consistency_path(old, new, fetch_from(KNOWN))) == path, "in a log that grew since"
+    assert hexes(subproof(old, KNOWN[:new])) == path
+    proof = [bytes.fromhex(node) for node in path]
+    first, last = (bytes.fromhex(PUBLISHED[size - 1]) for size in (old, new))
+    verify_consistency(old, first, new, last, proof)
+    if not proof:
+        return
+    # What the reference implementation's verifier must refuse of each.
+    empty = bytes.fromhex(EMPTY)
+    for earlier, later in [(old - 1, new), (old + 1, new), (old ^ 2, new), (old, new * 2)]:
+        with pytest.raises(BadSignature):
+            verify_consistency(earlier, first, later, last, proof)
+    for one, other in [(first, empty), (empty, last), (last, first)]:
+        with pytest.raises(BadSignature):
+            verify_consistency(old, one, new, other, proof)
+    wrong = [[], [*proof, b""], [*proof, proof[-1]], proof[:-1], [b"", *proof], [proof[0], *proof]]
+    wrong += [[*proof[:at], empty, *proof[at + 1 :]] for at in range(len(proof))]
+    for forged in wrong:
+        with pytest.raises(BadSignature):
+            verify_consistency(old, first, new, last, forged)
+
+
+def test_the_example_of_the_rfc_itself():
+    """RFC 6962, section 2.1.3: a tree of seven leaves, its nodes by the letters of the figure."""
+    leaves = LEAVES[:7]
+    a, b, c, d, e, f, j = leaves
+    g, h, i = (tree_hash(pair) for pair in ([a, b], [c, d], [e, f]))
+    k, whole = tree_hash(leaves[:4]), tree_hash(leaves)
+    right = tree_hash(leaves[4:])  # "l" in the figure
+    paths = {0: [b, h, right], 3: [c, g, right], 4: [f, j, k], 6: [i, k]}
+    for index, path in paths.items():
+        assert inclusion_path(index, 7, FETCH) == path == audit_path(index, leaves)
+        verify_inclusion(leaves[index], index, 7, path, whole)
+    for old, path in {3: [c, d, g, right], 4: [right], 6: [i, j, k]}.items():
+        assert consistency_path(old, 7, FETCH) == path == subproof(old, leaves)
+        verify_consistency(old, tree_hash(leaves[:old]), 7, whole, path)
 
 
 def test_every_size_index_and_proof_up_to_seventy():
@@ -75,9 +246,11 @@ def test_every_size_index_and_proof_up_to_seventy():
         assert root(LEAVES[:size]) == root_at(size, FETCH) == wanted
         for index in range(size):
             path = inclusion_path(index, size, FETCH)
+            assert path == audit_path(index, LEAVES[:size])
             verify_inclusion(LEAVES[index], index, size, path, wanted)
         for old in range(1, size + 1):
             path = consistency_path(old, size, FETCH)
+            assert path == subproof(old, LEAVES[:size])
             verify_consistency(old, tree_hash(LEAVES[:old]), size, wanted, path)
 
 

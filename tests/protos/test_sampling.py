@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.protos.sampling import (
     CLIP_LOGIT,
+    MASS_LADDER,
     MAX_MARGIN,
+    Perturbed,
     Row,
     Sampling,
     cut_threshold,
     gumbel,
     hash_u32,
+    margin_of,
     parameter_class,
     perturb,
     process_row,
@@ -28,9 +32,10 @@ from trueweight.protos.sampling import (
     sample_rows,
     score_row,
     score_rows,
+    shifted_top_p,
 )
 from trueweight.protos.sampling_noise import gumbel_of, uniform
-from trueweight.protos.sampling_parameters import check_token_ids, to_fp32
+from trueweight.protos.sampling_parameters import MIN_TEMPERATURE, check_token_ids, to_fp32
 from trueweight.protos.v1.market_pb2 import SamplingParams
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -144,21 +149,21 @@ def slow_token(logits, s, seed, prompt, output):
     return noisy.index(max(noisy))
 
 
-def slow_cut(scaled, s):
+def slow_cut(scaled, s, top_p=None, lift=0.0):
+    """What is kept; with another ``top_p``, and with the cuts before it lifted."""
+    top_p, best = s.top_p if top_p is None else top_p, max(scaled)
     kept = {v for v, x in enumerate(scaled) if x > -math.inf}
+    lines = [-math.inf]
     if s.min_p > 0:
-        line = float(np.float32(max(scaled)) + np.log(np.float32(s.min_p)))
-        kept = {v for v in kept if scaled[v] >= line}
-    if s.top_k > 0:
-        order = sorted((scaled[v] for v in kept), reverse=True)
-        if len(order) > s.top_k:
-            kept = {v for v in kept if scaled[v] >= order[s.top_k - 1]}
-    if s.top_p < 1:
-        best = max(scaled)
+        lines.append(float(np.float32(best) + np.log(np.float32(s.min_p))))
+    if 0 < s.top_k < len(kept):
+        lines.append(sorted(scaled, reverse=True)[s.top_k - 1])
+    kept = {v for v in kept if scaled[v] >= min(max(lines) + lift, best)}
+    if top_p < 1:
         weight = {v: math.exp(scaled[v] - best) for v in kept}
         total, line, before = sum(weight.values()), None, 0.0
         for v in sorted(kept, key=lambda v: -scaled[v]):
-            if line is not None and before >= s.top_p * total:
+            if line is not None and before >= top_p * total:
                 break
             line = scaled[v]
             before += weight[v]
@@ -223,18 +228,76 @@ def brute_margin(case, claimed):
     return min(best, MAX_MARGIN)
 
 
+def brute_explained(case, claimed, rounding, slack):
+    """Whether any cut that a rounding allows explains the claim: between the cuts of both shifted
+    masses, give or take a step, not above the claim by more than a step, no rival far ahead."""
+    logits, parameters, seed, prompt, output = case
+    row = perturb(logits, Row(parameters, seed, prompt, output, len(output)))
+    scaled, noisy = row.scaled.astype(np.float64), row.noisy.astype(np.float64)
+    step, p = rounding / parameters.temperature, parameters.top_p
+    ends = []
+    for sign in (1, -1):
+        odds = p / (1 - p) * math.exp(sign * step)
+        kept = slow_cut([float(x) for x in scaled], parameters, odds / (1 + odds), -sign * step)
+        ends.append(min(scaled[v] for v in kept))
+    near = slack / parameters.temperature + 2e-7 * float(np.max(np.abs(scaled[scaled > -np.inf])))
+    for cut in {end + way * step for end in (*ends, *scaled) for way in (-1, 0, 1)}:
+        inside = noisy[scaled >= cut + near]
+        if (
+            ends[0] - step - near <= cut <= ends[1] + step + near
+            and cut <= scaled[claimed] + step + near
+            and np.max(inside, initial=-np.inf) <= noisy[claimed] + step + near
+        ):
+            return True
+    return False
+
+
+def at_a_mass(case, index, offset):
+    """The case with top_p beside the mass of its likeliest tokens, or as it is."""
+    logits, parameters, seed, prompt, output = case
+    row = perturb(logits, Row(parameters, seed, prompt, output, len(output)))
+    before = cut_threshold(row.scaled, replace(parameters, top_p=1.0))
+    left = np.sort(row.scaled[(row.scaled >= before) & (row.scaled > -np.inf)])[::-1]
+    if parameters.temperature == 0 or not len(left):
+        return case
+    weights = np.exp(left.astype(np.float64) - float(left[0]))
+    mass = weights[: index + 1].sum() / weights.sum()
+    top_p = to_fp32(mass * (1 + offset))
+    top_p = top_p if 0 < top_p < 1 else to_fp32(0.5)
+    return (logits, resolve(replace(parameters, top_p=top_p)), seed, prompt, output)
+
+
+OFFSETS = st.sampled_from([0.0, 1e-7, -1e-7, 1e-3, -1e-3, 0.02, -0.02, 0.06])
+
+
 @settings(max_examples=300, deadline=None)
-@given(cases(), st.integers(0, 3))
-def test_margin_equals_the_brute_force_minimum(case, claimed):
+@given(cases(), st.integers(0, 3), st.booleans(), st.integers(0, 5), OFFSETS)
+def test_margin_equals_the_brute_force_minimum(case, claimed, is_at_a_mass, index, offset):
+    if is_at_a_mass:
+        case = at_a_mass(case, index, offset)
     logits, parameters, seed, prompt, output = case
     score = score_row(logits, parameters, seed, prompt, output, claimed)
     wanted = brute_margin(case, claimed)
+    is_laddered = parameters.top_p < 1 and wanted < MAX_MARGIN
+    for rounding in MASS_LADDER if is_laddered else ():
+        if rounding < wanted and brute_explained(case, claimed, rounding, -1e-5):
+            assert score.margin <= rounding
+        if rounding == score.margin and abs(score.margin - wanted) > 0.0013:
+            assert brute_explained(case, claimed, rounding, 1e-5)
+            wanted = rounding
     # The grid can only miss the minimum by half a step.
     assert wanted - 0.0013 <= score.margin <= wanted + 1e-6
     raw = logits.astype(np.float64)
     log_total = float(np.log(np.exp(raw - raw.max()).sum()) + raw.max())
     assert score.logprob == pytest.approx(float(raw[claimed]) - log_total, abs=1e-6)
     assert score.rank == int((raw > raw[claimed]).sum())
+
+
+def margin_in_logits(case, claimed):
+    """The margin if the cut could move in logits only."""
+    logits, parameters, seed, prompt, output = case
+    row = perturb(logits, Row(parameters, seed, prompt, output, len(output)))
+    return margin_of(row, claimed, replace(parameters, top_p=1.0))
 
 
 @settings(max_examples=200, deadline=None)
@@ -250,6 +313,84 @@ def test_small_honest_noise_makes_small_margins_without_top_p(case, size, noise_
     token = sample(other, parameters, seed, prompt, output)
     margin = score_row(logits, parameters, seed, prompt, output, token).margin
     assert margin <= 4 * size + 1e-4
+
+
+@st.composite
+def roundings(draw):
+    """A case with top-p beside a cumulative mass, alone or after other cuts, a size of rounding and
+    logits that are off by at most half of it."""
+    logits, other, *where = draw(cases())
+    # Logits that are close, as a vocabulary's are: many cuts and rivals within a rounding.
+    logits = (logits * np.float32(draw(st.sampled_from([1.0, 0.1, 0.01])))).astype(np.float32)
+    kept = ("temperature", "top_k", "min_p", "logit_bias", "allowed_token_ids", "bad_words")
+    plain = Sampling(**{name: getattr(other, name) for name in kept})
+    case = at_a_mass((logits, resolve(plain), *where), draw(st.integers(0, 8)), draw(OFFSETS))
+    size = draw(st.one_of(st.sampled_from(MASS_LADDER), st.floats(1e-3, 0.125)))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shift = generator.uniform(-1, 1, len(logits))
+    if draw(st.booleans()):
+        shift = np.sign(np.round(1.5 * shift))  # as far as may be, or not at all
+    # Less what fp32 rounds once more.
+    return case, size, (case[0] + shift * (size / 2 - 1e-4)).astype(np.float32)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(roundings())
+def test_a_rounding_costs_at_most_its_step_of_the_ladder_under_top_p(drawn):
+    """Logits off by at most e/2 each, e at most 1/8: the margin of what they sample is at most the
+    lowest step of the ladder that is not below e. Exact, whatever the cuts and the mass."""
+    case, size, other = drawn
+    logits, parameters, *where = case
+    if parameters.top_p == 1.0:
+        return
+    token = sample(other, parameters, *where)
+    margin = score_row(logits, parameters, *where, token).margin
+    assert margin <= min(step for step in MASS_LADDER if step >= size)
+    assert margin <= margin_in_logits(case, token)
+
+
+def test_attack_a_client_chooses_top_p_at_a_cumulative_mass():
+    """The client knows the logits and asks for a top_p at which every rounding adds or drops a
+    token. In logits alone honest nodes would look like cheats."""
+    generator = np.random.default_rng(5)
+    before, after = [], []
+    for seed in range(1500):
+        logits = generator.normal(0, 2, 40).astype(np.float32)
+        case = (logits, resolve(Sampling()), seed, [1], [])
+        case = at_a_mass(case, int(generator.integers(0, 6)), 0.0)
+        shift = np.sign(generator.normal(0, 1, len(logits))) / 64
+        token = sample((logits + 0.99 * shift).astype(np.float32), *case[1:])
+        before.append(margin_in_logits(case, token))
+        after.append(score_row(*case, token).margin)
+    assert np.count_nonzero(np.array(before) > 0.4) >= 5
+    assert max(after) <= 1 / 32
+    # What lies far outside the cut is explained by no rounding.
+    far = int(np.argsort(logits)[0])
+    assert score_row(*case, far).margin == margin_in_logits(case, far) > CLIP_LOGIT
+
+
+def test_a_cut_between_both_shifted_masses_explains_a_token():
+    """Token 1 is in for the node and out for the verifier; whatever shift of top_p lets it in at
+    the verifier also lets in token 2, which is far ahead of it."""
+    logits = np.array([0.0, -5.5, -7.0, *[-7.6] * 1900], dtype=np.float32)
+    mass = 1 / np.exp(logits.astype(np.float64)).sum()
+    parameters = resolve(Sampling(top_p=shifted_top_p(mass, -0.9 / 8)))
+    noisy = (logits - 5).astype(np.float32)
+    noisy[:3] = 0, 5, 6
+    row = Perturbed(logits, logits, noisy, cut_threshold(logits, parameters))
+    assert row.threshold == 0.0
+    other = (logits + np.where(logits == 0, -0.057, 0.057)).astype(np.float32)
+    assert np.flatnonzero(other >= cut_threshold(other, parameters)).tolist() == [0, 1]
+    assert margin_of(row, 1, parameters) == 1 / 8
+    assert margin_of(row, 1, replace(parameters, top_p=1.0)) == 5.0
+
+
+def test_a_shifted_top_p_stays_between_its_ends():
+    ends = (np.nextafter(np.float32(0), np.float32(1)), np.nextafter(np.float32(1), np.float32(0)))
+    for top_p in map(float, ends):
+        for shift in (-0.125 / MIN_TEMPERATURE, 0.0, 0.125 / MIN_TEMPERATURE):
+            assert 0.0 < shifted_top_p(top_p, shift) < 1.0
+    assert shifted_top_p(0.5, math.log(3)) == pytest.approx(0.75)
 
 
 def test_rows_of_a_block_are_rows_one_by_one():

@@ -338,6 +338,7 @@ async def test_refunded_audits_make_a_node_dearer(start_market):
                 market_id=market.market.market_id,
                 verifier_id=verifier.identity,
                 node_id=node_id,
+                receipt_digest=bytes([outcome]) * 32,
                 outcome=outcome,
             )
             await market.port("verifier").publish(seal(verdict, verifier))

@@ -30,8 +30,12 @@ CLASSES = ("plain", "top_p", "penalties")
 PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 24, 48, 24
 
 
-def nulls():
-    return {e.parameter_class: e.mu0_nano for e in read_measured(CALIBRATION).entries}
+def items_of(scores, entry):
+    """As a verifier adds them up."""
+    return [
+        Item(sum_nano(s.margins, entry.ignored_below_nano), len(s.margins), entry.mu0_nano)
+        for s in scores
+    ]
 
 
 def claims_of(decoder, name):
@@ -71,16 +75,17 @@ def test_real_honest_noise_convicts_nobody_and_a_wrong_seed_is_convicted_within_
     from trueweight.simulation.hf_reference import HfReference
 
     decoder = HfDecoder(MODEL, "bfloat16")
-    reference, mu0 = HfReference(MODEL, "float32"), nulls()
+    reference = HfReference(MODEL, "float32")
+    entries = {e.parameter_class: e for e in read_measured(CALIBRATION).entries}
     honest, exact = [], 0
     for name in CLASSES:
         claims = claims_of(decoder, name)
         scores = reference.score(claims)
         exact += sum(m == 0 for s in scores for m in s.margins)
-        honest += [Item(sum_nano(s.margins), len(s.margins), mu0[name]) for s in scores]
+        honest += items_of(scores, entries[name])
         if name == "plain":
             other = reference.score([replace(c, seed=c.seed ^ 1) for c in claims[:10]])
-            wrong = [Item(sum_nano(s.margins), len(s.margins), mu0[name]) for s in other]
+            wrong = items_of(other, entries[name])
     tokens = sum(item.n for item in honest)
     assert tokens == len(CLASSES) * REQUESTS * (OUTPUT_TOKENS + 5) // 2
     assert 0.97 * tokens < exact < tokens, "float32 against bfloat16 is never all equal"
@@ -108,10 +113,18 @@ def test_every_row_of_the_table_has_a_pool_and_every_named_cheat_is_in_it():
     assert all(s.traffic.get("plain", 0) == 1.0 or "top_p" in s.traffic for s in SERVED)
 
 
+@pytest.fixture
+def kept(request):
+    """Where measurements of hours stay, so that the next run goes on instead of starting over."""
+    place = Path(__file__).parents[2] / ".trueweight" / "soak" / request.node.name.split("[")[0]
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 @pytest.mark.soak
-def test_a_million_honest_tokens_convict_nobody(tmp_path):
+def test_a_million_honest_tokens_convict_nobody(kept):
     seed = honest_run.HONEST_SEED
-    store = MarginStore(tmp_path / "honest", weights_of(MODEL), seed)
+    store = MarginStore(kept, weights_of(MODEL), seed)
     measurement = Measurement(MODEL, store, Traffic.of_model(MODEL, seed))
     entries = {e.parameter_class: e for e in read_measured(CALIBRATION).entries}
     run = honest_run.HonestRun(MODEL.name, measurement, entries)
@@ -125,19 +138,22 @@ def test_a_million_honest_tokens_convict_nobody(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", honest_run.WIDE)
-def test_a_hundred_thousand_honest_tokens_of_a_wide_model_convict_nobody(name, tmp_path):
-    rows = asyncio.run(honest_run.wide_run(name, tmp_path, tokens=100_000, orders=20, minutes=1e6))
+def test_a_hundred_thousand_honest_tokens_of_a_wide_model_convict_nobody(name, kept):
+    place = kept / name.rsplit(maxsplit=1)[-1]
+    rows = asyncio.run(honest_run.wide_run(name, place, tokens=100_000, orders=20, minutes=1e6))
     honest_run.show(rows)
     assert sum(r.tokens for r in rows if "transformers" in r.pair) >= 100_000
     assert sum(r.convicted for r in rows) == 0
 
 
 @pytest.mark.soak
-def test_every_cheat_with_a_target_meets_it(tmp_path):
-    bench = bench_power.PowerBench(MODEL, CALIBRATION, Path(tmp_path), 1e6)
+def test_every_cheat_with_a_target_meets_it(kept):
+    bench = bench_power.PowerBench(MODEL, CALIBRATION, kept, 1e6)
     asyncio.run(bench.collect(100_000))
     shown = bench.rows(40)
     bench_power.show(shown, 40)
+    assert [s.row.name for s in shown] == [row.name for row in ROWS], "a pool is missing"
+    assert all(s.found.pool_tokens >= 100_000 for s in shown if s.row.traffic == "plain")
     missed = [
         (s.row.name, s.found.median_tokens)
         for s in shown

@@ -1,5 +1,7 @@
 """Second opinions: a verifier that adds a little to every verdict is found by the mean."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from trueweight.protos.evidence import NANO, Item, wealth_of
 from trueweight.protos.money import PPM
 from trueweight.protos.v1.audit_pb2 import EpochOpen, EpochReveal, Verdict
 from trueweight.verifier.agreement import CONTRADICTED, Capital
-from trueweight.verifier.owed import account
+from trueweight.verifier.owed import DONE, VOID, account
 from trueweight.verifier.rewards import payable
 from trueweight.verifier.state import LogView
 from trueweight.verifier.verdicts import agree
@@ -205,5 +207,103 @@ def test_attack_a_verifier_says_something_else_about_the_same_receipt(make_world
     receipt = two.serve()
     two.judge(receipt, 1, HONEST)
     two.judge(receipt, 0, HONEST, **opposite)
+    _, found = two.accounts()
+    assert [each.contradicted for each in found] == [(two.node,)] * 2
+
+
+# Verdicts that say nothing.
+
+NOTHING = {"calibration_digest": b"", "parameter_class": "", "sum_x_nano": 0, "scored_tokens": 0}
+VOIDS = {
+    "missing": {"outcome": Verdict.MISSING_TRANSCRIPT, **NOTHING},
+    "erased": {"outcome": Verdict.UNCALIBRATED, "l0_failure": "erased", **NOTHING},
+    "uncalibrated": {"outcome": Verdict.UNCALIBRATED, **NOTHING, "parameter_class": "plain"},
+    "unnamed": {"outcome": Verdict.INVALID_RECEIPT, **NOTHING},
+    "unknown": {"outcome": 77, **NOTHING},
+}
+
+
+@pytest.mark.parametrize("void", VOIDS)
+def test_attack_the_laziest_verifier_calls_everything_void_and_is_paid_nothing(
+    make_world, kit, void
+):
+    two = Two(make_world(verifier_count=2), kit)
+    for _ in range(5):
+        two.judge(two.serve(), 0, 0, **VOIDS[void])
+    view, (lazy, _) = two.accounts()
+    assert (lazy.count(VOID), lazy.count(DONE), lazy.as_json()["counts"][VOID]) == (5, 0, 5)
+    assert not payable(view, lazy).verdict_digests
+
+
+@pytest.mark.parametrize("void", ["missing", "erased", "uncalibrated"])
+def test_attack_a_lazy_verifier_calls_void_what_another_scored(make_world, kit, void):
+    """Three in thirty may happen to a verifier that a router did not answer; four lose the epoch,
+    and that of nobody else."""
+    two = Two(make_world(verifier_count=2), kit)
+    receipts = [two.serve() for _ in range(30)]
+    for number, receipt in enumerate(receipts):
+        two.judge(receipt, 1, HONEST)
+        two.judge(receipt, 0, HONEST, **VOIDS[void] if number < 4 else {})
+    view, (lazy, diligent) = two.accounts()
+    assert (len(lazy.refuted), lazy.compared, lazy.is_refuted) == (4, 30, True)
+    assert not lazy.kept and "void" in payable(view, replace(lazy, copied=0)).why_not
+    assert diligent.kept and not diligent.refuted and payable(view, diligent).verdict_digests
+    assert not replace(lazy, refuted=lazy.refuted[:3]).is_refuted
+    assert not replace(lazy, refuted=lazy.refuted[:2], compared=2).is_refuted
+
+
+def test_who_has_no_calibration_for_a_class_is_not_refuted_by_one_who_has(make_world, kit):
+    two = Two(make_world(verifier_count=2), kit)
+    second = two.world.verifiers[1].identity
+    statement = two.world.measured(2, kit.entry("plain"), kit.entry("greedy")).statement(
+        two.world.market_id, second, two.world.manifest_digest, 0
+    )
+    two.log(two.world.verifiers[1], statement)
+    two.calibrations[second] = digest_of(two.world.ledger.entries[-1].body)
+    for _ in range(5):
+        receipt = two.serve()
+        two.judge(receipt, 1, HONEST, parameter_class="greedy")
+        two.judge(receipt, 0, 0, **{**VOIDS["uncalibrated"], "parameter_class": "greedy"})
+    _, (found, other) = two.accounts()
+    assert (found.count(VOID), found.compared, found.refuted) == (5, 5, ())
+    assert other.kept and other.count(DONE) == 5
+
+
+def test_attack_who_copied_a_score_refutes_nobody(make_world, kit):
+    two = Two(make_world(verifier_count=2), kit)
+    for _ in range(5):
+        receipt = two.serve()
+        two.judge(receipt, 0, 0, **VOIDS["missing"])
+        two.judge(receipt, 1, HONEST)  # after the first verdict, without a commitment
+    _, (honest, copier) = two.accounts()
+    assert copier.copied == 5 and not honest.compared
+
+
+@pytest.mark.parametrize("other", [{}, {"outcome": Verdict.REFUND}, {"outcome": 3}])
+@pytest.mark.parametrize("named", ["", "durations"])
+def test_attack_a_refusal_of_what_another_scored_is_contradicted(make_world, kit, named, other):
+    two = Two(make_world(verifier_count=2), kit)
+    receipt = two.serve()
+    two.judge(receipt, 1, HONEST, **other)
+    two.judge(receipt, 0, 0, outcome=Verdict.INVALID_RECEIPT, **NOTHING, l0_failure=named)
+    _, found = two.accounts()
+    assert [each.contradicted for each in found] == [(two.node,)] * 2
+
+
+def test_attack_a_client_erases_an_invalid_receipt_between_two_audits(make_world, kit):
+    """Who came too late to see it does not contradict who refused it."""
+    two = Two(make_world(verifier_count=2), kit)
+    receipt = two.serve()
+    two.judge(receipt, 0, 0, outcome=Verdict.INVALID_RECEIPT, **NOTHING, l0_failure="durations")
+    two.judge(receipt, 1, 0, **VOIDS["erased"])
+    _, found = two.accounts()
+    assert not any(each.contradicted or each.disputed for each in found)
+
+
+def test_attack_a_refund_that_cites_no_calibration_is_held_to_the_others(make_world, kit):
+    two = Two(make_world(verifier_count=2), kit)
+    receipt = two.serve()
+    two.judge(receipt, 1, HONEST)
+    two.judge(receipt, 0, 0.9, outcome=Verdict.REFUND, calibration_digest=b"")
     _, found = two.accounts()
     assert [each.contradicted for each in found] == [(two.node,)] * 2

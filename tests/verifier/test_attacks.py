@@ -31,6 +31,7 @@ from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
 from trueweight.verifier.owed import accounts
 from trueweight.verifier.registry import WITHDRAWAL_GRACE_MS
+from trueweight.verifier.report import state_of
 from trueweight.verifier.state import KINDS, LogView
 
 WRONG = [3.0] * 50
@@ -466,6 +467,56 @@ def test_attack_two_sybils_cannot_freeze_a_pair_among_four_honest_nodes():
     nodes = [with_noise("pair", 2_000_000) for _ in range(2)]
     nodes += [with_noise("pair", 50_000) for _ in range(4)]
     assert frozen_pairs(nodes) == frozenset()
+
+
+def test_attack_one_node_with_most_of_the_work_cannot_freeze_its_own_conviction():
+    large = with_noise("pair", 2_000_000, count=40)
+    nodes = [large, with_noise("pair", 50_000, count=5), with_noise("pair", 50_000, count=5)]
+    assert large.crossed_by is not None and frozen_pairs(nodes) == frozenset()
+
+
+def test_attack_many_small_identities_do_not_outvote_the_audited_tokens():
+    sybils = [with_noise("pair", 8_000_000, count=10) for _ in range(6)]
+    honest = [with_noise("pair", 50_000, count=40) for _ in range(5)]
+    assert all(n.pairs["pair"].value > 20 for n in sybils)
+    assert frozen_pairs(sybils + honest) == frozenset()
+
+
+async def convicting(world, kit, names, margins, rounds):
+    for _ in range(rounds):
+        for name in names:
+            world.serve(name, margins)
+    app = world.app()
+    await kit.settle(world, app)
+    return app.service.view
+
+
+async def test_attack_more_convicted_sybils_than_honest_nodes_freeze_nothing(world, kit):
+    """Nor do the cheats of the past, once they outnumber the living."""
+    honest, sybils = ["a", "b", "c"], ["s1", "s2", "s3", "s4"]
+    for name in (*honest, *sybils, "cheat"):
+        world.add_node(name)
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    await convicting(world, kit, honest, [0.0] * 50, 2)
+    for name in sybils:
+        view = await convicting(world, kit, [name], WRONG, 6)
+    assert all(view.convicted(world.nodes[name].identity) for name in sybils)
+    view = await convicting(world, kit, ["cheat"], WRONG, 6)
+    assert view.convicted(world.nodes["cheat"].identity)
+    assert not any(view.convicted(world.nodes[name].identity) for name in honest)
+
+
+async def test_a_calibration_under_which_honest_nodes_look_guilty_still_freezes(world, kit):
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        world.add_node(name)
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    view = await convicting(world, kit, names, [0.0] * 40 + [0.1] * 10, 12)
+    nodes = [world.nodes[name].identity for name in names]
+    assert all(view.nodes[node].pooled.crossed_by is not None for node in nodes)
+    assert not world.ledger.convicted and {state_of(view, node) for node in nodes} == {"frozen"}
 
 
 # Hostile bytes.

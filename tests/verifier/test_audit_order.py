@@ -98,6 +98,10 @@ def test_a_class_that_the_verifier_has_not_calibrated_is_left_out(kit):
     plain = said._replace(parameter_class="plain")
     assert not answer_of(plain, asked, "v", table).is_left_out
     assert answer_of(plain, asked._replace(receipt_index=9), "v", table).is_left_out, "not in force"
+    refunded = said._replace(outcome=Verdict.REFUND)
+    assert answer_of(refunded, asked, "v", table).is_left_out
+    bare = answer_of(refunded._replace(parameter_class="plain"), asked, "v", table)
+    assert not bare.is_left_out and not bare.pair, "as zero: it has a calibration that it must cite"
     line = AuditLine()
     line.ask(b"r", asked)
     assert line.answer(b"r", answer_of(said, asked, "v", table))[0].evidence is None

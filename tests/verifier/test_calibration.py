@@ -11,12 +11,21 @@ from hypothesis import strategies as st
 
 from trueweight.protos.calibrations import CalibrationTable, is_usable, read_calibration
 from trueweight.protos.errors import InvalidRequest
-from trueweight.protos.evidence import MU0_FLOOR_NANO
+from trueweight.protos.evidence import (
+    CLIP_LOGIT,
+    MU0_FLOOR_NANO,
+    NANO,
+    clipped_nano,
+    counted_nano,
+    sum_nano,
+)
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
 from trueweight.verifier.bounds import upper_bound
 from trueweight.verifier.calibration import (
+    IGNORED_CEILING_NANO,
     PairSample,
     calibrate_class,
+    ignored_below_nano,
     is_far_outside,
     measure,
 )
@@ -47,7 +56,7 @@ def test_the_bound_covers_noise_that_comes_in_whole_requests(share, level):
     misses = 0
     for _ in range(200):
         noisy = np.where(rng.random(300) < share, int(level * 1e9), 0)
-        found = measure(PairSample("p", tuple((int(x),) * 50 for x in noisy)), 0.95)
+        found = measure(PairSample("p", tuple((int(x),) * 50 for x in noisy)), confidence=0.95)
         misses += found.bound.upper < share * level
     assert misses / 200 <= 0.05
     alone = by_token(np.repeat(noisy / 1e9, 50), 0.95).upper
@@ -105,9 +114,28 @@ def sample(mean_nano, tokens=200_000, pair="p"):
 def test_the_worst_pair_decides_and_the_floor_holds():
     entry = calibrate_class("plain", [sample(0, pair="quiet"), sample(0, pair="quiet too")])
     assert entry.mu0_nano >= MU0_FLOOR_NANO and entry.mu0_nano >= 2 * entry.upper_bound_nano
-    worse = calibrate_class("plain", [sample(0, pair="quiet"), sample(500_000, pair="noisy")])
-    assert worse.worst_pair == "noisy" and worse.mu0_nano >= 2 * 500_000
+    # Nineteen of twenty differences are small; what counts are the others, one token in 500.
+    row = ((10**7,) * 38 + (25 * 10**7,) * 2) + (0,) * 960
+    worse = calibrate_class("plain", [sample(0, pair="quiet"), PairSample("noisy", (row,) * 200)])
+    assert worse.worst_pair == "noisy" and worse.ignored_below_nano == 20_000_000
+    assert round(worse.mean_nano, -3) == 500_000 and worse.mu0_nano >= 2 * 500_000
     assert is_usable(entry) and is_usable(worse)
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=40), st.integers(0, 10**9))
+def test_what_is_ignored_counts_as_zero_and_the_rest_in_full(xs, below):
+    assert counted_nano(xs, below) == sum(xs) - sum(x for x in xs if x < below)
+    margins = [x / NANO * CLIP_LOGIT for x in xs]
+    assert sum_nano(margins) == sum(clipped_nano(m) for m in margins)
+    assert sum_nano(margins, below) == counted_nano(map(clipped_nano, margins), below)
+
+
+def test_the_noisiest_pair_decides_what_is_ignored_up_to_a_ceiling():
+    quiet, noisy = (PairSample("p", ((x,) * 10 + (0,) * 90,) * 9) for x in (10**7, 4 * 10**7))
+    assert ignored_below_nano([quiet]) == 20_000_000
+    assert ignored_below_nano([quiet, noisy]) == 60_000_000
+    assert ignored_below_nano([sample(0)]) == 0
+    assert ignored_below_nano([sample(10**9, 1000)]) == IGNORED_CEILING_NANO
 
 
 def test_one_token_cannot_be_far_outside_by_rounding_but_a_wrong_one_is():
@@ -128,11 +156,13 @@ def test_no_length_makes_ten_times_the_null_mean_far_outside(tokens):
 def test_no_request_that_calibration_saw_is_a_third_of_far_outside():
     chance = random.Random(3)
     rows = [
-        tuple((3 * 10**8 if chance.random() < 0.02 else 0) for _ in range(chance.randint(1, 300)))
+        tuple(chance.choices((0, 10**7, 3 * 10**8), (0.6, 0.38, 0.02), k=chance.randint(1, 300)))
         for _ in range(300)
     ]
     entry = calibrate_class("top_p", [PairSample("harsh", tuple(rows))])
-    worst = max(sum(row) // math.isqrt(8 * max(len(row), 8)) for row in rows)
+    worst = max(
+        sum(x for x in row if x > 10**7) // math.isqrt(8 * max(len(row), 8)) for row in rows
+    )
     assert entry.refund_above_nano == 3 * worst > 100_000_000
     assert not any(is_far_outside(3 * sum(row), len(row), entry) for row in rows)
 

@@ -1,9 +1,11 @@
 """Attacks on calibration itself: parameters and declarations chosen to move the threshold."""
 
+import numpy as np
 import pytest
 
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.evidence import CLIP_LOGIT, NANO, Wealth, counted_nano
 from trueweight.protos.sampling_parameters import (
     MIN_REPETITION,
     Sampling,
@@ -12,6 +14,7 @@ from trueweight.protos.sampling_parameters import (
 )
 from trueweight.protos.v1.audit_pb2 import Verdict
 from trueweight.simulation.calibration_traffic import CLASSES
+from trueweight.verifier.calibration import PairSample, calibrate_class
 
 CHEAT = [0.0] * 180 + [0.1] * 20
 # What an honest node shows when a repetition penalty of 0.01 makes its rounding 100 times larger.
@@ -53,6 +56,66 @@ async def test_attack_amplified_requests_are_no_evidence_against_an_honest_node(
     assert {v.outcome for v in verdicts} == {Verdict.UNCALIBRATED} and len(verdicts) == 30
     assert app.service.view.nodes[node].pooled.wealth.r == 0
     assert not world.ledger.refunds and not world.ledger.convicted
+
+
+ANOTHER_MODELS = [0.0] * 20 + [3.0] * 30
+
+
+async def test_attack_another_models_text_in_a_class_that_is_never_calibrated(world, kit):
+    """Its client is refunded; it is no evidence for or against the node."""
+    node = world.add_node("bad")
+    await opened(world, kit)
+    sampling = resolve(Sampling(repetition_penalty=0.01)).to_proto()
+    receipts = [world.serve("bad", ANOTHER_MODELS, sampling=sampling) for _ in range(30)]
+    world.serve("bad", [3.0] * 7, sampling=sampling)  # too few tokens to tell
+    app = world.app()
+    await kit.settle(world, app)
+    verdicts = world.ledger.of_kind("verdict", Verdict)
+    assert [v.outcome for v in verdicts] == [Verdict.REFUND] * 30 + [Verdict.UNCALIBRATED]
+    assert not any(v.calibration_digest for v in verdicts)
+    assert set(world.ledger.refunds) == set(receipts) and not world.ledger.convicted
+    assert app.service.view.nodes[node].pooled.wealth.r == 0
+    assert not app.service.view.nodes[node].lines[world.verifiers[0].identity].waiting
+
+
+# Like the shipped model: standard deviation of the rounding between two tokens, and how many
+# tokens have their two best within a logit of each other.
+NOISE, TIES_PER_LOGIT = 0.02, 0.6
+
+
+def flips(gaps, noise, rng):
+    """x of an honest node's tokens whose two best are ``gaps`` apart for the reference."""
+    flipped = rng.normal(0.0, noise, gaps.size) > gaps
+    return np.where(flipped, np.minimum(gaps, CLIP_LOGIT) / CLIP_LOGIT * NANO, 0).astype(int)
+
+
+def ordinary_traffic():
+    rng = np.random.default_rng(1)
+    gaps = rng.uniform(0, 1 / TIES_PER_LOGIT, (6000, 64))
+    rows = flips(gaps.ravel(), NOISE, rng).reshape(gaps.shape)
+    return calibrate_class("plain", [PairSample("p", tuple(map(tuple, rows.tolist())))])
+
+
+def largest_wealth(gap, mu0_nano, ignored_nano, requests=2000):
+    """Of an honest node whose client asks for one token each time, always where two are as close
+    together as he likes: he has the weights, searches for such prompts, or repeats one."""
+    rng = np.random.default_rng(2)
+    wealth, largest = Wealth(), 1.0
+    for x in flips(np.full(requests, gap), NOISE, rng).tolist():
+        wealth = wealth.add(counted_nano([x], ignored_nano), 1, mu0_nano)
+        largest = max(largest, wealth.value)
+    return largest
+
+
+def test_attack_a_client_asks_an_honest_rival_for_near_ties():
+    entry = ordinary_traffic()
+    assert 1.8 * NOISE < entry.ignored_below_nano / NANO * CLIP_LOGIT < 2.5 * NOISE
+    gaps = [NOISE * times for times in (0.5, 1, 1.5, 1.8, 2, 2.1, 2.2, 2.4, 2.7, 3, 3.5, 4)]
+    assert max(largest_wealth(g, entry.mu0_nano, entry.ignored_below_nano) for g in gaps) < 10
+    # It is an attack: if every difference counted in full, it would convict within these requests.
+    rng = np.random.default_rng(2)
+    found = flips(np.full(2000, NOISE), NOISE, rng) / entry.mu0_nano
+    assert np.log1p(0.8 / 256 * (found - 1)).sum() > np.log(1e12)
 
 
 async def test_attack_a_noisy_fingerprint_buys_no_larger_threshold(world, kit):

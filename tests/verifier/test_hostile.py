@@ -198,7 +198,8 @@ async def test_hostile_leaves_with_entitled_signatures(judged, monkeypatch):
         return f"{kind}: {view.last_reason}"
 
     for _ in range(CASES):
-        kind = mutator.random.choice(KINDS)
+        # Half of them verdicts: what convicts.
+        kind = mutator.random.choice((*KINDS, *["verdict"] * len(KINDS)))
         data = corpora[kind].pick()
         data = mutator.damaged(data) if kind == "transfer" else forged(mutator, data)
         corpora[kind].run(data, lambda d, kind=kind: behave(kind, d))

@@ -64,7 +64,14 @@ def test_false_convictions_over_ten_thousand_lifetimes_of_ten_thousand_audits(sp
     nodes = 10_000
     draws = null_draws(nodes, 10_000, 256, MU0, spread=spread, seed=spread)
     found = simulate(draws, 256, MU0, 1 / ALPHA)
-    assert found.crossed / nodes <= upper_limit(ALPHA, nodes)
+    # Ville's bound is one-sided; from below, a rate of next to nothing would prove nothing.
+    assert ALPHA / 10 < found.crossed / nodes <= upper_limit(ALPHA, nodes)
+
+
+@pytest.mark.soak
+def test_a_null_that_is_three_times_too_small_is_caught_over_ten_thousand_audits():
+    draws = null_draws(2000, 10_000, 256, 3 * MU0, spread=10, seed=1)
+    assert simulate(draws, 256, MU0, 1 / ALPHA).crossed / 2000 > 0.99
 
 
 def requests_to_conviction(mean: float, tokens: int, honest_first: int = 0) -> int:

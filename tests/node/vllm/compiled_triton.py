@@ -32,7 +32,7 @@ TYPES = {
     **dict.fromkeys(("winners", "seeds", "positions", "claimed", "ranks"), "*i64"),
     "masks": "*i1",
     "stops": "*i8",
-    "clip": "fp32",
+    **dict.fromkeys(("clip", "rounding"), "fp32"),
 }
 
 

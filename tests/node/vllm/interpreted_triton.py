@@ -33,7 +33,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.loader import (  # noqa: E402
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker  # noqa: E402
 
 import trueweight.simulation  # noqa: E402
+from trueweight.node.golden import golden_cases  # noqa: E402
 from trueweight.node.grammar import Grammars  # noqa: E402
+from trueweight.node.vllm import self_test_v2  # noqa: E402
 from trueweight.node.vllm.options import SAMPLER_PLUGINS  # noqa: E402
 from trueweight.node.vllm.sampler_v2 import CanonicalSampler  # noqa: E402
 from trueweight.node.vllm.scorer_v2 import DeviceScorer  # noqa: E402
@@ -82,7 +84,16 @@ def logits_of(rows, seed=0):
 
 def test_golden_vectors_on_the_device():
     found = check_device(CPU, every=3)
-    assert found.positions == found.equal == 29
+    assert found.positions == found.equal == 33
+
+
+def test_all_claims_of_the_golden_vectors_with_top_p():
+    cases, tolerance = golden_cases()
+    cut = [case for case in cases if case.sampling.top_p < 1.0][::2]
+    assert len(cut) >= 12
+    rules, batch = self_test_v2._batch(cut, cut[0].logits.size, CPU)
+    for claim in range(6):
+        self_test_v2._check_scores(cut, claim, rules, batch, tolerance)
 
 
 def test_vllms_own_sampler_gives_the_golden_tokens_of_plain_sampling():
