@@ -32,8 +32,8 @@ _KEYS_PER_QUERY = 500
 _ROWS_PER_STATEMENT = (512, 64, 8, 1)
 _CACHE = "cache_size=-131072"  # KiB
 # Pages (16 MiB): most groups write to pages that others have written to before, so each page goes
-# back into the database once for many of them; more would be a wait that callers notice. The default
-# is less than one large group.
+# back into the database once for many of them. The default is about one large group; much more
+# would be a wait that callers notice.
 _CHECKPOINT = "wal_autocheckpoint=4096"
 # Column types of what is inserted by COPY, in SQL order.
 _PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
