@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trueweight.protos.evidence import CONVICT, Item, Wealth, counted_nano
@@ -18,7 +18,7 @@ from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
 from trueweight.simulation.calibration_traffic import CLASSES, SPECIAL, class_of
 from trueweight.simulation.margin_store import MarginStore
-from trueweight.simulation.measuring import Measurement, Traffic, weights_of
+from trueweight.simulation.measuring import Measurement, Source, Traffic, weights_of
 from trueweight.simulation.random_llama import LlamaShape, write_random_llama
 from trueweight.verifier.calibration import calibrate_class
 
@@ -26,6 +26,8 @@ HONEST_SEED = 880_001
 HOSTILE = tuple(kind for kind in SPECIAL if kind.startswith("hostile "))
 # All but grammar, which needs a tokeniser.
 WIDE_CLASSES = tuple(kind for kind in CLASSES if kind != "grammar")
+# A random model seldom ends an answer, so that fewer requests are as many tokens.
+_WIDE_SLICE = 50
 # Two weight scales: flat outputs with tiny noise, sharp ones with large noise.
 WIDE = {
     "random, hidden 1024, std 0.02": LlamaShape(1024, 4, 16, 8, 2816, 8192, std=0.02),
@@ -73,16 +75,18 @@ class HonestRun:
         measurement: Measurement,
         entries: Mapping[str, CalibrationEntry],
         kinds: Sequence[str] = (*CLASSES, *HOSTILE),
+        variants: Sequence[Source] = VARIANTS,
     ) -> None:
         self._name, self._measurement, self._entries = name, measurement, entries
+        self._variants = variants
         # A class without calibration is no evidence, so there is nothing to judge.
         self._kinds = [kind for kind in kinds if class_of(kind) in entries]
 
     async def collect(self, tokens: int) -> None:
         """Answers about ``tokens`` tokens in all, over kinds and variants, and scores them."""
-        share = sum(v.tokens_share for v in VARIANTS)
+        share = sum(v.tokens_share for v in self._variants)
         each = max(1, round(tokens / len(self._kinds) / share))
-        await Calibrator(self._measurement, VARIANTS, dict.fromkeys(self._kinds, each)).run()
+        await Calibrator(self._measurement, self._variants, dict.fromkeys(self._kinds, each)).run()
 
     def rows(self, orders: int) -> list[HonestRow]:
         """Ordinary traffic in one life, hostile traffic in another, by pair."""
@@ -96,7 +100,7 @@ class HonestRun:
         return [row for row in found if row.tokens]
 
     def _pairs(self) -> Iterable[tuple[str, str]]:
-        for kind in dict.fromkeys(v.name for v in VARIANTS):
+        for kind in dict.fromkeys(v.name for v in self._variants):
             for reference in REFERENCES:
                 yield kind, reference
 
@@ -107,7 +111,7 @@ class HonestRun:
         worst = 0.0
         for kind in kinds:
             entry = self._entries[class_of(kind)]
-            sources = [v for v in VARIANTS if v.name == pair[0]]
+            sources = [v for v in self._variants if v.name == pair[0]]
             sample = self._measurement.sample(sources, kind, pair[1])
             found = [
                 Item(counted_nano(r, entry.ignored_below_nano), len(r), entry.mu0_nano)
@@ -145,13 +149,16 @@ async def wide_run(
         store = MarginStore(work / f"seed-{seed}", weights, seed)
         return Measurement(model, store, Traffic.of_model(model, seed), minutes)
 
+    variants = [
+        replace(v, slice_requests=max(4, round(_WIDE_SLICE * v.tokens_share))) for v in VARIANTS
+    ]
     each = round(tokens / len(WIDE_CLASSES))
-    calibrator = Calibrator(measurement(1), VARIANTS[:2], dict.fromkeys(WIDE_CLASSES, each))
+    calibrator = Calibrator(measurement(1), variants[:2], dict.fromkeys(WIDE_CLASSES, each))
     await calibrator.run()
     if calibrator.missing():
         return []
     entries = {c: calibrate_class(c, calibrator.samples(c)) for c in WIDE_CLASSES}
-    run = HonestRun(name, measurement(HONEST_SEED), entries, WIDE_CLASSES)
+    run = HonestRun(name, measurement(HONEST_SEED), entries, WIDE_CLASSES, variants)
     await run.collect(tokens)
     return run.rows(orders)
 
