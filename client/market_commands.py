@@ -53,7 +53,7 @@ def _terms_options(function: F) -> F:
             "--audit-floor-percent",
             default=None,
             type=click.FloatRange(0, 100),
-            help="Lowest audit rate that a verifier may state. New markets: 2.",
+            help="Lowest audit rate that a verifier may state. New markets: 1.",
         ),
         option(
             "--second-opinions-percent",

@@ -29,7 +29,7 @@ DEFAULT_ENGINES = EngineAllowList(
 # a cheat saves at most the whole price of a token.
 MAX_GAIN_TOKENS = 200_000
 DEFAULT_AUDIT_TERMS = AuditTerms(
-    floor_ppm=20_000, duplicate_rate_ppm=100_000, max_gain_tokens=MAX_GAIN_TOKENS
+    floor_ppm=10_000, duplicate_rate_ppm=100_000, max_gain_tokens=MAX_GAIN_TOKENS
 )
 _SHOWN = 40
 

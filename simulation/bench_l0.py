@@ -112,10 +112,12 @@ def say_l0(found: Mapping[str, Mapping[str, Estimate]]) -> None:
 def market_share(score_over_generate: float, request_s: float, l0_s: float) -> dict[str, float]:
     """Verification as a share of the compute that makes the answers, at the floor rate.
 
-    ``audits``: the share of answers that is scored again, in one prefill each. ``l0``: the checks
-    that every receipt gets. ``request_s``: compute time of one answer.
+    ``audits``: the share of answers that is scored again, in one prefill each, second opinions
+    included. ``l0``: the checks that every receipt gets. ``request_s``: compute time of one answer.
     """
-    audits = RatePolicy().floor_ppm / PPM * score_over_generate
+    policy = RatePolicy()
+    rate = policy.floor_ppm / PPM * (1 + policy.duplicate_ppm / PPM)
+    audits = rate * score_over_generate
     l0 = l0_s / request_s
     return {"audits": audits, "l0": l0, "both": audits + l0}
 

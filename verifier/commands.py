@@ -78,7 +78,7 @@ def verifier() -> None:
 @cli.path_option("--calibration", multiple=True, help="Measured calibration to sign and publish.")
 @cli.option("--epoch-s", default=600.0, type=click.FloatRange(1, 86_400), help="Epoch length.")
 @cli.option("--newcomer-tokens", default=50_000, type=click.IntRange(0), help="Audited in full.")
-@cli.option("--floor", default=0.02, type=click.FloatRange(0.0001, 1), help="Lowest audit rate.")
+@cli.option("--floor", default=0.01, type=click.FloatRange(0.0001, 1), help="Lowest audit rate.")
 @cli.path_option("--cheats", default=None, help="JSON: what cheats show and save; see the docs.")
 @cli.option("--audit-deadline-s", default=300.0, type=click.FloatRange(1), help="Stated deadline.")
 @cli.option("--full-charge", default="0", help="Credits of full weight; 0: any.")

@@ -32,7 +32,7 @@ class RatePolicy:
 
     # A node is a newcomer, audited in full, until this many of its tokens were audited.
     newcomer_tokens: int = 50_000
-    floor_ppm: int = 20_000
+    floor_ppm: int = 10_000
     epoch_ms: int = 10 * 60_000
     audit_deadline_ms: int = 5 * 60_000
     # A transcript that does not open for this long after the receipt's leaf is missing.

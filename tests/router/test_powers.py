@@ -147,7 +147,7 @@ async def test_only_the_market_reinstates_a_convicted_node(by, freed):
     "statement",
     [
         {"default_rate_ppm": 0},
-        {"default_rate_ppm": 10**6, "rates": [NodeRate(node_id="n", rate_ppm=19_999)]},
+        {"default_rate_ppm": 10**6, "rates": [NodeRate(node_id="n", rate_ppm=9_999)]},
         {"duplicate_rate_ppm": 0},
         {"gain_tokens": MAX_GAIN_TOKENS + 1},
         {"charge_reference_nano": 1},
@@ -156,7 +156,7 @@ async def test_only_the_market_reinstates_a_convicted_node(by, freed):
 )
 async def test_attack_an_epoch_outside_the_markets_terms_does_not_count(statement):
     log = Log(needed=1, audit_terms=DEFAULT_AUDIT_TERMS)
-    within = {"default_rate_ppm": 20_000, "duplicate_rate_ppm": 100_000, "gain_tokens": 1_000}
+    within = {"default_rate_ppm": 10_000, "duplicate_rate_ppm": 100_000, "gain_tokens": 1_000}
     for number, said in ((2, {**within, **statement}), (1, within)):
         message = EpochOpen(
             market_id=log.world.market_id,

@@ -47,7 +47,7 @@ def test_the_last_line_is_one_json_object(capsys):
 
 def test_the_share_of_the_market_is_audits_at_the_floor_and_l0_of_everything():
     share = market_share(score_over_generate=0.6, request_s=0.1, l0_s=0.0002)
-    assert share == pytest.approx({"audits": 0.02 * 0.6, "l0": 0.002, "both": 0.014})
+    assert share == pytest.approx({"audits": 0.011 * 0.6, "l0": 0.002, "both": 0.0086})
 
 
 def test_the_receipt_that_l0_is_timed_on_passes_every_check():
