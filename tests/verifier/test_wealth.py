@@ -58,7 +58,6 @@ def test_an_average_node_at_half_the_null_never_gets_anywhere():
     assert float(np.max(simulate(draws, 200, MU0, CONVICT).largest)) < 1000
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("spread", [2, 10, 50])
 def test_false_convictions_over_ten_thousand_lifetimes_of_ten_thousand_audits(spread):
     nodes = 10_000
@@ -68,7 +67,6 @@ def test_false_convictions_over_ten_thousand_lifetimes_of_ten_thousand_audits(sp
     assert ALPHA / 10 < found.crossed / nodes <= upper_limit(ALPHA, nodes)
 
 
-@pytest.mark.soak
 def test_a_null_that_is_three_times_too_small_is_caught_over_ten_thousand_audits():
     draws = null_draws(2000, 10_000, 256, 3 * MU0, spread=10, seed=1)
     assert simulate(draws, 256, MU0, 1 / ALPHA).crossed / 2000 > 0.99
