@@ -212,11 +212,10 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
     missing = leg.node - from_node
     missing += leg.fee - _pay_up_to(book, FEE_ACCOUNT, leg.client, leg.fee, "refund")
     missing += leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
-    missing -= _pay_up_to(book, TREASURY_ACCOUNT, leg.client, missing, "refund")
+    missing = _make_up(book, leg.client, missing)
     taken_back = 0 if from_market else leg.node + leg.subsidy
     if taken_back:
         _pay_up_to(book, node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
-    _owe(book, leg.client, missing)
     paid = leg.charge - missing
     # Marked with the whole charge: what could not be paid is owed, and is not claimed again.
     book.put(
@@ -389,10 +388,16 @@ def _undo(book: Book, leg: Leg) -> None:
     book.move(node_locked(leg.node_id), leg.client, leg.node, "refund")
     book.move(FEE_ACCOUNT, leg.client, leg.fee, "refund")
     missing = leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
-    missing -= _pay_up_to(book, TREASURY_ACCOUNT, leg.client, missing, "refund")
-    _owe(book, leg.client, missing)
+    _make_up(book, leg.client, missing)
     undone = leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy)
     book.put(book.legs, leg.receipt_digest, undone)
+
+
+def _make_up(book: Book, client: str, missing: int) -> int:
+    """The treasury pays what a refund lacks; what it lacks itself is owed, and returned."""
+    missing -= _pay_up_to(book, TREASURY_ACCOUNT, client, missing, "refund")
+    _owe(book, client, missing)
+    return missing
 
 
 def _pay_up_to(book: Book, source: str, target: str, amount: int, reason: str) -> int:

@@ -30,7 +30,7 @@ NOT_INDEXED = {
     "debit": (("earning", "fee", "pool"), frozenset({CLEARING})),
     "credit": (("hold", "capture", "fee", "pool"), frozenset({CLEARING, FEE, POOL})),
 }
-BUSY_KINDS = frozenset({CLEARING, FEE, POOL})
+BUSY_KINDS = frozenset().union(*(kinds for _, kinds in NOT_INDEXED.values()))
 
 
 # A row of the transfer table: sequence, operation id, ordinal, numbers of the debited and the

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trueweight.protos.evidence import Item, counted_nano
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibration_traffic import class_of
@@ -25,7 +24,7 @@ from trueweight.simulation.measuring import (
     by_transformers,
     weights_of,
 )
-from trueweight.simulation.power import Pool, Power, power
+from trueweight.simulation.power import Pool, Power, items_of, power
 from trueweight.verifier.calibration import is_far_outside
 from trueweight.verifier.calibration_file import read_measured
 
@@ -81,11 +80,7 @@ class PowerBench:
         ]
         tokens = sum(map(len, rows))
         exact = sum(x == 0 for row in rows for x in row)
-        items = tuple(
-            Item(counted_nano(row, entry.ignored_below_nano), len(row), entry.mu0_nano)
-            for row in rows
-        )
-        return Pool(source, items, exact / tokens if tokens else 0.0)
+        return Pool(source, items_of(rows, entry), exact / tokens if tokens else 0.0)
 
     def roc_pools(self) -> dict[str, Pool]:
         """Plain traffic of every cheat that has some, the honest pool first."""

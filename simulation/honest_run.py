@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trueweight.protos.evidence import CONVICT, Item, Wealth, counted_nano
+from trueweight.protos.evidence import CONVICT, Item, Wealth
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
 from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
 from trueweight.simulation.calibration_traffic import CLASSES, SPECIAL, class_of
 from trueweight.simulation.margin_store import MarginStore
 from trueweight.simulation.measuring import Measurement, Source, Traffic, weights_of
+from trueweight.simulation.power import items_of
 from trueweight.simulation.random_llama import LlamaShape, write_random_llama
 from trueweight.verifier.calibration import calibrate_class
 
@@ -113,10 +114,7 @@ class HonestRun:
             entry = self._entries[class_of(kind)]
             sources = [v for v in self._variants if v.name == pair[0]]
             sample = self._measurement.sample(sources, kind, pair[1])
-            found = [
-                Item(counted_nano(r, entry.ignored_below_nano), len(r), entry.mu0_nano)
-                for r in sample.requests
-            ]
+            found = items_of(sample.requests, entry)
             items += found
             null = sample.tokens * entry.mu0_nano
             worst = max(worst, sum(i.sum_x_nano for i in found) / null if null else 0.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trueweight.protos.evidence import Item, Wealth
+from trueweight.protos.evidence import Item, Wealth, counted_nano
+from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 
 MAX_REQUESTS = 20_000
 
@@ -32,6 +33,13 @@ class Power:
     largest_wealth: float
     # Of every order, ascending; infinite if not convicted.
     tokens: tuple[float, ...] = ()
+
+
+def items_of(requests: Iterable[Sequence[int]], entry: CalibrationEntry) -> tuple[Item, ...]:
+    """Evidence of requests, x per token in 10^-9, as a verifier with this entry adds it up."""
+    return tuple(
+        Item(counted_nano(x, entry.ignored_below_nano), len(x), entry.mu0_nano) for x in requests
+    )
 
 
 @dataclass(frozen=True)

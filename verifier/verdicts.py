@@ -79,13 +79,11 @@ def scored(context: AuditContext, found: Scored, calibration: CalibrationLeaf | 
         total = sum_nano(margins, entry.ignored_below_nano if entry else 0)
     except InvalidRequest:
         raise EngineError("the reference node returned margins that are no numbers") from None
-    outcome = Verdict.UNCALIBRATED
-    if entry is None and _is_beyond_any_class(total, len(margins)):
-        outcome = Verdict.REFUND
-    elif entry is not None:
-        far = is_far_outside(total, len(margins), entry)
-        outcome = Verdict.REFUND if far else Verdict.SCORED
-    verdict = _verdict(context, outcome)
+    if entry is None:
+        far, near = _is_beyond_any_class(total, len(margins)), Verdict.UNCALIBRATED
+    else:
+        far, near = is_far_outside(total, len(margins), entry), Verdict.SCORED
+    verdict = _verdict(context, Verdict.REFUND if far else near)
     verdict.calibration_digest = calibration.digest if calibration and entry else b""
     verdict.parameter_class = found.parameter_class
     verdict.sum_x_nano = total

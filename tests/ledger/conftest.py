@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -19,7 +20,12 @@ from trueweight.ledger.archived import Archive
 from trueweight.ledger.fsck import check
 from trueweight.ledger.schema import make_engine, migrate, normal_url
 from trueweight.ledger.service import Ledger
-from trueweight.runtime.clock import ManualClock
+from trueweight.ledger.servicer import LedgerServer
+from trueweight.runtime.clock import ManualClock, SystemClock
+from trueweight.runtime.keys import create_keys
+from trueweight.runtime.ledger_port import GrpcLedger
+from trueweight.runtime.rpc import AccessTokens, Authenticator
+from trueweight.runtime.tls import ensure_certificate
 from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import START_UNIX_MS, World
 
@@ -261,3 +267,30 @@ def run_until_seen(machine, missing, *, examples, steps):
 @pytest.fixture(scope="session")
 def until_seen():
     return run_until_seen
+
+
+@pytest.fixture
+async def remote(bench, tmp_path):
+    """The ledger over TLS; a client for a role, for a node, or for nobody."""
+    world, clock = bench.world, SystemClock()
+    keys = tmp_path / "ledger-keys"
+    create_keys(keys, world.market_id, clock)
+    pem = ensure_certificate(keys, clock.now_unix_ms())
+    gate = Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
+    server = LedgerServer(bench.ledger, gate, "127.0.0.1:0", keys)
+    await server.start()
+    clients = []
+
+    def client(role=None):
+        tokens = None
+        if role:
+            signer = world.signers.get(role) or world.node[0]
+            tokens = AccessTokens(signer, world.market_id, clock, os.urandom)
+        made = GrpcLedger(server.endpoint, pem, world.identity("ledger"), tokens)
+        clients.append(made)
+        return made
+
+    yield client
+    for each in clients:
+        await each.close()
+    await server.stop(0)

@@ -16,7 +16,6 @@ from trueweight.ledger import writer as writer_module
 from trueweight.ledger.books import Books
 from trueweight.ledger.court import court_of
 from trueweight.ledger.pipeline import Call
-from trueweight.ledger.servicer import LedgerServer
 from trueweight.ledger.writer import Writer
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import (
@@ -30,10 +29,7 @@ from trueweight.protos.errors import (
 from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime import ledger_port, rpc
-from trueweight.runtime.clock import SystemClock
-from trueweight.runtime.keys import create_keys
-from trueweight.runtime.ledger_port import MAX_OPERATIONS, GrpcLedger
-from trueweight.runtime.tls import ensure_certificate
+from trueweight.runtime.ledger_port import MAX_OPERATIONS
 from trueweight.simulation.ledger_world import Leg, make_signer
 
 CREDIT = 10**9
@@ -63,32 +59,6 @@ def opened(bench, monkeypatch):
 
     monkeypatch.setattr(service_module, "open_backend", opening)
     return seen
-
-
-@pytest.fixture
-async def remote(bench, tmp_path):
-    """The ledger over TLS; a client for a role, or for nobody."""
-    world, clock = bench.world, SystemClock()
-    keys = tmp_path / "ledger-keys"
-    create_keys(keys, world.market_id, clock)
-    pem = ensure_certificate(keys, clock.now_unix_ms())
-    gate = rpc.Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
-    server = LedgerServer(bench.ledger, gate, "127.0.0.1:0", keys)
-    await server.start()
-    clients = []
-
-    def client(role=None):
-        tokens = None
-        if role:
-            tokens = rpc.AccessTokens(world.signers[role], world.market_id, clock, os.urandom)
-        made = GrpcLedger(server.endpoint, pem, world.identity("ledger"), tokens)
-        clients.append(made)
-        return made
-
-    yield client
-    for each in clients:
-        await each.close()
-    await server.stop(0)
 
 
 # -- who may fill the queue -------------------------------------------------------------------

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 
 import pytest
 
 from trueweight.ledger import writer as writer_module
-from trueweight.ledger.servicer import LedgerServer
 from trueweight.protos.errors import OverCapacity, PermissionDenied, TrueweightError, Unavailable
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.runtime.clock import SystemClock
-from trueweight.runtime.keys import create_keys
-from trueweight.runtime.ledger_port import GrpcLedger
-from trueweight.runtime.rpc import AccessTokens, Authenticator
-from trueweight.runtime.tls import ensure_certificate
 from trueweight.simulation.ledger_world import Leg
 
 CREDIT = 10**9
@@ -130,31 +123,6 @@ async def test_a_node_that_is_no_writer_still_reads(bench, start):
         await asyncio.sleep(0.05)
     task.cancel()
     assert seen == [0, 1]
-
-
-@pytest.fixture
-async def remote(bench, tmp_path):
-    """The ledger over TLS, with a client for each role."""
-    world, clock = bench.world, SystemClock()
-    keys = tmp_path / "ledger-keys"
-    create_keys(keys, world.market_id, clock)
-    pem = ensure_certificate(keys, clock.now_unix_ms())
-    gate = Authenticator(world.identity("ledger"), world.market_id, world.market.ring, clock)
-    server = LedgerServer(bench.ledger, gate, "127.0.0.1:0", keys)
-    await server.start()
-    clients = []
-
-    def client(role):
-        signer = world.signers.get(role) or world.node[0]
-        tokens = AccessTokens(signer, world.market_id, clock, os.urandom)
-        made = GrpcLedger(server.endpoint, pem, world.identity("ledger"), tokens)
-        clients.append(made)
-        return made
-
-    yield client
-    for each in clients:
-        await each.close()
-    await server.stop(0)
 
 
 async def test_the_whole_life_of_a_request_over_grpc(bench, remote):
