@@ -10,6 +10,7 @@ import heapq
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import sqlalchemy as sa
 
 from trueweight.ledger.deadline import bound_sqlite
 from trueweight.ledger.findings import stream
-from trueweight.protos.errors import NotFound, StorageError
+from trueweight.protos.errors import InvalidRequest, NotFound, StorageError
 
 Row = tuple[Any, ...]
 SUFFIX = ".archive"
@@ -49,6 +50,7 @@ class Archive:
     """All parts of a directory, in order. Raises StorageError if one is missing or damaged."""
 
     def __init__(self, directory: Path, market: str) -> None:
+        self._directory, self._market = directory, market
         if not directory.is_dir():
             raise NotFound(f"there is no archive at {directory}")
         self.parts = sorted(
@@ -66,6 +68,24 @@ class Archive:
                 )
             index, sequence = part.below, part.sequence
         self.below, self.sequence = index, sequence
+
+    def at(self, below: int) -> Archive:
+        """What books had in the archive when they said so: leaves below an index. A run may have
+        moved more since, even leaves that those books do not have yet. Raises StorageError if it
+        is not all there."""
+        whole = self if self.below >= below else Archive(self._directory, self._market)
+        if whole.below < below:
+            raise StorageError(
+                f"the archive lacks leaves {whole.below} to {below - 1}",
+                hint="Put the missing file back.",
+            )
+        if whole.below == below:
+            return whole
+        part = copy(whole)
+        part.parts = [p for p in whole.parts if p.below <= below]
+        part.below = part.parts[-1].below if part.parts else 0
+        part.sequence = part.parts[-1].sequence if part.parts else 0
+        return part
 
     def bundles(self, place: int, limit: int, mask: int = 0) -> list[Row]:
         """Bundles that hold leaf ``place`` or later ones, of a mask's kinds, oldest first."""
@@ -118,6 +138,22 @@ def transfers_sql(of_one_account: bool) -> tuple[str, int]:
         for side in INDEXED
     ]
     return f"{_TRANSFERS} WHERE sequence IN ({' UNION '.join(pages)}) {order}", len(pages)
+
+
+def archive_at(connection: sa.Connection, archive: Archive | None) -> Archive | None:
+    """The archive as it belongs to the moment of the books that a connection sees. Raises
+    InvalidRequest if they have one and it is not known where."""
+    moved = connection.execute(
+        sa.text("SELECT value FROM meta WHERE key = 'archived_below'")
+    ).scalar()
+    below = int(moved or 0)
+    if archive is not None:
+        return archive.at(below)
+    if below:
+        raise InvalidRequest(
+            f"the leaves below {below} are in an archive", hint="Name its directory: --archive DIR."
+        )
+    return None
 
 
 def bundles_of(connection: sa.Connection, archive: Archive | None) -> Iterator[Any]:

@@ -3,8 +3,7 @@
 The ledger recomputes the node's wealth from that verifier's own requests, verdicts, epochs and
 calibrations, by the same code as the verifier (``protos.conviction``, ``protos.calibrations``). It
 knows more than the log shows: which weights each receipt was for. What it does not recompute is
-what the verdicts say (that takes the weights: ``trueweight verifier appeal``) and which of them
-were copied from another verifier's, which can only be where there are several.
+what the verdicts say: that takes the weights (``trueweight verifier appeal``).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import NamedTuple
 from google.protobuf.message import Message
 
 from trueweight.ledger.accounts import check_owner
-from trueweight.ledger.requests import check_digest
+from trueweight.ledger.requests import NONE, check_digest
+from trueweight.protos.blind_verdicts import COPIED, is_copied
 from trueweight.protos.calibrations import CalibrationTable, read_calibration
 from trueweight.protos.conviction import (
     Asked,
@@ -25,6 +25,7 @@ from trueweight.protos.conviction import (
     NodeEvidence,
     Said,
     answer_of,
+    as_zero,
     change_point_index,
 )
 from trueweight.protos.envelope import parse_envelope, parse_payload
@@ -51,6 +52,24 @@ class VerdictRow(NamedTuple):
     sum_x_nano: int
     tokens: int
     outcome: int
+    # 1: its verifier's first on the receipt. What a verifier says later of the same is no evidence.
+    is_first: int = 1
+    # See ``protos.blind_verdicts.bound_since``.
+    bound_since: int = NONE
+
+    @property
+    def key(self) -> tuple[str, bytes]:
+        """Who judged what."""
+        return self.verifier_id, self.receipt_digest
+
+
+class Judged(NamedTuple):
+    """A logged verdict, and the leaf of the first verdict on its receipt by another of the market's
+    verifiers, if any."""
+
+    log_index: int
+    row: VerdictRow
+    first_of_others: int | None
 
 
 class StepRow(NamedTuple):
@@ -103,13 +122,13 @@ class Docket:
         self._calibrations = CalibrationTable()
         self._newest_epoch: int | None = None
 
-    def add(self, rows: Iterable[Audit | StepRow | VerdictRow], next_index: int) -> None:
+    def add(self, rows: Iterable[Audit | Judged | StepRow], next_index: int) -> None:
         """Rows in the order of their leaves, all that there are below ``next_index``."""
         for row in rows:
             if isinstance(row, Audit):
                 self._ask(row)
-            elif isinstance(row, VerdictRow):
-                self._answer(row)
+            elif isinstance(row, Judged):
+                self._answer(row.row, row.first_of_others)
             elif row.kind == EPOCH:
                 self._open_epoch(row)
             elif row.kind == CALIBRATION:
@@ -128,9 +147,12 @@ class Docket:
             )
             self._line.ask(row.receipt_digest, asked)
 
-    def _answer(self, row: VerdictRow) -> None:
+    def _answer(self, row: VerdictRow, first_of_others: int | None) -> None:
         asked = self._line.asked(row.receipt_digest)
-        if asked is None:
+        if asked is None or not row.is_first:
+            return
+        if is_copied(row.bound_since, first_of_others):
+            self._line.answer(row.receipt_digest, as_zero(row.log_index, COPIED))
             return
         said = Said(
             row.log_index,
@@ -171,7 +193,7 @@ def check_verdict(message: Verdict) -> None:
 def verdict_row(message: Verdict) -> VerdictRow:
     """The row of a verdict that is about to become a leaf."""
     return VerdictRow(
-        -1,
+        NONE,
         message.verifier_id,
         message.node_id,
         message.receipt_digest,
@@ -193,7 +215,7 @@ def step_row(message: Message, digest: bytes, envelope: bytes) -> StepRow | None
     return None
 
 
-def check_statement(statement: Conviction, case: Case, *, only_verifier: bool) -> None:
+def check_statement(statement: Conviction, case: Case) -> None:
     """Raises Conflict if the verdicts do not carry a conviction, InvalidRequest if this one says
     something else than they add up to."""
     if case.is_behind:
@@ -206,8 +228,6 @@ def check_statement(statement: Conviction, case: Case, *, only_verifier: bool) -
             "the logged verdicts do not add up to a conviction",
             hint=f"They come to a wealth of 10^{case.evidence.wealth.log10_milli / 1000:.1f}.",
         )
-    if not only_verifier:
-        return  # some of the verdicts may not count because they were copied
     wealth = case.evidence.wealth
     said = (statement.verdicts, statement.audited_tokens, statement.wealth_log10_milli)
     if said != (wealth.r, wealth.tokens, wealth.log10_milli):

@@ -378,7 +378,10 @@ _PG_COLUMNS: dict[str, list[str]] = {
     "debt": ["bytea", "text", "int8"],
     "bundle": ["int8", "int4", "int8", "int8", "bytea"],
     "evidence": ["bytea", "int8"],
-    "verdict": ["int8", "text", "text", "bytea", "bytea", "text", "int8", "int8", "int2"],
+    "verdict": [
+        "int8", "text", "text", "bytea", "bytea", "text", "int8", "int8", "int2", "int2", "int8",
+    ],
+    "margin_commitment": ["int8", "text", "bytea", "int8", "bytea"],
     "audit_step": ["int8", "int2", "text", "int8", "bytea", "bytea"],
     "audit_request": ["int8", "text", "bytea", "text", "int8", "int8", "int8", "int2"],
     "tile": ["int2", "int8", "bytea"],

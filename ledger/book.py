@@ -10,6 +10,7 @@ from typing import Any
 from trueweight.ledger import budget
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import StepRow, VerdictRow
+from trueweight.ledger.commitments import CommitmentRow
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import RequestRow
 from trueweight.ledger.values import (
@@ -28,6 +29,7 @@ from trueweight.ledger.values import (
     Leg,
     NodeRow,
     Pending,
+    Restitution,
     Snapshot,
     Spending,
     TransferRow,
@@ -90,10 +92,15 @@ class Book:
         self.references: dict[tuple[str, str], bytes] = {}
         self.spending: dict[str, Spending] = {}
         self.nodes: dict[str, NodeRow] = {}
+        self.restitutions: dict[str, Restitution] = {}
+        self.open_withdrawals: dict[str, int] = {}
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
         self.steps: dict[int, StepRow] = {}
         self.requests: dict[tuple[str, bytes], RequestRow] = {}
+        self.commitments: dict[tuple[str, bytes], CommitmentRow] = {}
+        # First verdicts, by verifier and receipt.
+        self.judged: dict[tuple[str, bytes], int] = {}
         self.transfers: list[TransferRow] = []
         self.leaves: list[Leaf] = []
         self.debts: list[Debt] = []
@@ -172,8 +179,27 @@ class Book:
     def node(self, node_id: str) -> NodeRow:
         return self.nodes.get(node_id) or self.snapshot.nodes.get(node_id) or NodeRow(node_id)
 
+    def restitution(self, node_id: str) -> Restitution | None:
+        """The refunds that a node's conviction still owes to its clients."""
+        known = self.restitutions.get(node_id) or self.snapshot.restitutions.get(node_id)
+        return known if known is not None and known.is_open else None
+
+    def count_withdrawals(self, bond_account: str, change: int) -> int:
+        """How many are open after a change."""
+        known = self.open_withdrawals.get(bond_account)
+        if known is None:
+            known = self.snapshot.open_withdrawals.get(bond_account, 0)
+        self.put(self.open_withdrawals, bond_account, known + change)
+        return known + change
+
     def request(self, key: tuple[str, bytes]) -> RequestRow | None:
         return self.requests.get(key) or self.snapshot.requests.get(key)
+
+    def commitment(self, key: tuple[str, bytes]) -> CommitmentRow | None:
+        return self.commitments.get(key) or self.snapshot.commitments.get(key)
+
+    def has_judged(self, key: tuple[str, bytes]) -> bool:
+        return key in self.judged or key in self.snapshot.judged
 
     def reference(self, kind: str, key: str) -> bytes | None:
         found = self.references.get((kind, key))
@@ -215,6 +241,11 @@ class Book:
             raise _too_much()
         debit.debits_posted, credit.credits_posted = debits, credits
         self._record((debit, credit), amount, SINGLE, b"", reason)
+
+    def owe(self, creditor: str, amount: int) -> None:
+        """Notes what should have been moved and could not be. Nothing happens for 0."""
+        if amount > 0:
+            self.debts.append(Debt(self._operation, creditor, amount))
 
     def reserve(self, pending: Pending, reason: str) -> None:
         """The first phase. Raises InsufficientFunds."""

@@ -12,11 +12,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trueweight.ledger import bundle
+from trueweight.ledger import bundle, restitution
 from trueweight.ledger.backend import Backend, ConstraintViolated
 from trueweight.ledger.book import Book
 from trueweight.ledger.core import ALONE, Outcome, chains, run
-from trueweight.ledger.load import Cache, Numbers, load
+from trueweight.ledger.load import Cache, Numbers, load, open_restitutions
+from trueweight.ledger.prepare import SYSTEM
 from trueweight.ledger.save import remember, save
 from trueweight.ledger.tiles import Edge, TileReader
 from trueweight.ledger.values import Leaf, Prepared, Terms
@@ -65,6 +66,8 @@ class Books:
         # The log's right edge as of the last commit.
         self._edge: Edge | None = None
         self._checkpointed = -1
+        # Nodes whose clients cannot be refunded: a bug, which must not keep the writer busy.
+        self._given_up: set[str] = set()
 
     @property
     def size(self) -> int:
@@ -76,6 +79,10 @@ class Books:
         self.forget()
         self._claim_market()
         self._current()
+
+    def confirm(self) -> None:
+        """Raises if another process may write."""
+        self._backend.confirm()
 
     def forget(self) -> None:
         """Drops everything remembered; nothing may be in flight."""
@@ -157,6 +164,28 @@ class Books:
                 (now_unix_ms,),
             )
         )
+
+    @property
+    def has_chores(self) -> bool:
+        """True if there is work that nobody waits for: refunds of a conviction, sums."""
+        return bool(self._cache.earnings.behind) or self._next_restitution() is not None
+
+    def chore(self, new_id: bytes, now_unix_ms: int) -> Committed | None:
+        """A little of it, with nothing in flight; ``new_id`` is for an operation, if it is one."""
+        node_id = self._next_restitution()
+        if node_id is None:
+            if self._cache.earnings.behind:
+                self._cache.earnings.go_on(self._side)
+            return None
+        done = self.apply([[restitution.step_of(node_id, new_id, SYSTEM)]], now_unix_ms)
+        if done.outcomes[0][0].error is not None:
+            log.error("the clients of %s are not refunded: %s", node_id, done.outcomes[0][0].error)
+            self._given_up.add(node_id)
+        return done
+
+    def _next_restitution(self) -> str | None:
+        waiting = open_restitutions(self._side, self._cache)
+        return next((node for node in waiting if node not in self._given_up), None)
 
     def close(self) -> None:
         self._backend.close()

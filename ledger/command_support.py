@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trueweight.ledger.connect import connected
 from trueweight.protos.ids import derived_id, uuid7
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.cli import (
+    json_option,
     keys_option,
     market_option,
     option,
@@ -61,6 +64,24 @@ def rail_options(function: F) -> F:
         "--reference", default="", help="The rail's reference: the same one never counts twice."
     )(function)
     return option("--rail", default="manual", help="Where the money came from.")(function)
+
+
+def one_operation(
+    make: Callable[..., pb.Operation | list[pb.Operation]],
+) -> Callable[..., None]:
+    """A command that makes an operation (or several, one after the other) out of its own arguments:
+    applies it to a running ledger and prints what became of it. Where that ledger is, and who asks,
+    the function hears if it has parameters of these names."""
+    wanted = inspect.signature(make).parameters.keys()
+
+    @functools.wraps(make)
+    def run(*, market: Path, keys: Path, endpoint: str | None, as_json: bool, **own: Any) -> None:
+        where = {"market": market, "keys": keys, "endpoint": endpoint}
+        made = make(**own, **{name: where[name] for name in where.keys() & wanted})
+        for operation in made if isinstance(made, list) else [made]:
+            move(market, keys, endpoint, operation, as_json)
+
+    return ledger_options(json_option(run))
 
 
 def move(

@@ -19,8 +19,8 @@ from trueweight.ledger.command_support import (
     database_option,
     deposit_id,
     ledger_options,
-    move,
     new_id,
+    one_operation,
     rail_options,
     with_ledger,
 )
@@ -268,100 +268,67 @@ def export(*, database: str, archive: Path | None, form: str, out: Path) -> None
 @ledger.command()
 @click.argument("account")
 @click.argument("credits")
-@ledger_options
 @rail_options
-@json_option
-def deposit(
-    *,
-    account: str,
-    credits: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    rail: str,
-    reference: str,
-    as_json: bool,
-) -> None:
+@one_operation
+def deposit(*, account: str, credits: str, rail: str, reference: str) -> pb.Operation:
     """Credit ACCOUNT (client:NAME) with CREDITS."""
     amount = parse_credits(credits)
     id_, reference = deposit_id(rail, reference)
-    operation = pb.Operation(
+    return pb.Operation(
         id=id_,
         deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
     )
-    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
 @click.argument("node_id")
 @click.argument("credits")
-@ledger_options
 @rail_options
-@json_option
-def bond(
-    *,
-    node_id: str,
-    credits: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    rail: str,
-    reference: str,
-    as_json: bool,
-) -> None:
+@one_operation
+def bond(*, node_id: str, credits: str, rail: str, reference: str) -> pb.Operation:
     """Deposit CREDITS as bond of NODE_ID."""
     amount = parse_credits(credits)
     id_, reference = deposit_id(rail, reference)
-    operation = pb.Operation(
+    return pb.Operation(
         id=id_,
         bond_deposit=pb.BondDeposit(
             node_id=node_id, amount_nano=amount, rail=rail, reference=reference
         ),
     )
-    move(market, keys, endpoint, operation, as_json)
 
 
 @ledger.command()
 @click.argument("node_id")
 @click.argument("credits", default="0")
-@ledger_options
 @option("--below-log-index", type=int, default=None, help="Default: the log's end.")
-@json_option
+@one_operation
 def release(
     *,
     node_id: str,
     credits: str,
+    below_log_index: int | None,
     market: Path,
     keys: Path,
     endpoint: str | None,
-    below_log_index: int | None,
-    as_json: bool,
-) -> None:
+) -> pb.Operation:
     """Release CREDITS (default: all that may be) of NODE_ID's locked earnings."""
 
-    async def run(port: LedgerPort) -> pb.Operation:
-        below = below_log_index
-        if below is None:
-            below = (await port.checkpoint()).size
-        return pb.Operation(
-            id=new_id(),
-            release=pb.Release(
-                node_id=node_id, amount_nano=parse_credits(credits), below_log_index=below
-            ),
-        )
+    async def end(port: LedgerPort) -> int:
+        return (await port.checkpoint()).size
 
-    operation = with_ledger(market, keys, endpoint, run)
-    move(market, keys, endpoint, operation, as_json)
+    below = below_log_index
+    if below is None:
+        below = with_ledger(market, keys, endpoint, end)
+    body = pb.Release(node_id=node_id, amount_nano=parse_credits(credits), below_log_index=below)
+    return pb.Operation(id=new_id(), release=body)
 
 
 @ledger.command()
-@ledger_options
 @option("--limit", default=1000, type=click.IntRange(1, 1000), help="Most holds.")
-@json_option
-def expire(*, market: Path, keys: Path, endpoint: str | None, limit: int, as_json: bool) -> None:
+@one_operation
+def expire(*, limit: int) -> pb.Operation:
     """Give back every hold whose time has passed (the ledger does so by itself, too)."""
-    operation = pb.Operation(id=new_id(), expire=pb.Expire(limit=limit))
-    move(market, keys, endpoint, operation, as_json)
+    return pb.Operation(id=new_id(), expire=pb.Expire(limit=limit))
 
 
 @ledger.command()

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from trueweight.ledger import movements, reinstatement, settlement
+from trueweight.ledger import movements, reinstatement, restitution, settlement
 from trueweight.ledger.book import Book
 from trueweight.ledger.values import Applied, Prepared, Snapshot, Terms
 from trueweight.protos.errors import Conflict, IdConflict, InvalidRequest, TrueweightError
 
 # These read a part of the books that is not known from their ids: each is a group of its own.
-ALONE = frozenset({"convict", "release", "expire", "reinstate"})
+ALONE = frozenset({"convict", "release", "expire", "reinstate", restitution.KIND})
 NO_INDEX = -1
 
 
@@ -128,5 +128,6 @@ _HANDLERS: dict[str, Handler] = {
     "convict": _settles(settlement.convict),
     "release": _settles(settlement.release),
     "reinstate": reinstatement.reinstate,
+    restitution.KIND: _settles(restitution.step),
     "publish": _publish,
 }

@@ -21,6 +21,8 @@ from trueweight.protos.errors import DeadlineExceeded
 
 # Instructions of SQLite's machine, some milliseconds: the handler needs Python's lock.
 _STEPS = 100_000
+# So much later a statement may end that is not the first of its transaction.
+_SLACK_S = 0.5
 _thread = threading.local()
 
 
@@ -63,14 +65,24 @@ def bound(connection: sa.Connection) -> Iterator[None]:
         with bound_sqlite(cast("sqlite3.Connection", connection.connection.driver_connection)):
             yield
         return
-    # For the transaction only: the connection goes back to the pool as it was.
-    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {math.ceil(left * 1000)}")
+    _set_timeout(connection, left)
     try:
         yield
     except sa.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.QueryCanceled):
             raise too_late() from error
         raise
+
+
+def _set_timeout(connection: sa.Connection, left: float) -> None:
+    """A round trip of its own, so not for every statement of a question."""
+    now = time.monotonic()
+    known = getattr(_thread, "timeout", None)
+    if known is not None and known[:2] == (connection, _at()) and now - known[2] < _SLACK_S:
+        return
+    # For the transaction only: the connection goes back to the pool as it was.
+    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {math.ceil(left * 1000)}")
+    _thread.timeout = (connection, _at(), now)
 
 
 @contextlib.contextmanager

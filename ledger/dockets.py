@@ -6,7 +6,7 @@ it came in the writer's cache, and refuses by name until it is through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trueweight.ledger.audits import (
@@ -15,10 +15,12 @@ from trueweight.ledger.audits import (
     Audit,
     Case,
     Docket,
+    Judged,
     StepRow,
     VerdictRow,
 )
 from trueweight.ledger.backend import Backend
+from trueweight.protos.blind_verdicts import IN_TIME, NEVER
 
 # Rows of each kind that one call adds up, and half-read histories that are remembered.
 STEP_ROWS = 20_000
@@ -29,22 +31,32 @@ MAX_DOCKETS = 16
 Dockets = dict[tuple[str, str, int], Docket]
 _STEPS = ", ".join(StepRow._fields)
 _VERDICTS = ", ".join(VerdictRow._fields)
+# By its own index, so that a verifier that judges a receipt again and again delays nobody.
+FIRST_VERDICTS = (
+    "SELECT receipt_digest, verifier_id, log_index "
+    "FROM (SELECT * FROM verdict WHERE is_first = 1) v"
+)
 
 
 def read_cases(
     backend: Backend, dockets: Dockets, verifiers: Iterable[str], node: tuple[str, int]
 ) -> dict[str, Case]:
     """By verifier: what its audits of the node add up to, or how far they were added up. ``node``
-    is its id and the log index from which on its receipts count."""
-    return {verifier: _case(backend, dockets, (verifier, *node)) for verifier in verifiers}
+    is its id and the log index from which on its receipts count. ``verifiers`` are all that the
+    market has: every fold of the log leaves out what former ones said, so nobody copied from
+    them."""
+    known = frozenset(verifiers)
+    return {one: _case(backend, dockets, (one, *node), known - {one}) for one in verifiers}
 
 
-def _case(backend: Backend, dockets: Dockets, key: tuple[str, str, int]) -> Case:
+def _case(
+    backend: Backend, dockets: Dockets, key: tuple[str, str, int], others: frozenset[str]
+) -> Case:
     verifier_id = key[0]
     docket = dockets.pop(key, None) or Docket(verifier_id)
     while len(dockets) >= MAX_DOCKETS:
         del dockets[next(iter(dockets))]
-    rows, until, is_cut = _next_rows(backend, key, docket.next_index)
+    rows, until, is_cut = _next_rows(backend, key, others, docket.next_index)
     docket.add(rows, until + 1)
     # Newest last, so that the oldest is forgotten first.
     dockets[key] = docket
@@ -52,14 +64,14 @@ def _case(backend: Backend, dockets: Dockets, key: tuple[str, str, int]) -> Case
 
 
 def _next_rows(
-    backend: Backend, key: tuple[str, str, int], start: int
-) -> tuple[Sequence[Audit | StepRow | VerdictRow], int, bool]:
+    backend: Backend, key: tuple[str, str, int], others: frozenset[str], start: int
+) -> tuple[Sequence[Audit | Judged | StepRow], int, bool]:
     """Rows from a log index on in the order of their leaves, the index up to which none is left
     out, and whether there may be more."""
     verifier_id, node_id, _ = key
     found: list[Sequence[Any]] = [
         _audits(backend, key, start),
-        _verdicts(backend, verifier_id, node_id, start),
+        _verdicts(backend, (verifier_id, node_id), others, start),
         *(_steps(backend, verifier_id, kind, start) for kind in (EPOCH, CALIBRATION)),
     ]
     full = [rows[-1].log_index for rows in found if len(rows) >= STEP_ROWS]
@@ -81,13 +93,32 @@ def _audits(backend: Backend, key: tuple[str, str, int], start: int) -> list[Aud
     return [Audit(*row) for row in rows]
 
 
-def _verdicts(backend: Backend, verifier_id: str, node_id: str, start: int) -> list[VerdictRow]:
-    rows = backend.query(
-        f"SELECT {_VERDICTS} FROM verdict WHERE node_id = ? AND verifier_id = ? "  # noqa: S608
-        "AND log_index >= ? ORDER BY log_index LIMIT ?",
-        (node_id, verifier_id, start, STEP_ROWS),
-    )
-    return [VerdictRow(*row) for row in rows]
+def _verdicts(
+    backend: Backend, key: tuple[str, str], others: frozenset[str], start: int
+) -> list[Judged]:
+    rows = [
+        VerdictRow(*row)
+        for row in backend.query(
+            f"SELECT {_VERDICTS} FROM verdict WHERE verifier_id = ? AND node_id = ? "  # noqa: S608
+            "AND log_index >= ? ORDER BY log_index LIMIT ?",
+            (*key, start, STEP_ROWS),
+        )
+    ]
+    firsts = _first_of_others(backend, rows, others) if others else {}
+    return [Judged(row.log_index, row, firsts.get(row.receipt_digest)) for row in rows]
+
+
+def _first_of_others(
+    backend: Backend, rows: Iterable[VerdictRow], others: frozenset[str]
+) -> Mapping[bytes, int]:
+    """By receipt: the leaf of the first verdict by one of the others. Looked for only where it
+    matters."""
+    wanted = {row.receipt_digest for row in rows if IN_TIME < row.bound_since < NEVER}
+    found: dict[bytes, int] = {}
+    for digest, verifier_id, index in backend.by_keys(FIRST_VERDICTS, "receipt_digest", wanted):
+        if verifier_id in others:
+            found[digest] = min(index, found.get(digest, NEVER))
+    return found
 
 
 def _steps(backend: Backend, verifier_id: str, kind: int, start: int) -> list[StepRow]:

@@ -7,15 +7,17 @@ assignments need no third check: their bytes hash to what both have signed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
 from trueweight.ledger.accounts import check_owner
 from trueweight.ledger.audits import StepRow, VerdictRow, check_verdict, step_row, verdict_row
+from trueweight.ledger.commitments import CommitmentRow, check_commitment, commitment_row
 from trueweight.ledger.requests import RequestRow, check_digest, request_row
 from trueweight.ledger.values import Terms
+from trueweight.protos.blind_verdicts import opening_of
 from trueweight.protos.envelope import (
     Opened,
     apply_key_event,
@@ -135,10 +137,12 @@ class PublishFacts:
     signer: str
     # "<node>:<verifier>" of a conviction, else empty.
     conviction: str = ""
-    # What a verdict says; its log index is not known yet.
+    # What a verdict says, its log index not being known yet, and the commitment that it opens.
     verdict: VerdictRow | None = None
-    # The same of an audit request, and of an epoch or a calibration.
+    opening: bytes = b""
+    # The same of an audit request, a commitment, and an epoch or a calibration.
     request: RequestRow | None = None
+    commitment: CommitmentRow | None = None
     step: StepRow | None = None
 
 
@@ -347,26 +351,24 @@ def check_publish(envelope: bytes, court: Court) -> PublishFacts:
         if getattr(opened.message, name, opened.signer) != opened.signer:
             raise BadSignature(f"the {kind} names another signer")
     _check_no_owner(kind, opened, court)
-    conviction, verdict, request = "", None, None
-    if isinstance(opened.message, audit_pb2.Conviction):
-        check_owner(opened.message.node_id, "the node id")
-        conviction = f"{opened.message.node_id}:{opened.signer}"
-    if isinstance(opened.message, audit_pb2.Verdict):
-        check_verdict(opened.message)
-        verdict = verdict_row(opened.message)
-    if isinstance(opened.message, audit_pb2.AuditRequest):
-        check_digest(opened.message.receipt_digest, "the request's receipt digest")
-        request = request_row(opened.message)
-    return PublishFacts(
-        kind,
-        opened.digest,
-        envelope,
-        opened.signer,
-        conviction,
-        verdict,
-        request,
-        step_row(opened.message, opened.digest, envelope),
-    )
+    return _kept(PublishFacts(kind, opened.digest, envelope, opened.signer), opened.message)
+
+
+def _kept(facts: PublishFacts, message: Message) -> PublishFacts:
+    """With what is kept of the message. Raises InvalidRequest if that is impossible."""
+    if isinstance(message, audit_pb2.Conviction):
+        check_owner(message.node_id, "the node id")
+        return replace(facts, conviction=f"{message.node_id}:{facts.signer}")
+    if isinstance(message, audit_pb2.Verdict):
+        check_verdict(message)
+        return replace(facts, verdict=verdict_row(message), opening=opening_of(message))
+    if isinstance(message, audit_pb2.AuditRequest):
+        check_digest(message.receipt_digest, "the request's receipt digest")
+        return replace(facts, request=request_row(message))
+    if isinstance(message, audit_pb2.MarginCommitment):
+        check_commitment(message)
+        return replace(facts, commitment=commitment_row(message))
+    return replace(facts, step=step_row(message, facts.digest, facts.envelope))
 
 
 def check_not_owner(caller: str, node_id: str, court: Court) -> None:

@@ -62,6 +62,7 @@ def snapshot(engine: sa.Engine) -> sa.Connection:
     """A connection that sees one moment, however long the reading takes."""
     connection = engine.connect()
     if engine.dialect.name == "sqlite":
+        # Its driver opens no transaction to read; PostgreSQL's has the isolation for it.
         connection.exec_driver_sql("BEGIN")
     return connection
 

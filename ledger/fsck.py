@@ -16,12 +16,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from trueweight.ledger.archived import Archive
+from trueweight.ledger.archived import Archive, archive_at
 from trueweight.ledger.findings import Findings, Progress
 from trueweight.ledger.fsck_books import check_books
 from trueweight.ledger.fsck_log import check_log
 from trueweight.ledger.schema import make_engine
-from trueweight.protos.errors import InvalidRequest, StorageError
+from trueweight.protos.errors import StorageError
 
 # Starting a process takes about a second.
 _WORTH_A_PROCESS = 200_000
@@ -40,7 +40,7 @@ def check(
     their signatures. What was archived is checked as if it had never left."""
     findings = Findings()
     with engine.connect() as connection:
-        _check_archive(connection, archive)
+        archive_at(connection, archive)
         transfers = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
     if transfers < _WORTH_A_PROCESS:
         findings.include(check_books(engine, archive, progress))
@@ -63,16 +63,6 @@ def _result(books: Future[Findings]) -> Findings:
         return books.result()
     except BrokenExecutor:
         raise StorageError("the process that checks the balances was killed") from None
-
-
-def _check_archive(connection: sa.Connection, archive: Archive | None) -> None:
-    moved = connection.execute(
-        sa.text("SELECT value FROM meta WHERE key = 'archived_below'")
-    ).scalar()
-    if int(moved or 0) > (archive.below if archive is not None else 0):
-        raise InvalidRequest(
-            f"the leaves below {moved} are in an archive", hint="Name its directory: --archive DIR."
-        )
 
 
 # In the other process: how many transfers it has folded, as the first one sees it.

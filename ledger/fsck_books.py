@@ -11,8 +11,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger.accounts import CLIENT, EXTERNAL, NODE_BOND, NODE_LOCKED, owner_of
-from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, transfers_of
+from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, archive_at, transfers_of
 from trueweight.ledger.findings import Findings, Progress, Tally, snapshot, stream
+from trueweight.ledger.fsck_restitution import check_restitutions
 from trueweight.ledger.fsck_rows import Refunds, check_claims, check_references, check_refunds
 from trueweight.ledger.values import (
     EXPIRE,
@@ -89,6 +90,7 @@ def check_books(
     """All that needs no leaf."""
     findings = Findings()
     with snapshot(engine) as connection:
+        archive = archive_at(connection, archive)
         accounts = {r[0]: r for r in connection.execute(sa.text("SELECT * FROM account"))}
         fold = _Fold(
             {no: row.kind for no, row in accounts.items()},
@@ -100,6 +102,7 @@ def check_books(
         _check_legs(connection, findings, fold)
         _check_forfeits(connection, findings, fold)
         check_refunds(connection, findings, fold.refunds)
+        check_restitutions(connection, findings)
         check_claims(connection, findings)
         check_references(connection, findings, fold.facts, fold.settled)
         _check_spending(connection, findings)

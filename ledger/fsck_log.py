@@ -8,10 +8,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger import bundle
-from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, bundles_of, transfers_of
-from trueweight.ledger.audits import STEP_KINDS, StepRow, VerdictRow, step_row, verdict_row
+from trueweight.ledger.archived import (
+    TRANSFER_COLUMNS,
+    Archive,
+    archive_at,
+    bundles_of,
+    transfers_of,
+)
+from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
 from trueweight.ledger.findings import Findings, Progress, snapshot, stream
 from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
+from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
+from trueweight.ledger.fsck_verdicts import Verdicts
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
@@ -26,10 +34,10 @@ from trueweight.protos.envelope import (
 )
 from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
-from trueweight.protos.v1.audit_pb2 import AuditRequest, Verdict
+from trueweight.protos.v1.audit_pb2 import AuditRequest
 from trueweight.protos.v1.envelope_pb2 import Envelope
 
-RECEIPT, BILL, VERDICT, REQUEST = "receipt", "bill", "verdict", "audit-request"
+RECEIPT, BILL, REQUEST = "receipt", "bill", "audit-request"
 _TYPES = {kind: payload_type(message_class(kind)) for kind in bundle.KINDS if kind != TRANSFER}
 
 
@@ -43,6 +51,7 @@ def check_log(
     """All that the log says, against what is stored beside it."""
     findings = Findings()
     with snapshot(engine) as connection:
+        archive = archive_at(connection, archive)
         rows = connection.execute(sa.text("SELECT no, id FROM account"))
         names = {int(row[0]): str(row[1]) for row in rows}
         transfers = _transfer_leaves(
@@ -109,6 +118,7 @@ def _check_log(
         leaves = _leaves(findings, row)
         if leaves is None:
             return
+        kept.merged_at = row[3]
         for place, (kind, body) in enumerate(leaves, row[0]):
             kept.check(place, kind, body)
         edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
@@ -142,6 +152,8 @@ class _Kept:
         transfers: Iterator[tuple[bytes, int]],
     ) -> None:
         self._findings, self._transfers = findings, transfers
+        # When the leaves that are checked were merged.
+        self.merged_at = 0
         self._legs = stream(
             connection, "SELECT log_index, receipt_digest, captured_at FROM leg ORDER BY log_index"
         )
@@ -151,12 +163,9 @@ class _Kept:
         self._next_evidence = next(self._evidence, None)
         # When the receipts before the next leaf of transfers were captured.
         self._captured: list[int] = []
-        columns = {"verdict": VerdictRow._fields, "audit_step": StepRow._fields}
-        self._verdicts, self._steps = (
-            stream(connection, f"SELECT {', '.join(names)} FROM {table} ORDER BY log_index")  # noqa: S608
-            for table, names in columns.items()
-        )
-        self._requests = _Requests(connection)
+        columns = ", ".join(StepRow._fields)
+        self._steps = stream(connection, f"SELECT {columns} FROM audit_step ORDER BY log_index")  # noqa: S608
+        self._requests, self._verdicts = _Requests(connection), Verdicts(connection)
         self._nodes, self._debts = Nodes(connection), NodeDebts(connection)
         self._rewards = Rewards(connection)
 
@@ -209,21 +218,19 @@ class _Kept:
     ) -> None:
         if kind == BILL:
             self._debts.bill(envelope)
-        elif kind == VERDICT:
-            row = verdict_row(parse_payload(envelope, Verdict))
-            self._same(place, kind, row, self._verdicts)
+        elif kind in VERDICT_KINDS:
+            self._verdicts.check(self._findings, kind, (place, self.merged_at), envelope)
         elif kind == REQUEST:
             self._requests.check(self._findings, place, envelope)
         elif kind in STEP_KINDS:
             step = step_row(parse_payload(envelope, message_class(kind)), digest, body)
-            self._same(place, kind, step, self._steps)
+            self._check_step(place, kind, step)
         elif kind in (CONVICTION, REINSTATEMENT):
             self._nodes.statement(place, kind, envelope)
 
-    def _same(
-        self, place: int, kind: str, said: VerdictRow | StepRow | None, rows: Iterator[Any]
-    ) -> None:
-        stored = [bytes(v) if isinstance(v, memoryview) else v for v in next(rows, None) or ()]
+    def _check_step(self, place: int, kind: str, said: StepRow | None) -> None:
+        row = next(self._steps, None) or ()
+        stored = [bytes(v) if isinstance(v, memoryview) else v for v in row]
         if said is None or stored != list(said._replace(log_index=place)):
             self._findings.add(f"the {kind} in leaf {place} is not what is kept of it")
 
@@ -232,9 +239,10 @@ class _Kept:
         findings = self._findings
         for left, _ in self._transfers:
             findings.add(f"transfers have no leaf ({len(left)} bytes)")
-        for row in (*self._verdicts, *self._steps):
+        for row in self._steps:
             findings.add(f"what is kept of leaf {row[0]} is in no leaf")
         self._requests.finish(findings)
+        self._verdicts.finish(findings)
         if self._next_evidence is not None:
             findings.add(f"evidence names leaf {self._next_evidence[0]}, which does not exist")
         for row in (*self._evidence, *self._legs):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from trueweight.ledger import restitution
 from trueweight.ledger.accounts import (
     EXTERNAL,
     FEE_ACCOUNT,
@@ -21,7 +23,9 @@ from trueweight.ledger.accounts import (
 )
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
-from trueweight.ledger.dockets import Dockets, read_cases
+from trueweight.ledger.commitments import CommitmentRow
+from trueweight.ledger.dockets import FIRST_VERDICTS, Dockets, read_cases
+from trueweight.ledger.earned import Earnings, Goal, Key
 from trueweight.ledger.evidence import (
     CaptureFacts,
     ClaimFacts,
@@ -41,6 +45,7 @@ from trueweight.ledger.values import (
     NodeRow,
     Pending,
     Prepared,
+    Restitution,
     Snapshot,
     Spending,
     Terms,
@@ -49,6 +54,7 @@ from trueweight.ledger.values import (
 
 _MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
 _MAX_CACHED = 200_000
+_ENDLESS = 2**63 - 1
 
 ACCOUNT_COLUMNS = (
     "no", "id", "kind", "currency", "debits_pending", "debits_posted", "credits_pending",
@@ -80,6 +86,13 @@ SPENDING_COLUMNS = (
 _SPENDING = (f"SELECT {', '.join(SPENDING_COLUMNS)} FROM spending", "api_key_id")  # noqa: S608
 _NODES = (f"SELECT {', '.join(NodeRow._fields)} FROM node", "node_id")  # noqa: S608
 _REQUESTS = f"SELECT {', '.join(RequestRow._fields)} FROM audit_request"  # noqa: S608
+_COMMITMENTS = f"SELECT {', '.join(CommitmentRow._fields)} FROM margin_commitment"  # noqa: S608
+_RESTITUTIONS = f"SELECT {', '.join(Restitution._fields)} FROM restitution"  # noqa: S608
+# Answered by their own index, which has no holds.
+_WITHDRAWALS = (
+    "SELECT debit FROM (SELECT debit FROM pending "  # noqa: S608
+    f"WHERE kind = {WITHDRAWAL} AND state = {OPEN}) p"
+)
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
 K = TypeVar("K")
 V = TypeVar("V")
@@ -95,6 +108,15 @@ class Cache:
     any_claims: bool | None = None
     # Half-read histories of audits.
     dockets: Dockets = field(default_factory=dict)
+    earnings: Earnings = field(default_factory=Earnings)
+    # By node: refunds of convictions that are under way (None: not known yet).
+    restitutions: dict[str, Restitution] | None = None
+
+    def note_restitutions(self, changed: Iterable[Restitution]) -> None:
+        """Those that are through need not be remembered."""
+        known = self.restitutions or {}
+        self.restitutions = known | {r.node_id: r for r in changed}
+        self.restitutions = {k: r for k, r in self.restitutions.items() if r.is_open}
 
     def trim(self) -> None:
         """Keeps the cache bounded: a full one starts anew. Before the newest group is put in, so
@@ -119,6 +141,10 @@ class Needs:
     digests: set[bytes] = field(default_factory=set)
     # Receipts that an audit was asked for.
     audited: set[bytes] = field(default_factory=set)
+    # Receipts that a verdict is about, or a commitment to one.
+    judged: set[bytes] = field(default_factory=set)
+    # Bonds out of which somebody withdraws, or whose withdrawals end.
+    bonds: set[str] = field(default_factory=set)
     # (node, "<node>:<verifier>") of convictions: their references depend on the node's row.
     convictions: set[tuple[str, str]] = field(default_factory=set)
 
@@ -160,6 +186,8 @@ def load(
         needs.accounts.add(pending.credit)
         if pending.api_key_id:
             needs.spending.add(pending.api_key_id)
+        if pending.kind == WITHDRAWAL:
+            needs.bonds.add(pending.debit)
     _add_settled(needs, operations)
     legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
     _overlay(legs, last.legs, needs.legs)
@@ -188,8 +216,12 @@ def load(
         references=references,
         spending=spending,
         nodes=nodes,
+        restitutions=open_restitutions(backend, cache),
+        open_withdrawals=_open_withdrawals(backend, needs.bonds, last),
         published=published,
         requests=_requests(backend, needs.audited, last),
+        commitments=_commitments(backend, needs.judged, last),
+        judged=_judged(backend, needs.judged, last),
         judges=_judges(backend, operations, published, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
@@ -265,6 +297,7 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
         needs.accounts.update((node_available(body.node_id), external(body.rail)))
     elif kind == "bond_withdraw":
         needs.accounts.update((node_bond(body.node_id), external("bond")))
+        needs.bonds.add(node_bond(body.node_id))
     elif kind == "payout_settle":
         needs.pendings.add(body.payout_id)
     elif kind == "reward":
@@ -301,6 +334,10 @@ def _add_publication(needs: Needs, facts: PublishFacts) -> None:
         needs.convictions.add((node, facts.conviction))
     if facts.verdict is not None:
         needs.audited.add(facts.verdict.receipt_digest)
+        needs.judged.add(facts.verdict.receipt_digest)
+        needs.legs.add(facts.verdict.receipt_digest)
+    if facts.commitment is not None:
+        needs.judged.add(facts.commitment.receipt_digest)
     if facts.request is not None:
         needs.audited.add(facts.request.receipt_digest)
         needs.legs.add(facts.request.receipt_digest)
@@ -315,12 +352,21 @@ def _special(
     if op.kind == "expire":
         return {"due_holds": _due_holds(backend, needs, now_unix_ms, op.body.limit)}
     if op.kind == "release":
-        return {"leg_total": _leg_total(backend, op, terms, now_unix_ms)}
+        return {"leg_total": _leg_total(backend, cache, op, terms, now_unix_ms)}
     if op.kind == "reinstate":
-        return {"leg_total": _all_earned(backend, op.facts.node_id)}
+        return {"leg_total": _all_earned(backend, cache, op.facts.node_id)}
+    if op.kind == restitution.KIND:
+        return _restitution(backend, cache, op.facts, needs)
     if isinstance(op.facts, ConvictFacts):
         return _conviction(backend, cache, op.facts, terms, needs)
     return {}
+
+
+def _open_withdrawals(backend: Backend, bonds: set[str], last: Book) -> Mapping[str, int]:
+    found: Mapping[str, int] = Counter(
+        row[0] for row in backend.by_keys(_WITHDRAWALS, "debit", bonds)
+    )
+    return {**found, **{k: v for k, v in last.open_withdrawals.items() if k in bonds}}
 
 
 def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> list[Pending]:
@@ -340,7 +386,9 @@ def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> 
     return due
 
 
-def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -> LegTotal:
+def _leg_total(
+    backend: Backend, cache: Cache, op: Prepared, terms: Terms, now_unix_ms: int
+) -> LegTotal:
     node, below = op.body.node_id, op.body.below_log_index
     ((oldest,),) = backend.query(
         "SELECT MIN(receipt_index) FROM audit_request "
@@ -348,20 +396,54 @@ def _leg_total(backend: Backend, op: Prepared, terms: Terms, now_unix_ms: int) -
         (node, held_since_unix_ms(now_unix_ms, terms.window_ms)),
     )
     waits_for = NONE if oldest is None or oldest >= below else int(oldest)
-    rows = backend.query(
-        "SELECT COALESCE(SUM(node + subsidy - refunded_node), 0) FROM leg "
-        "WHERE node_id = ? AND log_index < ? AND captured_at <= ?",
-        (node, below if waits_for == NONE else waits_for, now_unix_ms - terms.window_ms),
-    )
-    return LegTotal(int(rows[0][0]), waits_for)
+    goal = Goal(below if waits_for == NONE else waits_for, now_unix_ms - terms.window_ms)
+    earned = cache.earnings.read(backend, Key(node), goal)
+    return LegTotal(earned or 0, waits_for, earned is not None)
 
 
-def _all_earned(backend: Backend, node_id: str) -> LegTotal:
-    rows = backend.query(
-        "SELECT COALESCE(SUM(node + subsidy - refunded_node), 0) FROM leg WHERE node_id = ?",
-        (node_id,),
+def _all_earned(backend: Backend, cache: Cache, node_id: str) -> LegTotal:
+    earned = cache.earnings.read(backend, Key(node_id, is_settled=False), Goal())
+    return LegTotal(earned or 0, is_known=earned is not None)
+
+
+def open_restitutions(backend: Backend, cache: Cache) -> Mapping[str, Restitution]:
+    """By node; there are few of them, and hardly ever any."""
+    if cache.restitutions is None:
+        found = [Restitution(*row) for row in backend.query(_RESTITUTIONS)]
+        cache.restitutions = {r.node_id: r for r in found if r.is_open}
+    return cache.restitutions
+
+
+def _restitution(backend: Backend, cache: Cache, node_id: str, needs: Needs) -> dict[str, object]:
+    known = open_restitutions(backend, cache).get(node_id)
+    if known is None:
+        return {}
+    needs.accounts.update((TREASURY_ACCOUNT, restitution.set_aside(node_id)))
+    span = (node_id, known.next_index, known.end_index)
+    if not known.is_counting:
+        legs = _node_legs(backend, span, needs)
+        return {"node_legs": legs}
+    ((count, last, charges),) = backend.query(
+        "SELECT COUNT(*), MAX(log_index), COALESCE(SUM(CASE WHEN refunded = 0 THEN charge ELSE 0 "
+        "END), 0) FROM (SELECT log_index, charge, refunded FROM leg WHERE node_id = ? "
+        "AND log_index >= ? AND log_index < ? ORDER BY log_index LIMIT ?) l",
+        (*span, restitution.COUNTED),
     )
-    return LegTotal(int(rows[0][0]))
+    end = known.end_index if count < restitution.COUNTED else int(last) + 1
+    return {"charges": (int(charges), end)}
+
+
+def _node_legs(backend: Backend, span: tuple[str, int, int], needs: Needs) -> list[Leg]:
+    """As many of a node's receipts in [first, end) as one transaction refunds, and one more if
+    there are more."""
+    rows = backend.query(
+        f"{_LEGS} WHERE node_id = ? AND log_index >= ? AND log_index < ? "
+        "ORDER BY log_index LIMIT ?",
+        (*span, restitution.REFUNDED + 1),
+    )
+    legs = [Leg(*row) for row in rows]
+    needs.accounts.update(leg.client for leg in legs)
+    return legs
 
 
 def _conviction(
@@ -370,13 +452,7 @@ def _conviction(
     node = facts.node_id
     rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
     since = int(rows[0][0]) if rows else 0
-    legs = [
-        Leg(*row)
-        for row in backend.query(
-            f"{_LEGS} WHERE node_id = ? AND log_index >= ? ORDER BY log_index",
-            (node, max(since, facts.change_point)),
-        )
-    ]
+    legs = _node_legs(backend, (node, max(since, facts.change_point), _ENDLESS), needs)
     withdrawals = [
         Pending(*row)
         for row in backend.query(
@@ -389,9 +465,14 @@ def _conviction(
     needs.pendings.update(p.id for p in withdrawals)
     needs.convictions.update((node, f"{node}:{v}") for v in terms.verifiers)
     needs.accounts.update(
-        (*_MARKET, node_locked(node), node_bond(node), f"verifier:{facts.verifier_id}")
+        (
+            *_MARKET,
+            node_locked(node),
+            node_bond(node),
+            restitution.set_aside(node),
+            f"verifier:{facts.verifier_id}",
+        )
     )
-    needs.accounts.update(leg.client for leg in legs)
     cases = read_cases(backend, cache.dockets, terms.verifiers, (node, since))
     return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
 
@@ -419,6 +500,23 @@ def _requests(
         found[made.key] = made
     found.update((k, r) for k, r in last.requests.items() if r.receipt_digest in wanted)
     return found
+
+
+def _commitments(
+    backend: Backend, wanted: set[bytes], last: Book
+) -> dict[tuple[str, bytes], CommitmentRow]:
+    found = {}
+    for row in backend.by_keys(_COMMITMENTS, "receipt_digest", wanted):
+        made = CommitmentRow(*row)
+        found[made.key] = made
+    found.update((k, c) for k, c in last.commitments.items() if c.receipt_digest in wanted)
+    return found
+
+
+def _judged(backend: Backend, wanted: set[bytes], last: Book) -> set[tuple[str, bytes]]:
+    rows = backend.by_keys(FIRST_VERDICTS, "receipt_digest", wanted)
+    found = {(verifier_id, digest) for digest, verifier_id, _ in rows}
+    return found | {key for key in last.judged if key[1] in wanted}
 
 
 def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:

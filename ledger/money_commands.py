@@ -13,8 +13,8 @@ from trueweight.ledger import reports
 from trueweight.ledger.command_support import (
     database_option,
     ledger_options,
-    move,
     new_id,
+    one_operation,
     with_ledger,
 )
 from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
@@ -54,23 +54,13 @@ def _own_reference(function: F) -> F:
 @click.command()
 @click.argument("node_id")
 @click.argument("credits")
-@ledger_options
 @option("--rail", default="manual", help="Where the money goes.")
 @_own_reference
 @option("--settle/--start-only", default=False, help="Also mark it as paid.")
-@json_option
+@one_operation
 def payout(
-    *,
-    node_id: str,
-    credits: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    rail: str,
-    reference: str,
-    settle: bool,
-    as_json: bool,
-) -> None:
+    *, node_id: str, credits: str, rail: str, reference: str, settle: bool
+) -> list[pb.Operation]:
     """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled.
 
     Run again with the same --reference after a lost answer: it pays once.
@@ -79,33 +69,22 @@ def payout(
         id=derived_id("payout", rail.encode(), reference.encode()),
         payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
     )
-    move(market, keys, endpoint, start, as_json)
-    if settle:
-        move(market, keys, endpoint, _settlement(start.id, True, reference), as_json)
+    return [start, _settlement(start.id, True, reference)] if settle else [start]
 
 
 @click.command("withdraw-bond")
 @click.argument("node_id")
 @click.argument("credits")
-@ledger_options
 @_own_reference
 @option(
     "--not-before",
     type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")),
     help="When it may be paid, UTC; default: the first midnight after the settlement window.",
 )
-@json_option
+@one_operation
 def withdraw_bond(
-    *,
-    node_id: str,
-    credits: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    reference: str,
-    not_before: datetime | None,
-    as_json: bool,
-) -> None:
+    *, node_id: str, credits: str, reference: str, not_before: datetime | None, market: Path
+) -> pb.Operation:
     """Take CREDITS out of NODE_ID's bond; pending until it is settled, which takes the settlement
     window at least.
 
@@ -118,13 +97,12 @@ def withdraw_bond(
         )
     else:
         due = round(not_before.replace(tzinfo=UTC).timestamp() * 1000)
-    operation = pb.Operation(
+    return pb.Operation(
         id=derived_id("withdraw-bond", reference.encode()),
         bond_withdraw=pb.BondWithdraw(
             node_id=node_id, amount_nano=parse_credits(credits), not_before_unix_ms=due
         ),
     )
-    move(market, keys, endpoint, operation, as_json)
 
 
 @click.command()
@@ -136,44 +114,24 @@ def withdraw_bond(
     allow_from_autoenv=False,
     help="What the rail answered.",
 )
-@ledger_options
 @option("--reference", default="", help="The rail's reference: one settles one payout.")
-@json_option
-def settle(
-    *,
-    payout_id: str,
-    paid: bool,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    reference: str,
-    as_json: bool,
-) -> None:
+@one_operation
+def settle(*, payout_id: str, paid: bool, reference: str) -> pb.Operation:
     """End a pending payout or bond withdrawal PAYOUT_ID: paid, or back to the node."""
-    move(market, keys, endpoint, _settlement(_id(payout_id), paid, reference), as_json)
+    return _settlement(_id(payout_id), paid, reference)
 
 
 @click.command()
 @click.argument("api_key_id")
 @click.argument("credits")
-@ledger_options
 @option("--per", type=click.Choice(tuple(_PERIODS)), help="In each of these (month: 30 days).")
-@json_option
-def limit(
-    *,
-    api_key_id: str,
-    credits: str,
-    per: str | None,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    as_json: bool,
-) -> None:
+@one_operation
+def limit(*, api_key_id: str, credits: str, per: str | None) -> pb.Operation:
     """Let API_KEY_ID spend at most CREDITS in total, holds included; 0 removes the limit.
 
     With --per: in each hour, day, week or month, beside any limit in total.
     """
-    operation = pb.Operation(
+    return pb.Operation(
         id=new_id(),
         set_spending_limit=pb.SetSpendingLimit(
             api_key_id=api_key_id,
@@ -181,7 +139,6 @@ def limit(
             period_ms=_PERIODS[per] if per else 0,
         ),
     )
-    move(market, keys, endpoint, operation, as_json)
 
 
 @click.command()

@@ -37,6 +37,8 @@ from trueweight.protos.errors import (
 
 MAX_HOLD_MS = 7 * 24 * 3600 * 1000
 MAX_WITHDRAWAL_MS = 366 * 24 * 3600 * 1000
+# Of one bond: a conviction voids them all, while everybody waits.
+MAX_WITHDRAWALS = 64
 
 
 def deposit(book: Book, op: Prepared) -> int:
@@ -146,6 +148,11 @@ def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
         "",
     )
     book.reserve(pending, "bond-withdrawal")
+    if book.count_withdrawals(pending.debit, 1) > MAX_WITHDRAWALS:
+        raise Conflict(
+            f"at most {MAX_WITHDRAWALS} withdrawals of a bond may be open",
+            hint="One must be settled before the next.",
+        )
     return int(body.amount_nano)
 
 
@@ -157,6 +164,8 @@ def payout_settle(book: Book, op: Prepared) -> int:
         raise NotFound("there is no such payout")
     if body.paid and pending.kind == WITHDRAWAL and pending.due_unix_ms > book.now:
         raise Conflict("the bond may not be paid out yet")
+    if pending.kind == WITHDRAWAL and pending.state == OPEN:
+        book.count_withdrawals(pending.debit, -1)
     state, posted = (CAPTURED, pending.amount) if body.paid else (VOIDED, 0)
     book.resolve(pending, state, posted, "payout" if pending.kind == PAYOUT else "bond-withdrawal")
     if body.reference:

@@ -44,6 +44,7 @@ class Hooks:
     now_unix_ms: Callable[[], int]
     monotonic_ms: Callable[[], float]
     expire: Callable[[], Prepared]
+    new_id: Callable[[], bytes]
     deliver: Callable[[list[Answer]], None]
     committed: Callable[[int, tuple[Leaf, ...]], None]
     became_writer: Callable[[], None]
@@ -58,12 +59,9 @@ class Pipeline:
         hooks: Hooks,
         committer: Executor,
         landed: Callable[[], None],
-        confirm: Callable[[], None] = lambda: None,
     ) -> None:
-        """``confirm`` raises if another process may write: asked before a group is answered that
-        changes nothing, so that no commit finds out."""
         self._books, self._hooks = books, hooks
-        self._committer, self._landed, self._confirm = committer, landed, confirm
+        self._committer, self._landed = committer, landed
         self._flying: tuple[list[Call], Future[None]] | None = None
 
     @property
@@ -141,7 +139,7 @@ class Pipeline:
         # What the database refuses is applied one by one, and answered then.
         with self._answered(calls, but=ConstraintViolated):
             if not judged.book.applied:
-                self._confirm()
+                self._books.confirm()  # nothing is committed, which would have found out
             done = self._books.commit(judged)
         self._answer(calls, done)
 

@@ -5,9 +5,11 @@ Methods block on the database; the service calls them on its own small pool of t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +20,9 @@ from trueweight.ledger import bundle, deadline
 from trueweight.ledger.accounts import CURRENCY, Account
 from trueweight.ledger.archived import Archive, merged
 from trueweight.ledger.books import leaf_hashes
+from trueweight.ledger.findings import snapshot
 from trueweight.ledger.leaves import transfer_record
-from trueweight.ledger.statements import Page, page_of, transfers_sql
+from trueweight.ledger.statements import Page, is_busy, page_of, transfers_sql
 from trueweight.ledger.tiles import WIDTH as TILE_WIDTH
 from trueweight.ledger.tiles import TileReader
 from trueweight.ledger.values import HOLD, Transfer
@@ -31,6 +34,7 @@ from trueweight.protos.v1 import log_pb2
 T = TypeVar("T")
 MAX_ACCOUNTS = 1024
 MAX_PAGE = 1000
+MAX_SEQUENCE = 2**63 - 1
 MAX_PAGE_BYTES = 4 * 1024 * 1024
 _BUNDLES_PER_QUERY = 64
 # A tile has 2^8 hashes.
@@ -41,6 +45,18 @@ _ACCOUNT = (
 )
 
 
+def _at_one_moment(method: Callable[..., T]) -> Callable[..., T]:
+    """All statements of a question see the books of one moment: between two of them others write,
+    and ``ledger archive`` moves rows away."""
+
+    @functools.wraps(method)
+    def wrapped(self: Reader, *args: Any) -> T:
+        with self._moment():
+            return method(self, *args)
+
+    return wrapped
+
+
 class Reader:
     """Reads through a connection pool. Raises StorageError when the database fails, and
     DeadlineExceeded when the thread's deadline has passed (``trueweight.ledger.deadline``)."""
@@ -49,7 +65,8 @@ class Reader:
         self._engine, self._archive_path = engine, archive
         self._archive: Archive | None = None
         self._tile_lock = threading.Lock()
-        self._connection: sa.Connection | None = None
+        # Each thread's connection while it answers a question of several statements.
+        self._local = threading.local()
         self._tiles = TileReader(self._read_tile, self._read_leaves)
 
     def close(self) -> None:
@@ -76,11 +93,11 @@ class Reader:
         )
         return [account_record(row) for row in rows]
 
+    @_at_one_moment
     def transfers(self, account: str, after: int, limit: int) -> pb.ListTransfersResponse:
         """Transfers of an account (of all for "") with a higher sequence, oldest first. A page may
         have none and still say that there are more behind ``next_sequence``."""
-        # Read first: what comes later has a higher sequence, and is for the next page.
-        newest = self._newest_sequence()
+        newest = self._newest_sequence() if is_busy(account) else MAX_SEQUENCE
         if after >= newest:  # also what no database can count to
             return pb.ListTransfersResponse(next_sequence=after)
         page = page_of(account, after, page_size(limit), newest)
@@ -129,6 +146,7 @@ class Reader:
         )
         return int(rows[0][0]) if rows else 0
 
+    @_at_one_moment
     def read_log(self, from_index: int, limit: int, kinds: Sequence[str]) -> pb.ReadLogResponse:
         """A page of leaves, and where to go on."""
         size, limit = self.size(), page_size(limit)
@@ -176,6 +194,7 @@ class Reader:
         note, at, root, issued = rows[0]
         return log_pb2.Checkpoint(note=note, size=at, root=bytes(root), issued_at_unix_ms=issued)
 
+    @_at_one_moment
     def inclusion(self, request: pb.InclusionProofRequest) -> pb.InclusionProofResponse:
         """Proof that a leaf is in the tree of a checkpoint. Raises NotFound."""
         checkpoint = self._checkpoint_for(request.tree_size)
@@ -193,6 +212,7 @@ class Reader:
             checkpoint=checkpoint,
         )
 
+    @_at_one_moment
     def consistency(self, old_size: int, new_size: int) -> log_pb2.ConsistencyProof:
         """Proof that a smaller tree is a prefix of a larger one."""
         if new_size > self.size():
@@ -202,6 +222,7 @@ class Reader:
         )
         return log_pb2.ConsistencyProof(old_size=old_size, new_size=new_size, path=path)
 
+    @_at_one_moment
     def tile(self, level: int, number: int, width: int) -> bytes:
         """The first ``width`` hashes of a Merkle tile. Raises NotFound if the log lacks them."""
         size = self.size() >> (TILE_BITS * level)
@@ -309,7 +330,11 @@ class Reader:
         """The archive if it has something at or after a place. Raises NotFound if it is needed and
         this ledger does not know where it is."""
         rows = self._rows(
-            sa.text("SELECT key, value FROM meta WHERE key IN ('market', :mark)"), {"mark": mark}
+            sa.text(
+                "SELECT key, value FROM meta "
+                "WHERE key IN ('market', 'archived_below', 'archived_sequence')"
+            ),
+            {},
         )
         facts = {row[0]: row[1] for row in rows}
         end = int(facts.get(mark, 0))
@@ -319,9 +344,11 @@ class Reader:
             raise NotFound(
                 "what is asked for was archived", hint="Start the ledger with --archive DIR."
             )
-        known = self._archive
-        if known is None or (known.below if mark == "archived_below" else known.sequence) < end:
-            self._archive = known = Archive(self._archive_path, facts["market"])
+        if self._archive is None:
+            self._archive = Archive(self._archive_path, facts["market"])
+        known = self._archive.at(int(facts["archived_below"]))
+        if known.below > self._archive.below:
+            self._archive = known
         return known
 
     def _newest_sequence(self) -> int:
@@ -352,7 +379,7 @@ class Reader:
         if not self._tile_lock.acquire(timeout=-1 if left is None else left):
             raise deadline.too_late()
         try:
-            with self._engine.connect() as self._connection:
+            with self._moment():
                 return work()
         finally:
             self._tile_lock.release()
@@ -361,7 +388,6 @@ class Reader:
         rows = self._rows(
             sa.text("SELECT hashes FROM tile WHERE level = :level AND number = :number"),
             {"level": level, "number": number},
-            self._connection,
         )
         return bytes(rows[0][0]) if rows else None
 
@@ -373,23 +399,38 @@ class Reader:
                 "WHERE first_index <= :first) ORDER BY first_index"
             ),
             {"first": first, "end": first + count},
-            self._connection,
         )
         return leaf_hashes([tuple(row) for row in rows], first, count)
 
-    def _rows(
-        self, statement: Any, values: dict[str, Any], connection: sa.Connection | None = None
-    ) -> Sequence[Any]:
+    def _rows(self, statement: Any, values: dict[str, Any]) -> Sequence[Any]:
+        with self._moment() as connection, _database_errors(), deadline.bound(connection):
+            return connection.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _moment(self) -> Iterator[sa.Connection]:
+        """The connection of the question that this thread answers."""
+        known: sa.Connection | None = getattr(self._local, "connection", None)
+        if known is not None:
+            yield known
+            return
+        with _database_errors():
+            opened = snapshot(self._engine)
         try:
-            if connection is not None:
-                with deadline.bound(connection):
-                    return connection.execute(statement, values).fetchall()
-            with self._engine.connect() as fresh, deadline.bound(fresh):
-                return fresh.execute(statement, values).fetchall()
-        except sa.exc.SQLAlchemyError as error:
-            raise StorageError(
-                f"the database failed: {str(error).partition(chr(10))[0][:200]}"
-            ) from error
+            self._local.connection = opened
+            yield opened
+        finally:
+            self._local.connection = None
+            opened.close()
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as error:
+        raise StorageError(
+            f"the database failed: {str(error).partition(chr(10))[0][:200]}"
+        ) from error
 
 
 def page_size(limit: int) -> int:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from trueweight.ledger.command_support import ledger_options, move, new_id
+from trueweight.ledger.command_support import new_id, one_operation
 from trueweight.protos.envelope import seal
 from trueweight.protos.money import parse_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.market_pb2 import Reinstatement
-from trueweight.runtime.cli import json_option, option
+from trueweight.runtime.cli import option
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.market import load_market
@@ -25,18 +25,10 @@ from trueweight.runtime.market import load_market
     default="0",
     help="Credits from the treasury to the node's bond, at most what convictions took from it.",
 )
-@ledger_options
-@json_option
+@one_operation
 def reinstate(
-    *,
-    node_id: str,
-    reason: str,
-    pay_back: str,
-    market: Path,
-    keys: Path,
-    endpoint: str | None,
-    as_json: bool,
-) -> None:
+    *, node_id: str, reason: str, pay_back: str, market: Path, keys: Path
+) -> pb.Operation:
     """Take NODE_ID's conviction back, after an appeal (the market's or an administrator's keys)."""
     known, signer = load_market(market), load_signer(keys)
     statement = Reinstatement(
@@ -49,4 +41,4 @@ def reinstate(
     body = pb.Reinstate(
         reinstatement=seal(statement, signer), pay_back_nano=parse_credits(pay_back)
     )
-    move(market, keys, endpoint, pb.Operation(id=new_id(), reinstate=body), as_json)
+    return pb.Operation(id=new_id(), reinstate=body)

@@ -6,6 +6,7 @@ from trueweight.ledger.accounts import CURRENCY
 from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
+from trueweight.ledger.commitments import CommitmentRow
 from trueweight.ledger.load import (
     ACCOUNT_COLUMNS,
     CLAIM_COLUMNS,
@@ -15,7 +16,7 @@ from trueweight.ledger.load import (
     Cache,
 )
 from trueweight.ledger.requests import RequestRow
-from trueweight.ledger.values import OPEN, Claim, NodeRow
+from trueweight.ledger.values import OPEN, Claim, NodeRow, Restitution
 
 _TRANSFER_COLUMNS = (
     "sequence", "operation_id", "ordinal", "debit", "credit", "amount", "phase", "pending_id",
@@ -46,6 +47,10 @@ def remember(cache: Cache, book: Book) -> None:
             cache.open_holds.pop(pending.id, None)
     if book.claims:
         cache.any_claims = True
+    if book.restitutions:
+        cache.note_restitutions(book.restitutions.values())
+    old = book.snapshot
+    cache.earnings.note((*old.legs.values(), *old.node_legs), book.legs)
 
 
 def _save_accounts(backend: Backend, book: Book) -> None:
@@ -98,10 +103,12 @@ def _save_rare(backend: Backend, book: Book) -> None:
     )
     backend.upsert("spending", SPENDING_COLUMNS, 1, list(book.spending.values()))
     backend.upsert("node", NodeRow._fields, 1, list(book.nodes.values()))
+    backend.upsert("restitution", Restitution._fields, 1, list(book.restitutions.values()))
     backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
     backend.insert("verdict", VerdictRow._fields, list(book.verdicts.values()))
     backend.insert("audit_step", StepRow._fields, list(book.steps.values()))
+    backend.insert("margin_commitment", CommitmentRow._fields, list(book.commitments.values()))
     known = book.snapshot.requests
     backend.insert(
         "audit_request", RequestRow._fields, [r for k, r in book.requests.items() if k not in known]

@@ -253,6 +253,7 @@ class Ledger:
             now_unix_ms=self._clock.now_unix_ms,
             monotonic_ms=self._clock.monotonic_ms,
             expire=self._expire_operation,
+            new_id=self._new_id,
             deliver=self._deliver,
             committed=self._committed,
             became_writer=self._reload_keys,
@@ -266,11 +267,12 @@ class Ledger:
         self._court = with_key_events(self._court, leaves)
 
     def _expire_operation(self) -> Prepared:
-        operation = pb.Operation(
-            id=uuid7(self._clock.now_unix_ms(), self._random(10)),
-            expire=pb.Expire(limit=MAX_EXPIRE),
-        )
+        operation = pb.Operation(id=self._new_id(), expire=pb.Expire(limit=MAX_EXPIRE))
         return prepare(operation, SYSTEM, self._court)
+
+    def _new_id(self) -> bytes:
+        """Of the ledger's own operations: nobody can know it and take it first."""
+        return uuid7(self._clock.now_unix_ms(), self._random(10))
 
     def _deliver(self, answers: list[Answer]) -> None:
         if self._loop is not None:

@@ -11,7 +11,12 @@ from typing import Any
 import grpc.aio
 
 from trueweight.ledger.service import Ledger
-from trueweight.protos.errors import InvalidRequest, TrueweightError, Unauthenticated
+from trueweight.protos.errors import (
+    InvalidRequest,
+    OverCapacity,
+    TrueweightError,
+    Unauthenticated,
+)
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
 from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
@@ -37,7 +42,7 @@ class LedgerRpc(LedgerServicer):
         self, request_iterator: AsyncIterator[pb.ApplyRequest], context: Context
     ) -> AsyncIterator[pb.ApplyResponse]:
         caller = self._named_caller(context)
-        async for response in _pipelined(request_iterator, lambda r: self._apply(r, caller)):
+        async for response in _pipelined(request_iterator, lambda r: self._submitted(r, caller)):
             yield response
 
     @rpc.unary
@@ -103,6 +108,18 @@ class LedgerRpc(LedgerServicer):
                 "operations need an access token", hint="Anybody may read the log without one."
             )
         return caller
+
+    async def _submitted(self, request: pb.ApplyRequest, caller: str) -> pb.ApplyResponse:
+        """A full queue refuses one batch; the others of its stream go on."""
+        try:
+            return await self._apply(request, caller)
+        except OverCapacity as error:
+            refused = pb.Result(
+                status=pb.Result.REFUSED, code=error.code, message=error.message, hint=error.hint
+            )
+            return pb.ApplyResponse(
+                batch=request.batch, results=[refused] * len(request.operations)
+            )
 
     async def _apply(self, request: pb.ApplyRequest, caller: str) -> pb.ApplyResponse:
         results = await self._ledger.apply(list(request.operations), caller)

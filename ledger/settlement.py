@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trueweight.ledger import audits, movements
+from trueweight.ledger import audits, movements, publication, restitution
 from trueweight.ledger.accounts import (
     FEE_ACCOUNT,
     POOL_ACCOUNT,
@@ -17,7 +17,6 @@ from trueweight.ledger.accounts import (
     node_bond,
     node_locked,
 )
-from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import (
     CaptureFacts,
@@ -26,16 +25,16 @@ from trueweight.ledger.evidence import (
     PublishFacts,
     RefundFacts,
 )
-from trueweight.ledger.requests import NONE, RequestRow
+from trueweight.ledger.requests import NONE
 from trueweight.ledger.values import (
     CAPTURED,
     EXPIRED,
     OPEN,
     VOIDED,
     Claim,
-    Debt,
     Leaf,
     Leg,
+    LegTotal,
     Pending,
     Prepared,
     Terms,
@@ -47,6 +46,7 @@ from trueweight.protos.errors import (
     InvalidRequest,
     NotFound,
     PermissionDenied,
+    Unavailable,
 )
 from trueweight.protos.money import split_charge
 
@@ -83,7 +83,7 @@ def capture(book: Book, op: Prepared, terms: Terms) -> int:
         locked = node_locked(leg.node_id)
         book.move(clearing, locked, leg.node, "earning")
         subsidy = _pay_up_to(book, POOL_ACCOUNT, locked, leg.subsidy, "subsidy")
-        _owe(book, locked, leg.subsidy - subsidy)
+        book.owe(locked, leg.subsidy - subsidy)
         _keep_leg(
             book,
             Leg(
@@ -199,6 +199,9 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
         raise InvalidRequest("the verdict names another node than the receipt")
     if leg.refunded or leg.refunded_node:
         raise Conflict("the leg was refunded before")
+    convicted = book.restitution(leg.node_id)
+    if convicted is not None and convicted.covers(leg):
+        raise Conflict("the leg is being refunded because its node was convicted")
     if facts.verdict is not None:
         _publish_asked_for(book, facts.verdict, facts.receipt_digest)
     claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
@@ -262,7 +265,8 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
     book.put(book.nodes, facts.node_id, taken)
     reward = forfeited * op.body.reward_ppm // PPM
     book.move(TREASURY_ACCOUNT, f"verifier:{facts.verifier_id}", reward, "challenger")
-    _refund_pro_rata(book, facts, forfeited - reward)
+    first_index = max(row.reinstated, facts.change_point)
+    restitution.begin(book, facts.node_id, first_index, forfeited - reward)
     return forfeited
 
 
@@ -277,36 +281,8 @@ def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
         is not None
     }
     mine = cases.get(facts.verifier_id) or audits.Case()
-    audits.check_statement(facts.statement, mine, only_verifier=len(terms.verifiers) == 1)
+    audits.check_statement(facts.statement, mine)
     return sum(case.is_carried for case in cases.values())
-
-
-def _refund_pro_rata(book: Book, facts: ConvictFacts, available: int) -> None:
-    legs = [
-        leg
-        for leg in book.snapshot.node_legs
-        if leg.log_index >= facts.change_point and leg.charge and not leg.refunded
-    ]
-    total = sum(leg.charge for leg in legs)
-    pay = min(available, total)
-    owed_by_client: dict[str, int] = {}
-    paid_by_client: dict[str, int] = {}
-    seen = 0
-    for leg in legs:
-        # Shares by cumulative rounding: they differ by at most one and sum to ``pay`` exactly.
-        before = pay * seen // total
-        seen += leg.charge
-        share = pay * seen // total - before
-        paid_by_client[leg.client] = paid_by_client.get(leg.client, 0) + share
-        owed_by_client[leg.client] = owed_by_client.get(leg.client, 0) + leg.charge - share
-        book.put(
-            book.legs,
-            leg.receipt_digest,
-            leg._replace(refunded=leg.charge, refunded_node=leg.node + leg.subsidy),
-        )
-    for client, amount in paid_by_client.items():
-        book.move(TREASURY_ACCOUNT, client, amount, "refund")
-        _owe(book, client, owed_by_client[client])
 
 
 def release(book: Book, op: Prepared, _: Terms) -> int:
@@ -316,7 +292,9 @@ def release(book: Book, op: Prepared, _: Terms) -> int:
     row = book.node(body.node_id)
     if row.convicted:
         raise Conflict("a convicted node's earnings are not released")
-    earned, waits_for = book.snapshot.leg_total or (0, NONE)
+    earned, waits_for, is_known = book.snapshot.leg_total or LegTotal(0)
+    if not is_known:
+        raise still_counting()
     locked = node_locked(body.node_id)
     most = max(0, min(earned - row.released, book.available(locked)))
     amount = body.amount_nano or most
@@ -331,6 +309,13 @@ def release(book: Book, op: Prepared, _: Terms) -> int:
     return int(amount)
 
 
+def still_counting() -> Unavailable:
+    """The refusal of whoever wants to know what a node with a long history has earned."""
+    return Unavailable(
+        "what the node has earned is still being added up", hint="Ask again in a second."
+    )
+
+
 def publish_evidence(book: Book, facts: PublishFacts) -> int:
     """The index of the evidence in the log; appended unless it is there already."""
     known = book.published_at(facts.digest)
@@ -342,33 +327,8 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
         if book.reference(*key) is None:
             book.put(book.references, key, book.operation_id)
     index = book.append(Leaf(facts.kind, facts.envelope, facts.digest))
-    if facts.verdict is not None:
-        book.put(book.verdicts, index, facts.verdict._replace(log_index=index))
-        _note_answer(book, facts.verdict, index)
-    if facts.request is not None:
-        _note_request(book, facts.request, index)
-    if facts.step is not None:
-        book.put(book.steps, index, facts.step._replace(log_index=index))
+    publication.keep(book, facts, index)
     return index
-
-
-def _note_request(book: Book, asked: RequestRow, index: int) -> None:
-    if book.request(asked.key) is not None:
-        return  # the first counts
-    leg = book.leg(asked.receipt_digest)
-    row = asked._replace(log_index=index)
-    if leg is not None:
-        row = row._replace(
-            node_id=leg.node_id, receipt_index=leg.log_index, captured_at=leg.captured_at_unix_ms
-        )
-    book.put(book.requests, asked.key, row)
-
-
-def _note_answer(book: Book, verdict: VerdictRow, index: int) -> None:
-    key = (verdict.verifier_id, verdict.receipt_digest)
-    request = book.request(key)
-    if request is not None and request.verdict_index == NONE:
-        book.put(book.requests, key, request._replace(verdict_index=index))
 
 
 def _keep_leg(book: Book, leg: Leg) -> None:
@@ -396,7 +356,7 @@ def _undo(book: Book, leg: Leg) -> None:
 def _make_up(book: Book, client: str, missing: int) -> int:
     """The treasury pays what a refund lacks; what it lacks itself is owed, and returned."""
     missing -= _pay_up_to(book, TREASURY_ACCOUNT, client, missing, "refund")
-    _owe(book, client, missing)
+    book.owe(client, missing)
     return missing
 
 
@@ -408,11 +368,6 @@ def _pay_up_to(book: Book, source: str, target: str, amount: int, reason: str) -
     return paid
 
 
-def _owe(book: Book, creditor: str, amount: int) -> None:
-    if amount > 0:
-        book.debts.append(Debt(book.operation_id, creditor, amount))
-
-
 __all__ = [
     "capture",
     "claim",
@@ -422,4 +377,5 @@ __all__ = [
     "publish_evidence",
     "refund",
     "release",
+    "still_counting",
 ]

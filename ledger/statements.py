@@ -22,7 +22,7 @@ _TRANSFERS = (
 @dataclass(frozen=True, slots=True)
 class Page:
     """What is asked for: at most ``limit`` transfers of an account ("": of all) with sequences in
-    (after, end], in books whose newest transfer is ``newest``."""
+    (after, end], in books whose transfers go up to ``newest``."""
 
     account: str
     after: int

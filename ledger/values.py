@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import CLEARING, FEE, POOL, Account
 from trueweight.ledger.audits import Case
+from trueweight.ledger.commitments import CommitmentRow
 from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.protos.errors import TrueweightError
 
@@ -104,6 +105,41 @@ class Leg(NamedTuple):
     manifest_digest: bytes | None = None
 
 
+class Restitution(NamedTuple):
+    """How far the refunds of a conviction are: its receipts lie in [first_index, end_index)."""
+
+    operation_id: bytes
+    node_id: str
+    first_index: int
+    end_index: int
+    # Receipts below it are counted, or refunded.
+    next_index: int
+    # 1: their charges are being added up.
+    is_counting: int
+    # What was set aside for the clients, the sum of what they paid, and how much of that is done.
+    budget: int
+    total: int = 0
+    seen: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.is_counting) or self.next_index < self.end_index
+
+    @property
+    def pay(self) -> int:
+        """What the clients get in all, once everything is counted."""
+        return min(self.budget, self.total)
+
+    @property
+    def unpaid(self) -> int:
+        """What they are still to get."""
+        return self.pay - (self.pay * self.seen // self.total if self.seen else 0)
+
+    def covers(self, leg: Leg) -> bool:
+        """True if the receipt is one that it refunds, or has refunded."""
+        return leg.charge > 0 and self.first_index <= leg.log_index < self.end_index
+
+
 class Claim(NamedTuple):
     """A node's own bill for a leg, paid when the hold expires uncaptured."""
 
@@ -181,6 +217,8 @@ class LegTotal(NamedTuple):
     earned: int
     # Receipt leaf of the oldest audit that was asked for and not answered; NONE if there is none.
     waits_for: int = NONE
+    # False: they are still being added up.
+    is_known: bool = True
 
 
 class Prepared(NamedTuple):
@@ -208,15 +246,24 @@ class Snapshot:
     references: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
     spending: Mapping[str, Spending] = field(default_factory=dict)
     nodes: Mapping[str, NodeRow] = field(default_factory=dict)
+    # By node: those that are not through.
+    restitutions: Mapping[str, Restitution] = field(default_factory=dict)
+    # By bond account: how many withdrawals are open.
+    open_withdrawals: Mapping[str, int] = field(default_factory=dict)
     # Message digest -> log index, for evidence that may be published twice.
     published: Mapping[bytes, int] = field(default_factory=dict)
     # By verifier and receipt.
     requests: Mapping[tuple[str, bytes], RequestRow] = field(default_factory=dict)
+    commitments: Mapping[tuple[str, bytes], CommitmentRow] = field(default_factory=dict)
+    # Who has judged what, of the receipts that verdicts of the group are about.
+    judged: Set[tuple[str, bytes]] = frozenset()
     # Only for a group of one such operation:
     due_holds: Sequence[Pending] = ()
     node_legs: Sequence[Leg] = ()
     withdrawals: Sequence[Pending] = ()
     leg_total: LegTotal | None = None
+    # Charges of the next receipts of a restitution that counts, and where it goes on.
+    charges: tuple[int, int] = (0, 0)
     # By verifier: what its audits of the node that is to be convicted add up to.
     cases: Mapping[str, Case] = field(default_factory=dict)
     # Log index of verdicts that are to be rewarded -> whose they are.

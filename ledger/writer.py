@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from trueweight.ledger.backend import Backend
@@ -117,15 +116,15 @@ class Writer:
         self._active = True
         log.info("writing the books")
         with ThreadPoolExecutor(1, thread_name_prefix="ledger-commit") as committer:
-            pipeline = Pipeline(books, self._hooks, committer, self._nudge, backend.confirm)
+            pipeline = Pipeline(books, self._hooks, committer, self._nudge)
             try:
-                self._serve(books, pipeline, backend.confirm)
+                self._serve(books, pipeline)
             finally:
                 pipeline.abandon()
 
-    def _serve(self, books: Books, pipeline: Pipeline, confirm: Callable[[], None]) -> None:
+    def _serve(self, books: Books, pipeline: Pipeline) -> None:
         while True:
-            calls = self._take(pipeline)
+            calls = self._take(pipeline, busy=books.has_chores)
             if calls:
                 pipeline.submit(calls)
             else:
@@ -133,15 +132,21 @@ class Writer:
                 if self._stopping and not self._queue:
                     books.checkpoint(self._hooks.now_unix_ms())
                     return
+            if books.has_chores:
+                # A little between any two groups, so that neither waits long for the other.
+                pipeline.land()
+                self._do_chore(books)
             if self._hooks.monotonic_ms() - self._housekept_ms >= HOUSEKEEPING_MS:
                 pipeline.land()
-                confirm()
+                books.confirm()
                 self._keep_house(books)
 
-    def _take(self, pipeline: Pipeline) -> list[Call]:
-        """The next group; empty when the one in flight has landed and nothing waits."""
+    def _take(self, pipeline: Pipeline, *, busy: bool) -> list[Call]:
+        """The next group; empty when the one in flight has landed and nothing waits, or when there
+        is something else to do."""
         with self._wake:
-            self._wake.wait_for(lambda: self._has_work(pipeline), HOUSEKEEPING_MS / 4000)
+            if not busy:
+                self._wake.wait_for(lambda: self._has_work(pipeline), HOUSEKEEPING_MS / 4000)
             taken: list[Call] = []
             count = 0
             while self._queue and (
@@ -184,6 +189,11 @@ class Writer:
             if refused or self._hooks.monotonic_ms() - started >= EXPIRE_BUDGET_MS:
                 break
         books.checkpoint(self._hooks.now_unix_ms())
+
+    def _do_chore(self, books: Books) -> None:
+        done = books.chore(self._hooks.new_id(), self._hooks.now_unix_ms())
+        if done is not None:
+            self._hooks.committed(books.size, done.leaves)
 
     def _pause(self, seconds: float) -> None:
         with self._wake:

@@ -42,6 +42,9 @@ MAX_BATCH = 256
 MAX_QUEUE = 8192
 DEFAULT_TIMEOUT_MS = 15_000
 _RECONNECT_S = (0.1, 0.3, 1.0, 2.0)
+# How long a batch that the ledger had no room for keeps its place on the wire, so that callers who
+# are still waiting here are not refused as well.
+_FULL_PAUSE_S = (0.02, 0.05, 0.1, 0.25)
 
 
 class LedgerPort(Protocol):
@@ -49,7 +52,8 @@ class LedgerPort(Protocol):
 
     ``apply`` never raises for a refused operation: each result says what became of it. It raises
     Unavailable or DeadlineExceeded when the outcome is unknown; the same operations may then be
-    sent again, because ids make them idempotent.
+    sent again, because ids make them idempotent. It raises OverCapacity when the ledger's queue is
+    full: then nothing was done, and they may be sent again after a while.
     """
 
     async def apply(self, operations: Sequence[pb.Operation]) -> list[pb.Result]: ...
@@ -226,6 +230,7 @@ class _Batcher:
         self._flying: dict[int, list[_Waiting]] = {}
         self._next_batch = 1
         self._stream = 0
+        self._refused_in_a_row = 0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -301,12 +306,28 @@ class _Batcher:
         return request
 
     def _settle(self, response: pb.ApplyResponse) -> None:
+        refused = _full(response)
         start = 0
         for waiting in self._flying.pop(response.batch, []):
             results = list(response.results[start : start + len(waiting.operations)])
             start += len(waiting.operations)
-            if not waiting.answer.done():
+            if waiting.answer.done():
+                continue
+            if refused is not None:
+                waiting.answer.set_exception(refused())
+            else:
                 waiting.answer.set_result(results)
+        if refused is None:
+            self._refused_in_a_row = 0
+            self._wake.set()
+            return
+        self._flying[response.batch] = []
+        pause_s = _FULL_PAUSE_S[min(self._refused_in_a_row, len(_FULL_PAUSE_S) - 1)]
+        self._refused_in_a_row += 1
+        asyncio.get_running_loop().call_later(pause_s, self._free, response.batch)
+
+    def _free(self, batch: int) -> None:
+        self._flying.pop(batch, None)
         self._wake.set()
 
     def _fail_all(self, error: TrueweightError) -> None:
@@ -317,6 +338,14 @@ class _Batcher:
             if not waiting.answer.done():
                 waiting.answer.set_exception(_as_seen_by(waiting, error))
         self._wake.set()
+
+
+def _full(response: pb.ApplyResponse) -> Callable[[], TrueweightError] | None:
+    """Makes the error of a batch that the ledger had no room for; None if it was looked at."""
+    first = response.results[0] if response.results else pb.Result()
+    if first.code != OverCapacity.code:
+        return None
+    return lambda: OverCapacity(first.message, hint=first.hint)
 
 
 def _as_seen_by(waiting: _Waiting, error: TrueweightError) -> TrueweightError:

@@ -182,7 +182,6 @@ class Load:
 
 def make_load() -> Load:
     """Every operation that there is (but for reinstatements): the same every time."""
-    # Two verifiers: what a conviction says of log indices is not the same in every run.
     world = World(verifiers=2)
     router, admin, verifier = (world.identity(r) for r in ("router", "admin", "verifier"))
     first = [(router, world.publish(n.key_event)) for n in world.node]
@@ -203,7 +202,8 @@ def make_load() -> Load:
     refunds = [world.refund(digest, world.node[i % 3].identity) for i, digest in judged.items()]
     rewards = [(admin, world.reward(digest_of(r.refund.verdict), 10)) for r in refunds]
     waves = [first, [(router, h) for h in holds], ends, asked, [(verifier, r) for r in refunds]]
-    waves += [rewards, *_conviction(world)]
+    waves.append(rewards)
+    waves += _conviction(world, sum(_leaves(op) for wave in waves for _, op in wave))
     later, times_ms = _later(world)
     return Load(world, [*waves, *later], [0] * len(waves) + times_ms)
 
@@ -242,19 +242,33 @@ def make_race() -> Load:
 _LOADS: dict[str, Callable[[], Load]] = {"life": make_load, "race": make_race}
 
 
-def _conviction(world: World) -> list[list[tuple[str, pb.Operation]]]:
+def _conviction(world: World, leaves_before: int) -> list[list[tuple[str, pb.Operation]]]:
+    """The conviction says where in the log its receipts are. So captures and requests come one by
+    one: what is sent together is applied in any order."""
     cheat = world.node[2]
     router, verifier = world.identity("router"), world.identity("verifier")
     guilt = guilt_of(world, cheat, "c0")
-    convict = convict_by(world, conviction_of(world, cheat, [1, 2, 3]))
+    first = leaves_before + 1 + len(guilt.holds)
+    receipts = [first + 3 * number for number in range(len(guilt.captures))]
+    convict = convict_by(world, conviction_of(world, cheat, receipts))
     return [
         [(verifier, guilt.calibration)],
         [(router, hold) for hold in guilt.holds],
-        [(router, capture) for capture in guilt.captures],
-        [(verifier, request) for request in guilt.requests],
+        *([(router, capture)] for capture in guilt.captures),
+        *([(verifier, request)] for request in guilt.requests),
+        [(verifier, commitment) for commitment in guilt.commitments],
         [(verifier, verdict) for verdict in guilt.verdicts],
         [(verifier, convict)],
     ]
+
+
+def _leaves(operation: pb.Operation) -> int:
+    """How many it makes: one for its transfers or its evidence, but for these."""
+    if operation.HasField("capture"):
+        return 2 + len(operation.capture.receipts)
+    if operation.HasField("refund"):
+        return 2
+    return 0 if operation.HasField("set_spending_limit") else 1
 
 
 async def run_load(

@@ -14,10 +14,12 @@ from trueweight.protos.identity import Signer
 from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_world import Leg, World
+from trueweight.verifier.duplicates import commit
 
 AUDITS, TOKENS = 3, 256
 MU0_NANO = 200_000
 CLASS = "plain"
+BLIND = b"b" * 16
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,38 @@ class Guilt:
     holds: Sequence[pb.Operation]
     captures: Sequence[pb.Operation]
     requests: Sequence[pb.Operation]
+    # They may be left out where nobody else judges the same receipts.
+    commitments: Sequence[pb.Operation]
     verdicts: Sequence[pb.Operation]
 
 
 def guilt_of(world: World, node: Signer, client: str, by: str = "verifier") -> Guilt:
     """Enough to convict a node. The client needs one credit for each of the holds."""
-    calibration = seal(_calibration(world, by), world.signers[by])
     holds = [world.hold(client, 1) for _ in range(AUDITS)]
     free = Leg(node, output=TOKENS, billed_input=0, billed_output=0)
     captures = [world.capture(hold.id, free) for hold in holds]
-    requests = [seal(_request(world, capture, by), world.signers[by]) for capture in captures]
-    verdicts = [
-        seal(_verdict(world, capture, node, digest_of(calibration), by), world.signers[by])
-        for capture in captures
-    ]
+    return audited_by(world, node, holds, captures, by)
+
+
+def audited_by(
+    world: World,
+    node: Signer,
+    holds: Sequence[pb.Operation],
+    captures: Sequence[pb.Operation],
+    by: str,
+) -> Guilt:
+    """The same receipts as another verifier audits them."""
+    signer = world.signers[by]
+    calibration = seal(_calibration(world, by), signer)
+    verdicts = [verdict_on(world, c, node, digest_of(calibration), by) for c in captures]
+    commitments = [seal(commit(verdict, BLIND), signer) for verdict in verdicts]
     return Guilt(
         world.publish(calibration),
         holds,
         captures,
-        [world.publish(r) for r in requests],
-        [world.publish(v) for v in verdicts],
+        [world.request(verdict.receipt_digest, by) for verdict in verdicts],
+        [world.publish(commitment) for commitment in commitments],
+        [world.publish(seal(verdict, signer)) for verdict in verdicts],
     )
 
 
@@ -112,25 +126,20 @@ def _calibration(world: World, by: str) -> audit_pb2.Calibration:
     )
 
 
-def _request(world: World, capture: pb.Operation, by: str) -> audit_pb2.AuditRequest:
-    return audit_pb2.AuditRequest(
-        market_id=world.market_id,
-        verifier_id=world.identity(by),
-        receipt_digest=digest_of(capture.capture.receipts[0]),
-    )
-
-
-def _verdict(
+def verdict_on(
     world: World, capture: pb.Operation, node: Signer, calibration_digest: bytes, by: str
 ) -> audit_pb2.Verdict:
+    """One on a capture's only leg, that holds the worst margins against the node."""
     return audit_pb2.Verdict(
         market_id=world.market_id,
         verifier_id=world.identity(by),
         node_id=node.identity,
+        assignment_digest=digest_of(capture.capture.assignments[0]),
         receipt_digest=digest_of(capture.capture.receipts[0]),
         calibration_digest=calibration_digest,
         parameter_class=CLASS,
         sum_x_nano=TOKENS * 10**9,
         scored_tokens=TOKENS,
         outcome=audit_pb2.Verdict.SCORED,
+        commitment_blind=BLIND,
     )

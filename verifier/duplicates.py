@@ -1,10 +1,9 @@
 """Audits of one receipt by several verifiers, blind to one another. Pure.
 
 Every verifier draws with its own secret, so some receipts are owed to several. A verifier of such
-a market commits to its verdict before anybody's margins on that receipt are public: a verdict that
-was committed to neither before another's appeared nor within ``BLIND_WINDOW_MS`` of the receipt is
-no evidence, so copying earns nothing. The window is why publishing early cannot shut others out.
-Verdicts wait until everybody who asked for the receipt has committed, or until the window is over.
+a market commits to its verdict before anybody's margins on that receipt are public, or it may count
+as copied (``protos.blind_verdicts``). Verdicts wait until everybody who asked for the receipt has
+committed, or until the window is over.
 """
 
 from __future__ import annotations
@@ -13,24 +12,15 @@ import hashlib
 import hmac
 
 from trueweight.protos.audit import BLIND_BYTES, margin_commitment
-from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.blind_verdicts import payload_without_blind
 from trueweight.protos.v1.audit_pb2 import MarginCommitment, Verdict
 
-BLIND_WINDOW_MS = 60_000
 _BLIND_TAG = b"trueweight/margin-blind/v1\x00"
 
 
 def blind_for(secret: bytes, receipt_digest: bytes) -> bytes:
     """The blind of one verdict, derived so that it survives a crash."""
     return hmac.digest(secret, _BLIND_TAG + receipt_digest, hashlib.sha256)[:BLIND_BYTES]
-
-
-def payload_without_blind(verdict: Verdict) -> bytes:
-    """The bytes that a commitment binds."""
-    bare = Verdict()
-    bare.CopyFrom(verdict)
-    bare.commitment_blind = b""
-    return bare.SerializeToString(deterministic=True)
 
 
 def commit(verdict: Verdict, blind: bytes) -> MarginCommitment:
@@ -41,12 +31,3 @@ def commit(verdict: Verdict, blind: bytes) -> MarginCommitment:
         receipt_digest=verdict.receipt_digest,
         commitment=margin_commitment(blind, payload_without_blind(verdict)),
     )
-
-
-def opens(verdict: Verdict, committed: bytes) -> bool:
-    """True if the verdict, with the blind it carries, is the committed one."""
-    try:
-        expected = margin_commitment(verdict.commitment_blind, payload_without_blind(verdict))
-    except InvalidRequest:
-        return False
-    return hmac.compare_digest(expected, committed)

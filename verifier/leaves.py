@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from trueweight.protos.conviction import AuditLine, Evidence, NodeEvidence
-from trueweight.protos.deterrence import UnsettledWork
+from trueweight.protos.deterrence import PaidPrice, UnsettledWork
 from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import Conviction, Verdict
 
@@ -63,15 +63,6 @@ class Leaf(Generic[M]):
 
 
 @dataclass(frozen=True, slots=True)
-class CommitmentLeaf:
-    """A verifier's commitment to its margins of one receipt."""
-
-    index: int
-    merged_at_unix_ms: int
-    commitment: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class VerdictLeaf:
     """A logged verdict, and the evidence that its margins count as (if none, or not yet, why)."""
 
@@ -99,8 +90,7 @@ class NodeRecord:
     # Evidence about receipts below this log index counts no more: the node was reinstated.
     reinstated: int = 0
     receipts: int = 0
-    charged_nano: int = 0
-    billed_output_tokens: int = 0
+    price: PaidPrice = field(default_factory=PaidPrice)
     unsettled: UnsettledWork = field(default_factory=UnsettledWork)
 
     @property

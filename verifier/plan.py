@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
+from trueweight.protos.blind_verdicts import BLIND_WINDOW_MS
 from trueweight.protos.calibrations import CalibrationLeaf
 from trueweight.protos.conviction import NodeEvidence, frozen_pairs, should_convict
 from trueweight.protos.errors import NotFound
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.verifier.calibration_file import Measured, weights_sha256
-from trueweight.verifier.duplicates import BLIND_WINDOW_MS
 from trueweight.verifier.duties import (
     ApplyConvict,
     ApplyRefund,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trueweight.protos import blind_verdicts
+from trueweight.protos.blind_verdicts import COPIED
 from trueweight.protos.conviction import Answer, Asked, Said, answer_of, as_zero
 from trueweight.protos.v1.audit_pb2 import Verdict
-from trueweight.verifier.duplicates import BLIND_WINDOW_MS, opens
 from trueweight.verifier.leaves import Leaf
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ NO_RECEIPT = "the log has no such receipt of this node"
 WAITS = "waits for audits that were asked for before it"
 LATE = "the audit counted as zero before this came"
 APPEAL = "its transcript was opened for an appeal"
-COPIED = "not committed to before another's margins were known"
 
 
 def answer_in(view: LogView, leaf: Leaf[Verdict], asked: Asked, *, copied: bool) -> Answer:
@@ -46,16 +46,13 @@ def answer_in(view: LogView, leaf: Leaf[Verdict], asked: Asked, *, copied: bool)
 
 def is_copied(view: LogView, leaf: Leaf[Verdict]) -> bool:
     """True if another verifier's verdict on the receipt was public before this one was committed
-    to, or if the commitment does not open."""
+    to, or if the commitment does not open. The verdict is its verifier's first on the receipt."""
     verdict = leaf.message
-    first = view.first_verdicts.get(verdict.receipt_digest)
-    mine = view.commitments.get((verdict.verifier_id, verdict.receipt_digest))
-    if mine is None:
-        return first is not None
-    if not opens(verdict, mine.commitment):
-        return True
     receipt = view.receipts.get(verdict.receipt_digest)
-    in_window = receipt is not None and (
-        mine.merged_at_unix_ms <= receipt.merged_at_unix_ms + BLIND_WINDOW_MS
+    bound = blind_verdicts.bound_since(
+        blind_verdicts.opening_of(verdict),
+        leaf.index,
+        view.commitments.get((verdict.verifier_id, verdict.receipt_digest)),
+        receipt.merged_at_unix_ms if receipt else None,
     )
-    return first is not None and mine.index > first and not in_window
+    return blind_verdicts.is_copied(bound, view.first_verdicts.get(verdict.receipt_digest))

@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from trueweight.protos.audit import check_reveal
+from trueweight.protos.blind_verdicts import BLIND_WINDOW_MS, Committed
 from trueweight.protos.calibrations import CalibrationTable, read_calibration
 from trueweight.protos.conviction import Asked, AuditLine, Evidence, Settled
 from trueweight.protos.deterrence import UnsettledWork
@@ -45,8 +46,7 @@ from trueweight.protos.v1.market_pb2 import Bill, Member, Receipt, Reinstatement
 from trueweight.protos.v1.model_pb2 import RegistryEntry
 from trueweight.runtime.market import Market
 from trueweight.verifier.clients import Clients
-from trueweight.verifier.duplicates import BLIND_WINDOW_MS
-from trueweight.verifier.leaves import CommitmentLeaf, Leaf, NodeRecord, Recent, VerdictLeaf
+from trueweight.verifier.leaves import Leaf, NodeRecord, Recent, VerdictLeaf
 from trueweight.verifier.registry import Registry
 from trueweight.verifier.rules import (
     APPEAL,
@@ -109,7 +109,7 @@ class LogView:
         self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
         self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
         self.verdicts: Recent[tuple[str, bytes], VerdictLeaf] = Recent(MAX_RECEIPTS)
-        self.commitments: Recent[tuple[str, bytes], CommitmentLeaf] = Recent(MAX_RECEIPTS)
+        self.commitments: Recent[tuple[str, bytes], Committed] = Recent(MAX_RECEIPTS)
         self.nodes: dict[str, NodeRecord] = {}
         # Leaf of the first verdict of each receipt by a verifier that may judge its node.
         self.first_verdicts: Recent[bytes, int] = Recent(MAX_RECEIPTS)
@@ -288,8 +288,7 @@ class LogView:
         for number, leg in enumerate(bill.legs[:MAX_LEGS]):
             record = self.node(leg.node_id)
             record.unsettled.earned(first_receipt + number, leg.client_charge_nano)
-            record.charged_nano += leg.client_charge_nano
-            record.billed_output_tokens += leg.billed_output_tokens
+            record.price.earned(leg.client_charge_nano, leg.billed_output_tokens)
             known = self.receipts.get(leg.receipt_digest)
             facts = (leg.client_charge_nano, bill.router_id, client)
             if known is None:
@@ -389,7 +388,7 @@ class LogView:
         key = (leaf.message.verifier_id, leaf.message.receipt_digest)
         if self.commitments.get(key) is None:
             self.commitments.put(
-                key, CommitmentLeaf(leaf.index, leaf.merged_at_unix_ms, leaf.message.commitment)
+                key, Committed(leaf.index, leaf.merged_at_unix_ms, leaf.message.commitment)
             )
 
     def _on_conviction(self, entry: LogEntry) -> None:

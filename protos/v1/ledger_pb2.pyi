@@ -256,7 +256,7 @@ class Publish(_message.Message):
     def __init__(self, envelope: _Optional[bytes] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("status", "code", "message", "amount_nano", "log_index", "log_index_known")
+    __slots__ = ("status", "code", "message", "amount_nano", "log_index", "log_index_known", "hint")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[Result.Status]
@@ -273,13 +273,15 @@ class Result(_message.Message):
     AMOUNT_NANO_FIELD_NUMBER: _ClassVar[int]
     LOG_INDEX_FIELD_NUMBER: _ClassVar[int]
     LOG_INDEX_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
     status: Result.Status
     code: str
     message: str
     amount_nano: int
     log_index: int
     log_index_known: bool
-    def __init__(self, status: _Optional[_Union[Result.Status, str]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., amount_nano: _Optional[int] = ..., log_index: _Optional[int] = ..., log_index_known: _Optional[bool] = ...) -> None: ...
+    hint: str
+    def __init__(self, status: _Optional[_Union[Result.Status, str]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., amount_nano: _Optional[int] = ..., log_index: _Optional[int] = ..., log_index_known: _Optional[bool] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class BalanceRequest(_message.Message):
     __slots__ = ("accounts", "after", "limit")

@@ -267,7 +267,7 @@ async def test_attack_a_changed_archive_is_found(busy, start, tmp_path):
     file.write_bytes(data)
     assert fsck(bench, directory).problems
     file.rename(directory / "hidden")
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(StorageError, match="lacks leaves"):
         fsck(bench, directory)
     data[place + 7 : place + 11] = b"acme"
     file.write_bytes(data)

@@ -264,6 +264,13 @@ TAMPERINGS = {
     "an account has another currency": "UPDATE account SET currency = 'EURO' WHERE kind = 1",
     "a verdict says more": "UPDATE verdict SET sum_x_nano = sum_x_nano + 1",
     "a verdict is forgotten": "DELETE FROM verdict",
+    "a verdict was bound earlier": "UPDATE verdict SET bound_since = 0",
+    "a verdict is not its verifier's first": "UPDATE verdict SET is_first = 0",
+    "a commitment is forgotten": "DELETE FROM margin_commitment",
+    "a commitment came earlier": "UPDATE margin_commitment SET merged_at = merged_at - 1",
+    "a commitment is another's": "UPDATE margin_commitment SET verifier_id = 'other'",
+    "a commitment is to something else": "UPDATE margin_commitment SET commitment = receipt_digest",
+    "a commitment comes from nowhere": "INSERT INTO margin_commitment SELECT log_index + 1, 'other', receipt_digest, merged_at, commitment FROM margin_commitment",
     "an epoch is forgotten": "DELETE FROM audit_step WHERE kind = 1",
     "a calibration is another's": "UPDATE audit_step SET verifier_id = 'other' WHERE kind = 2",
     "a request was for an appeal": "UPDATE audit_request SET for_appeal = 1",
@@ -352,6 +359,9 @@ def finished_books(databases, migrated):
         who = {"market_id": world.market_id, "verifier_id": world.identity("verifier")}
         for message in (
             audit_pb2.AuditRequest(**who, receipt_digest=digest_of(receipt.body)),
+            audit_pb2.MarginCommitment(
+                **who, receipt_digest=digest_of(receipt.body), commitment=b"c" * 32
+            ),
             audit_pb2.EpochOpen(**who, epoch=1),
             audit_pb2.Calibration(**who, manifest_digest=b"m" * 32, version=1),
         ):
@@ -503,6 +513,15 @@ def test_fsck_finds_a_consistent_forgery_by_the_checkpoints_signature(closed_boo
         "UPDATE account SET id = id || 'x'",
         "UPDATE account SET no = no + 1000",
         "UPDATE account SET currency = 'EURO'",
+        "DELETE FROM verdict",
+        "UPDATE verdict SET bound_since = 0",
+        "DELETE FROM margin_commitment",
+        "UPDATE margin_commitment SET merged_at = merged_at - 1",
+        "INSERT INTO margin_commitment SELECT log_index + 1, verifier_id, receipt_digest, "
+        "merged_at, commitment FROM margin_commitment",
+        "INSERT INTO verdict SELECT log_index + 1, verifier_id, node_id, receipt_digest, "
+        "calibration_digest, parameter_class, sum_x_nano, tokens, outcome, is_first, bound_since "
+        "FROM verdict",
     ],
 )
 def test_the_database_itself_forbids(closed_books, statement):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 
+from trueweight.ledger import load, movements
 from trueweight.protos.envelope import digest_of, seal
 from trueweight.protos.errors import InvalidRequest, NotFound, PermissionDenied
 from trueweight.protos.money import split_charge
@@ -380,6 +382,46 @@ async def test_work_under_way_at_the_conviction_is_refunded_when_it_is_captured(
     before = [await bench.available(account) for account in accounts]
     await captured(bench, Leg(cheat), client="acme")
     assert [await bench.available(account) for account in accounts] == before
+
+
+async def test_attack_a_node_with_endless_bond_withdrawals_delays_no_conviction(bench, monkeypatch):
+    """They would all be voided while everybody waits."""
+    monkeypatch.setattr(movements, "MAX_WITHDRAWALS", 3)
+    world, node = bench.world, bench.world.node[0].identity
+    await bench.must("admin", world.bond(node, CREDIT), world.bond(world.node[1].identity, CREDIT))
+
+    def withdrawals(count):
+        return [world.withdraw(node, 1, world.now + world.window_ms) for _ in range(count)]
+
+    first = withdrawals(2)
+    await bench.must(node, *first)
+    # In one group with others, and in groups judged on top of each other.
+    results = await asyncio.gather(*(bench.do(node, op) for op in withdrawals(8)))
+    assert Counter(r.code for (r,) in results) == {"": 1, "CONFLICT": 7}
+    assert [r.code for r in await bench.do(node, *withdrawals(2))] == ["CONFLICT"] * 2
+    await bench.must(
+        world.node[1].identity,
+        world.withdraw(world.node[1].identity, 1, world.now + world.window_ms),
+    )
+    # One that ends makes room for one, also in the same group.
+    ended = world.settle(first[0].id, paid=False)
+    codes = [r.code for r in await bench.do("admin", ended, *withdrawals(2))]
+    assert codes == ["", "", "CONFLICT"]
+    assert await bench.available(f"node-bond:{node}") == CREDIT - 3
+
+
+async def test_withdrawals_are_found_without_looking_through_holds(bench):
+    engine = bench.ledger._engine
+    explain = "EXPLAIN QUERY PLAN" if engine.dialect.name == "sqlite" else "EXPLAIN"
+    with engine.connect() as connection:
+        if engine.dialect.name != "sqlite":
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        for sql in (
+            f"{load._WITHDRAWALS} WHERE debit = 'node-bond:n'",
+            "SELECT * FROM pending WHERE debit = 'node-bond:n' AND state = 1 AND kind = 3",
+        ):
+            plan = str(connection.exec_driver_sql(f"{explain} {sql}").fetchall())
+            assert "pending_withdrawal" in plan, plan
 
 
 async def test_conviction_takes_a_bond_whose_withdrawal_is_pending(bench):

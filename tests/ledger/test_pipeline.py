@@ -70,6 +70,7 @@ class Side:
             now_unix_ms=lambda: world.now,
             monotonic_ms=lambda: 0.0,
             expire=lambda: None,
+            new_id=lambda: None,
             deliver=self._deliver,
             committed=lambda *_: None,
             became_writer=lambda: None,

@@ -104,6 +104,53 @@ async def test_a_full_queue_says_so_and_recovers(bench, monkeypatch):
     await bench.must("router", world.hold("acme", 1))
 
 
+async def test_a_full_queue_is_the_same_error_over_grpc_and_ends_no_stream(
+    bench, remote, monkeypatch
+):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", 10_000 * CREDIT))
+    monkeypatch.setattr(writer_module, "MAX_QUEUED", 50)
+    router = remote("router")
+
+    def hold_many():
+        return [world.hold("acme", 1) for _ in range(60)]
+
+    with pytest.raises(OverCapacity) as local:
+        await bench.do("router", *hold_many())
+    with pytest.raises(OverCapacity) as far:
+        await router.apply(hold_many())
+    assert far.value.hint and str(far.value) == str(local.value)
+    assert far.value.retryable and far.value.hint == local.value.hint
+    # Small calls of the same stream go on between large ones that are refused, and nothing is lost.
+    calls = [
+        router.apply(hold_many() if at % 4 == 0 else [world.hold("acme", 1)]) for at in range(40)
+    ]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(r, list | OverCapacity) for r in results), results
+    assert sum(isinstance(r, OverCapacity) for r in results) >= 10
+    done = sum(len(r) for r in results if isinstance(r, list))
+    assert await bench.available("client:acme") == 10_000 * CREDIT - done
+    assert (await router.apply([world.hold("acme", 1)]))[0].status == pb.Result.APPLIED
+
+
+async def test_a_caller_over_grpc_gets_through_once_the_queue_has_room(bench, remote, monkeypatch):
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", CREDIT))
+    monkeypatch.setattr(writer_module, "MAX_QUEUED", 0)
+    router, hold = remote("router"), world.hold("acme", 1)
+    asyncio.get_running_loop().call_later(0.5, monkeypatch.undo)
+    refused = 0
+    while True:
+        try:
+            (result,) = await router.apply([hold])
+            break
+        except OverCapacity:
+            refused += 1
+            await asyncio.sleep(0.05)
+    # Each refusal is for one batch, and the next goes out later each time: nothing is hammered.
+    assert result.status == pb.Result.APPLIED and 2 <= refused <= 15
+
+
 async def test_a_node_that_is_no_writer_still_reads(bench, start):
     await bench.must("admin", bench.world.deposit("acme", CREDIT))
     standby = await start(bench.world, bench.url, wait_ms=0)

@@ -36,7 +36,7 @@ async def test_attack_slow_reads_do_not_keep_the_threads(bench, slow, monkeypatc
         return reader._rows(slow, {})
 
     def prove():
-        return reader._with_tiles(lambda: reader._rows(slow, {}, reader._connection))
+        return reader._with_tiles(lambda: reader._rows(slow, {}))
 
     # More than there are threads: the last ones are not even begun.
     reads = [bench.ledger._read(work) for work in (read, read, prove, prove) * 2]
@@ -71,6 +71,32 @@ async def test_a_read_without_a_deadline_takes_as_long_as_it_takes(bench):
     assert reader.size() == 0
     with deadline.ends_by(time.monotonic() + 60), pytest.raises(StorageError):
         reader._rows(sa.text("SELECT nothing FROM nowhere"), {})
+
+
+async def test_a_question_of_many_statements_sets_one_timeout_and_ends_in_time(bench, slow):
+    await bench.must("admin", bench.world.deposit("acme", CREDIT))
+    reader, sent = bench.ledger._reader, []
+    listen = (
+        bench.ledger._engine,
+        "before_cursor_execute",
+        lambda _, __, sql, *___: sent.append(sql),
+    )
+    sa.event.listen(*listen)
+    with deadline.ends_by(time.monotonic() + 60):
+        assert len(reader.transfers("fee:market", 0, 10).transfers) == 0
+        assert len(reader.transfers("client:acme", 0, 10).transfers) == 1
+    sa.event.remove(*listen)
+    asked = [sql for sql in sent if sql.startswith("SELECT")]
+    assert len(asked) == 2 + 3
+    timeouts = [sql for sql in sent if "statement_timeout" in sql]
+    assert len(timeouts) == (0 if bench.ledger._engine.dialect.name == "sqlite" else 2)
+    # A later statement of a question that has run for a while has no more time than is left.
+    began = time.monotonic()
+    with deadline.ends_by(began + 1.2), pytest.raises(DeadlineExceeded), reader._moment():
+        reader.size()
+        time.sleep(0.7)  # noqa: ASYNC251
+        reader._rows(slow, {})
+    assert time.monotonic() - began < 5
 
 
 async def test_attack_a_slow_read_of_the_archive_ends_too(tmp_path):

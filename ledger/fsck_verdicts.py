@@ -1,0 +1,68 @@
+"""Rows of verdicts, and of what verifiers committed to before, against their leaves, in the log's
+half of ``fsck``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from trueweight.ledger.audits import VerdictRow
+from trueweight.ledger.commitments import BlindFold, CommitmentRow
+from trueweight.ledger.findings import Findings, stream
+from trueweight.protos.envelope import parse_payload
+from trueweight.protos.v1.audit_pb2 import MarginCommitment, Verdict
+from trueweight.protos.v1.envelope_pb2 import Envelope
+
+VERDICT, COMMITMENT = "verdict", "margin-commitment"
+KINDS = (VERDICT, COMMITMENT)
+
+
+class Verdicts:
+    """Give it every leaf of ``KINDS``, in their order."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self._fold = BlindFold(self._received)
+        self._rows = {
+            VERDICT: _rows(connection, "verdict", VerdictRow._fields),
+            COMMITMENT: _rows(connection, "margin_commitment", CommitmentRow._fields),
+        }
+
+    def check(
+        self, findings: Findings, kind: str, place: tuple[int, int], envelope: Envelope
+    ) -> None:
+        """One leaf, with its index and time. Raises BadSignature if it is none of its kind."""
+        index, merged_at = place
+        said: VerdictRow | CommitmentRow | None
+        if kind == VERDICT:
+            said = self._fold.verdict(parse_payload(envelope, Verdict), index)
+        else:
+            message = parse_payload(envelope, MarginCommitment)
+            said = self._fold.commitment(message, index, merged_at)
+        if said is not None and next(self._rows[kind], None) != tuple(said):
+            findings.add(f"the {kind} in leaf {index} is not what is kept of it")
+
+    def finish(self, findings: Findings) -> None:
+        """After the last leaf."""
+        for kind, rows in self._rows.items():
+            for row in rows:
+                findings.add(f"the {kind} that is kept of leaf {row[0]} is in no leaf")
+
+    def _received(self, receipt_digest: bytes, before: int) -> int | None:
+        captured_at = self._connection.execute(
+            sa.text(
+                "SELECT captured_at FROM leg WHERE receipt_digest = :digest AND log_index < :before"
+            ),
+            {"digest": receipt_digest, "before": before},
+        ).scalar()
+        return None if captured_at is None else int(captured_at)
+
+
+def _rows(
+    connection: sa.Connection, table: str, columns: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    sql = f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index"  # noqa: S608
+    for row in stream(connection, sql):
+        yield tuple(bytes(v) if isinstance(v, memoryview) else v for v in row)
