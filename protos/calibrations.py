@@ -10,22 +10,74 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trueweight.protos.evidence import MU0_FLOOR_NANO, NANO
-from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
+from trueweight.protos.money import PPM
+from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry, CalibrationPair
 
 # Versions of one verifier for one manifest, and entries of one calibration.
 MAX_VERSIONS = 256
 MAX_ENTRIES = 256
+# Of one entry. All pairs of all classes together fit into what the ledger takes as one message.
+MAX_PAIRS = 64
+MAX_PAIR_NAME_BYTES = 200
 
 
 def is_usable(entry: CalibrationEntry) -> bool:
     """False for entries that no honest measurement gives (hostile or damaged)."""
-    return (
+    return not fault_of(entry)
+
+
+def fault_of(entry: CalibrationEntry) -> str:
+    """Why no honest measurement gives this entry; empty if one may."""
+    in_range = (
         MU0_FLOOR_NANO <= entry.mu0_nano < NANO
         and entry.mu0_nano >= 2 * entry.upper_bound_nano
         and entry.ignored_below_nano < NANO
         and entry.refund_above_nano > 0
         and entry.requests > 0
     )
+    if not in_range:
+        return "a number of the class is out of range"
+    return _fault_of_pairs(entry) if entry.pairs else ""
+
+
+def _fault_of_pairs(entry: CalibrationEntry) -> str:
+    """Why the entry is not what its pairs come to; empty if it is."""
+    pairs = entry.pairs
+    if len(pairs) > MAX_PAIRS:
+        return f"it states more than {MAX_PAIRS} pairs"
+    for pair in pairs:
+        if fault := _fault_of_pair(pair):
+            return f"pair {pair.pair[:MAX_PAIR_NAME_BYTES]!r}: {fault}"
+    by_name = {pair.pair: pair for pair in pairs}
+    if len(by_name) != len(pairs):
+        return "it states a pair twice"
+    worst = by_name.get(entry.worst_pair)
+    if worst is None:
+        return "its worst pair is not among those that it states"
+    if entry.upper_bound_nano != max(pair.upper_bound_nano for pair in pairs):
+        return "its upper bound is not the largest of its pairs"
+    if (entry.upper_bound_nano, entry.mean_nano) != (worst.upper_bound_nano, worst.mean_nano):
+        return "its mean and upper bound are not those of its worst pair"
+    requests, tokens = (sum(p.requests for p in pairs), sum(p.tokens for p in pairs))
+    if (entry.requests, entry.tokens) != (requests, tokens):
+        return "its requests and tokens are not the sums of its pairs"
+    # Each pair's share is rounded up.
+    allowed_ppb = (PPM - entry.confidence_ppm) * (NANO // PPM) + len(pairs)
+    if sum(pair.error_ppb for pair in pairs) > allowed_ppb:
+        return "the errors of its pairs add up to more than its confidence leaves"
+    return ""
+
+
+def _fault_of_pair(pair: CalibrationPair) -> str:
+    size = len(pair.pair.encode())
+    if not (0 < size <= MAX_PAIR_NAME_BYTES and pair.pair.isprintable()):
+        return f"a name is printable text of 1 to {MAX_PAIR_NAME_BYTES} bytes"
+    in_range = (
+        0 < pair.requests <= pair.tokens
+        and pair.mean_nano <= pair.upper_bound_nano <= NANO
+        and 0 < pair.error_ppb < NANO
+    )
+    return "" if in_range else "a number is out of range"
 
 
 @dataclass(frozen=True, slots=True)

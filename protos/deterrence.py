@@ -21,6 +21,8 @@ SAFETY = 2
 # Share of a stake that the audit rate may use up; the rest is for work that is not settled yet.
 RATE_SHARE_PPM = 500_000
 MAX_LEGS_KEPT = 4_096
+# After so many legs earlier ones count half as much in a node's price.
+PRICE_HALF_LIFE_LEGS = 1_024
 
 
 def kth_largest(values: Sequence[int], k: int) -> int:
@@ -49,6 +51,40 @@ def needed_rate_ppm(stake_nano: int, price_nano_per_mtok: int, gain_tokens: int)
 def unsettled_cap_nano(stake_nano: int, needed: int) -> int:
     """Charges that may be unsettled at a time: what is left of the stake, over the safety."""
     return max(0, stake_nano - needed) // SAFETY
+
+
+@dataclass
+class PaidPrice:
+    """What a node is paid per output token, input included, weighted by money: the mean of
+    charge / tokens over its credits, not over its tokens.
+
+    A cheat chooses which requests it serves cheaply. Were all tokens alike, long cheap answers to
+    an accomplice would hide what short answers to long prompts earn; weighted by money, halving the
+    price takes as much money as is to be hidden. Bounded state; old work fades.
+    """
+
+    _charged_nano: int = 0
+    _weighted: int = 0
+    _legs: int = 0
+
+    def earned(self, charge_nano: int, output_tokens: int) -> None:
+        """A leg was billed."""
+        self._charged_nano += charge_nano
+        self._weighted += charge_nano * charge_nano // max(1, output_tokens)
+        self._legs += 1
+        if self._legs >= PRICE_HALF_LIFE_LEGS:
+            self._charged_nano, self._weighted, self._legs = (
+                self._charged_nano // 2,
+                self._weighted // 2,
+                0,
+            )
+
+    @property
+    def nano_per_mtok(self) -> int:
+        """Rounded up; 0 without work."""
+        if not self._charged_nano:
+            return 0
+        return -(-self._weighted * TOKENS_PER_MTOK // self._charged_nano)
 
 
 @dataclass

@@ -133,6 +133,19 @@ def resolve(sampling: Sampling) -> Sampling:
     return resolved
 
 
+CALIBRATED_CLASSES = (
+    "plain",
+    "greedy",
+    "top_p",
+    "top_k",
+    "min_p",
+    "multi_cut",
+    "penalties",
+    "grammar",
+)
+"""The classes that are evidence once they are calibrated."""
+
+
 def parameter_class(sampling: Sampling) -> str:
     """The calibration class: grammar, else penalties, else by the number of cuts, else greedy or
     plain. Masks and biases are exact, so they make no class of their own. A calibration of

@@ -10,8 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trueweight.protos.deterrence import UnsettledWork, kth_largest, needed_nano, unsettled_cap_nano
-from trueweight.protos.money import PPM, TOKENS_PER_MTOK
+from trueweight.protos.deterrence import (
+    PaidPrice,
+    UnsettledWork,
+    kth_largest,
+    needed_nano,
+    unsettled_cap_nano,
+)
+from trueweight.protos.money import PPM
 from trueweight.protos.v1.audit_pb2 import EpochOpen, Verdict
 from trueweight.protos.v1.market_pb2 import Bill
 from trueweight.router.judges import Judges
@@ -39,8 +45,7 @@ class _Node:
 
     def __init__(self, judges: int) -> None:
         self.unsettled = UnsettledWork(judges)
-        self.charged_nano = 0
-        self.output_tokens = 0
+        self.price = PaidPrice()
 
 
 class Exposure:
@@ -71,8 +76,7 @@ class Exposure:
                     self._forget_a_settled_one()
                 node = self._nodes[leg.node_id] = _Node(self._judges.needed)
             node.unsettled.earned(first_receipt + number, leg.client_charge_nano)
-            node.charged_nano += leg.client_charge_nano
-            node.output_tokens += leg.billed_output_tokens
+            node.price.earned(leg.client_charge_nano, leg.billed_output_tokens)
 
     def judged(self, verdict: Verdict, log_index: int) -> None:
         """A verifier that may judge the node published a verdict, about something before it."""
@@ -95,8 +99,7 @@ class Exposure:
         price, unsettled = ask_nano_per_mtok, 0
         if (node := self._nodes.get(node_id)) is not None:
             unsettled = node.unsettled.nano
-            charged = node.charged_nano * TOKENS_PER_MTOK
-            price = max(price, -(-charged // max(1, node.output_tokens)))
+            price = max(price, node.price.nano_per_mtok)
         cap = unsettled_cap_nano(stake_nano, needed_nano(price, gain_tokens, rate))
         return max(0, cap - unsettled)
 

@@ -128,17 +128,17 @@ def print_ready(**facts: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for people; numbers are right-aligned."""
+    """A table for people; numbers are right-aligned. Cells are shown as they are: no markup."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell}" for cell in row))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         # Into a file or pipe nothing needs to be folded.
-        console = Console(width=_UNFOLDED)
+        console = Console(width=_UNFOLDED, markup=False, emoji=False)
     elif len(columns) > _MANY_COLUMNS and _width(table, console) > console.width:
         # Folded to a few letters a column nobody could read it.
         _print_records(title, columns, rows, console)

@@ -64,7 +64,7 @@ class PowerBench:
             await self._measurement.run_cheats(wanted)
         else:
             for source, parts in wanted:
-                self._measurement.answer_by_transformers(source, parts)
+                self._measurement.answer_by_transformers(by_transformers(source), parts)
         kinds = dict.fromkeys(kind for _, traffic in wanted for kind in traffic)
         sources = [s for source, _ in wanted for s in (source, by_transformers(source))]
         self._measurement.judge_by_transformers(sources, list(kinds))

@@ -19,7 +19,6 @@ from typing import Any
 import click
 
 from trueweight.node.vllm.engine import VllmOptions
-from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.runtime import cli
 from trueweight.simulation.calibration_traffic import CLASSES
 from trueweight.simulation.margin_store import MarginStore
@@ -32,6 +31,7 @@ from trueweight.simulation.measuring import (
 )
 from trueweight.verifier.calibration import PairSample, calibrate_class
 from trueweight.verifier.calibration_file import Measured, read_measured, write_measured
+from trueweight.verifier.calibration_tables import as_figures, print_calibration
 
 NATIVE, FLOAT32 = "vllm, dtype of the weights", "vllm, float32"
 BULK = VllmOptions(max_running=64, max_batched_tokens=4096)
@@ -175,28 +175,10 @@ def calibrate(as_json: bool, **options: Any) -> None:
         made_by += f" (stopped early, without: {'; '.join(missing)})"
     measured = Measured(weights, options["calibration_version"], made_by, entries)
     write_measured(out, merged(measured, out))
-    _show(out, entries, as_json)
-
-
-def _show(out: Path, entries: Sequence[CalibrationEntry], as_json: bool) -> None:
-    facts = [
-        {
-            "class": e.parameter_class,
-            "requests": e.requests,
-            "tokens": e.tokens,
-            "counts_from": e.ignored_below_nano / 1e9,
-            "mean": e.mean_nano / 1e9,
-            "upper": e.upper_bound_nano / 1e9,
-            "mu0": e.mu0_nano / 1e9,
-            "refund_above": e.refund_above_nano / 1e9,
-            "worst_pair": e.worst_pair,
-        }
-        for e in entries
-    ]
     if as_json:
-        cli.print_json({"file": str(out), "entries": facts})
+        cli.print_json({"file": str(out), "entries": as_figures(entries)})
     else:
-        cli.print_table(f"calibration {out}", list(facts[0]), [list(f.values()) for f in facts])
+        print_calibration(f"calibration {out}", entries)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from trueweight.node.engine import GenerateJob
 from trueweight.protos.grammar import source_of, with_grammar
 from trueweight.protos.sampling_parameters import (
+    CALIBRATED_CLASSES,
     MAX_REPETITION,
     MIN_REPETITION,
     Sampling,
@@ -122,7 +123,7 @@ def _with_penalties(base: Sampling, chance: random.Random, cuts: dict[str, Any])
     )
 
 
-CLASSES = ("plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties", "grammar")
+CLASSES = CALIBRATED_CLASSES
 _UNDER_GRAMMARS = ("plain", "plain", "greedy", "top_p", "top_k", "min_p", "multi_cut", "penalties")
 GRAMMARS = (
     source_of("json_schema", {"type": "object"}),

@@ -79,6 +79,9 @@ SERVED = (
     _engine("hidden prompt", lambda e: adversaries.HiddenPrompt(e, [3, 40, 500, 60, 700] * 4)),
     _engine("early end", lambda e: adversaries.EarlyEnd(e, 0.25)),
     _weights("5 % weight noise", lambda a, b: write_noisy(a, b, relative=0.05)),
+    _weights("5-bit weights", lambda a, b: write_quantised(a, b, bits=5, group=32)),
+    _weights("6-bit weights", lambda a, b: write_quantised(a, b, bits=6, group=32)),
+    _weights("8-bit weights", lambda a, b: write_quantised(a, b, bits=8, group=32)),
 )
 """In the order in which they are measured when time is short."""
 
@@ -130,6 +133,9 @@ ROWS = (
     Row("4-bit weights, top-p", "4-bit weights", "top_p"),
     Row("4-bit weights, several cuts", "4-bit weights", "multi_cut"),
     *_disguises("4-bit weights"),
+    Row("5-bit weights", "5-bit weights"),
+    Row("6-bit weights", "6-bit weights"),
+    Row("8-bit weights", "8-bit weights"),
     Row("5 % weight noise", "5 % weight noise"),
     Row("fine-tuned weights", "fine-tuned weights"),
     *_disguises("fine-tuned weights"),

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trueweight.node.vllm.engine import VllmOptions
 from trueweight.protos.evidence import CONVICT, Item, Wealth
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
-from trueweight.simulation.calibrate import REFERENCES, VARIANTS, Calibrator
+from trueweight.simulation.calibrate import FLOAT32, NATIVE, REFERENCES, VARIANTS, Calibrator
 from trueweight.simulation.calibration_traffic import CLASSES, SPECIAL, class_of
 from trueweight.simulation.margin_store import MarginStore
 from trueweight.simulation.measuring import Measurement, Source, Traffic, weights_of
@@ -134,10 +135,45 @@ class HonestRun:
         )
 
 
+def wide_variants(*, has_bfloat16: bool) -> tuple[list[Source], list[Source]]:
+    """Nodes of a wide model that serve most tokens, and the other benign variations.
+
+    Transformers in bfloat16 is one of them. On a machine whose CPU lacks bfloat16 vLLM's nodes
+    compute in float32: in bfloat16 they would take many hours.
+    """
+    bulk = [v for v in VARIANTS if v.tokens_share == 1.0]
+    others = [v for v in VARIANTS if v.tokens_share < 1.0]
+    if not has_bfloat16:
+        bulk = [v for v in bulk if v.name != NATIVE]
+        others = [replace(v, name=FLOAT32, options=_in_float32(v.options)) for v in others]
+    bulk.append(Source("transformers, bfloat16", "50 at once", transformers_dtype="bfloat16"))
+
+    def sliced(found: Sequence[Source]) -> list[Source]:
+        return [
+            replace(v, slice_requests=max(4, round(_WIDE_SLICE * v.tokens_share))) for v in found
+        ]
+
+    return sliced(bulk), sliced(others)
+
+
+def _in_float32(options: VllmOptions) -> VllmOptions:
+    """As many tokens of twice the bytes."""
+    return replace(options, dtype="float32", kv_cache_bytes=2 * options.kv_cache_bytes)
+
+
+def cpu_has_bfloat16() -> bool:
+    """True if matrix products of bfloat16 are instructions of this CPU (x86)."""
+    # Needs PyTorch, which takes seconds to import.
+    import torch  # noqa: PLC0415
+
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 async def wide_run(
     name: str, work: Path, *, tokens: int, orders: int, minutes: float
 ) -> list[HonestRow]:
-    """Calibrates a random model with as many tokens, then judges it on other traffic.
+    """Calibrates a random model, then judges as many tokens of other traffic.
 
     No rows as long as something is missing."""
     model = write_random_llama(work / "model", WIDE[name])
@@ -147,16 +183,14 @@ async def wide_run(
         store = MarginStore(work / f"seed-{seed}", weights, seed)
         return Measurement(model, store, Traffic.of_model(model, seed), minutes)
 
-    variants = [
-        replace(v, slice_requests=max(4, round(_WIDE_SLICE * v.tokens_share))) for v in VARIANTS
-    ]
-    each = round(tokens / len(WIDE_CLASSES))
-    calibrator = Calibrator(measurement(1), variants[:2], dict.fromkeys(WIDE_CLASSES, each))
+    bulk, others = wide_variants(has_bfloat16=cpu_has_bfloat16())
+    each = round(tokens / len(WIDE_CLASSES) / len(bulk))
+    calibrator = Calibrator(measurement(1), bulk, dict.fromkeys(WIDE_CLASSES, each))
     await calibrator.run()
     if calibrator.missing():
         return []
     entries = {c: calibrate_class(c, calibrator.samples(c)) for c in WIDE_CLASSES}
-    run = HonestRun(name, measurement(HONEST_SEED), entries, WIDE_CLASSES, variants)
+    run = HonestRun(name, measurement(HONEST_SEED), entries, WIDE_CLASSES, (*bulk, *others))
     await run.collect(tokens)
     return run.rows(orders)
 

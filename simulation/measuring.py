@@ -62,11 +62,18 @@ class Source:
     tokens_share: float = 1.0
     wrap: Callable[[Engine], Engine] = _as_it_is
     weights: Callable[[Path, Path], Path] | None = None
+    # Served by transformers in this process and dtype; by vLLM if empty.
+    transformers_dtype: str = ""
 
 
 def by_transformers(source: Source) -> Source:
     """The same cheat served by transformers: no engine to start, fewer tokens a second."""
-    return replace(source, detail="served by transformers", slice_requests=250)
+    return replace(
+        source,
+        detail="served by transformers",
+        slice_requests=250,
+        transformers_dtype="float32",
+    )
 
 
 def _changed_request(source: Source) -> Callable[[GenerateJob], GenerateJob] | None:
@@ -183,6 +190,9 @@ class Measurement:
         """Answers what this source lacks and lets its engine score what ``judged`` answered.
 
         Starts no engine if there is nothing to do or no time left."""
+        if source.transformers_dtype:
+            self.answer_by_transformers(source, tokens)
+            return
 
         def to_score() -> list[tuple[Source, SliceKey]]:
             return self.unscored(judged, list(tokens), source.name)
@@ -227,26 +237,26 @@ class Measurement:
             await engine.close()
 
     def answer_by_transformers(self, source: Source, tokens: Mapping[str, int]) -> None:
-        """Like ``run_cheats`` for one source, in this process. Does nothing for a cheat that is
-        more than other weights or another request."""
-        other = by_transformers(source)
+        """Answers what a source of transformers lacks, in this process. Does nothing for a cheat
+        that is more than other weights or another request."""
         change = _changed_request(source)
-        if change is None or self.out_of_time() or not self.missing_answers(other, tokens):
+        if change is None or self.out_of_time() or not self.missing_answers(source, tokens):
             return
         # Needs transformers, which takes seconds to import.
         from trueweight.simulation.hf_decoder import HfDecoder  # noqa: PLC0415
 
         with tempfile.TemporaryDirectory() as place:
             write, target = source.weights, Path(place) / "weights"
-            decoder = HfDecoder(write(self._model, target) if write else self._model)
+            model = write(self._model, target) if write else self._model
+            decoder = HfDecoder(model, source.transformers_dtype)
         for name, wanted in tokens.items():
-            while self.missing_answers(other, {name: wanted}) and not self.out_of_time():
-                number = len(self.keys(other, [name]))
-                key = SliceKey(other.name, other.detail, name, number)
-                jobs = self._traffic.jobs(key, other.slice_requests)
+            while self.missing_answers(source, {name: wanted}) and not self.out_of_time():
+                number = len(self.keys(source, [name]))
+                key = SliceKey(source.name, source.detail, name, number)
+                jobs = self._traffic.jobs(key, source.slice_requests)
                 outputs = decoder.answer([change(job) for job in jobs])
                 self._store.keep_answers(key, Ragged.of(outputs))
-        _say(f"{source.name}, {other.detail}: {dict(tokens)}")
+        _say(f"{source.name}, {source.detail}: {dict(tokens)}")
 
     async def _answer(self, engine: Engine, source: Source, tokens: Mapping[str, int]) -> None:
         serving, turns = source.wrap(engine), asyncio.Semaphore(source.options.max_running)

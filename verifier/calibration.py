@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from trueweight.protos.evidence import MU0_FLOOR_NANO, counted_nano
-from trueweight.protos.v1.audit_pb2 import CalibrationEntry
+from trueweight.protos.sampling_parameters import CALIBRATED_CLASSES
+from trueweight.protos.v1.audit_pb2 import CalibrationEntry, CalibrationPair
 from trueweight.verifier.bounds import CONFIDENCE, MeanBound, upper_bound
 
 NANO = 10**9
@@ -60,6 +59,25 @@ class PairResult:
     bound: MeanBound
     requests: int
     worst_request_nano: int
+    confidence: float
+
+    @property
+    def row(self) -> CalibrationPair:
+        """As it is stated. Bounds are rounded up, the chance of error too."""
+        return CalibrationPair(
+            pair=self.pair,
+            requests=self.requests,
+            tokens=self.bound.tokens,
+            mean_nano=min(round(self.bound.mean * NANO), self.upper_nano),
+            upper_bound_nano=self.upper_nano,
+            # 1 - confidence is off by some 10^-16: that is no reason to round up.
+            error_ppb=math.ceil(round((1 - self.confidence) * 1e9, 3)),
+        )
+
+    @property
+    def upper_nano(self) -> int:
+        """The bound in 10^-9, rounded up."""
+        return min(NANO, math.ceil(self.bound.upper * NANO))
 
 
 def ignored_below_nano(samples: Sequence[PairSample]) -> int:
@@ -84,38 +102,37 @@ def measure(
     lengths = [len(r) for r in requests]
     bound = upper_bound([total / NANO for total in counted], lengths, confidence)
     levels = [total // _spread(n) for total, n in zip(counted, lengths, strict=True)]
-    return PairResult(sample.pair, bound, len(requests), max(levels, default=0))
+    return PairResult(sample.pair, bound, len(requests), max(levels, default=0), confidence)
 
 
 def calibrate_class(parameter_class: str, samples: Sequence[PairSample]) -> CalibrationEntry:
     """The entry of one class from its benign pairs; the worst pair decides.
 
-    The confidence is for all pairs together: each is measured at 1 - (1 - confidence) / pairs.
+    The confidence is for all pairs of all classes together, whether they are measured at once or
+    one by one: each pair's chance of error is the whole one over pairs and classes.
     """
-    if not samples:
-        raise ValueError("a class is calibrated from at least one pair")
-    confidence = 1 - (1 - CONFIDENCE) / len(samples)
+    if not samples or len({s.pair for s in samples}) != len(samples):
+        raise ValueError("a class is calibrated from at least one pair, each once")
+    class_error = (1 - CONFIDENCE) / len(CALIBRATED_CLASSES)
+    confidence = 1 - class_error / len(samples)
     ignored = ignored_below_nano(samples)
     results = [measure(s, ignored, confidence) for s in samples]
     worst = max(results, key=lambda r: r.bound.upper)
-    upper_nano = _ceil_nano(worst.bound.upper)
+    decides = worst.row
     refund = _REFUND_FACTOR * max(r.worst_request_nano for r in results)
     return CalibrationEntry(
         parameter_class=parameter_class,
         worst_pair=worst.pair,
-        mu0_nano=max(MU0_FLOOR_NANO, 2 * upper_nano),
-        mean_nano=round(worst.bound.mean * NANO),
-        upper_bound_nano=upper_nano,
-        confidence_ppm=round(CONFIDENCE * 1e6),
+        mu0_nano=max(MU0_FLOOR_NANO, 2 * decides.upper_bound_nano),
+        mean_nano=decides.mean_nano,
+        upper_bound_nano=decides.upper_bound_nano,
+        confidence_ppm=math.floor((1 - class_error) * 1e6),
         requests=sum(r.requests for r in results),
         tokens=sum(r.bound.tokens for r in results),
         refund_above_nano=min(REFUND_CEILING_NANO, max(REFUND_FLOOR_NANO, refund)),
         ignored_below_nano=ignored,
+        pairs=[r.row for r in results],
     )
-
-
-def _ceil_nano(value: float) -> int:
-    return min(NANO, int(np.ceil(value * NANO)))
 
 
 def is_far_outside(sum_x_nano: int, tokens: int, entry: CalibrationEntry) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
-from trueweight.protos.calibrations import is_usable
+from trueweight.protos.calibrations import MAX_ENTRIES, fault_of
 from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import CLIP_LOGIT
 from trueweight.protos.v1.audit_pb2 import Calibration, CalibrationEntry
@@ -21,8 +21,12 @@ from trueweight.protos.v1.model_pb2 import Manifest
 
 FORMAT = "trueweight-calibration-1"
 MAX_FILE_BYTES = 1024 * 1024
+# The ledger takes messages of at most 256 KiB with their envelope.
+MAX_STATED_BYTES = 192 * 1024
+MAX_VERSION = 2**32 - 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 CLIP_MICRO_LOGIT = round(CLIP_LOGIT * 1e6)
+_MAX_NAME = 64
 
 
 def weights_sha256(manifest: Manifest) -> bytes:
@@ -90,11 +94,39 @@ def read_measured(path: Path) -> Measured:
             f"there is no calibration file at {path}",
             hint="Make one with 'trueweight verifier calibrate'.",
         ) from None
-    except (KeyError, TypeError, ValueError, ParseError) as error:
+    except OSError as error:
+        raise InvalidRequest(f"cannot read the calibration file {path}: {error.strerror}") from None
+    except RecursionError:
+        raise InvalidRequest(f"{path} is not a calibration file: it is nested too deep") from None
+    except (KeyError, TypeError, ValueError, OverflowError, ParseError) as error:
         raise InvalidRequest(f"{path} is not a calibration file: {error}") from None
     if not known:
         raise InvalidRequest(f"{path} has another format or clip than this version uses")
-    for entry in measured.entries:
-        if not is_usable(entry):
-            raise InvalidRequest(f"{path}: the entry {entry.parameter_class!r} is out of range")
+    if fault := _fault_of_file(measured):
+        raise InvalidRequest(
+            f"{path}: {fault}",
+            hint="Damaged, or of too few tokens: measure again ('trueweight verifier calibrate').",
+        )
     return measured
+
+
+def _fault_of_file(measured: Measured) -> str:
+    """Why it cannot be a calibration; empty if it can."""
+    if len(measured.weights) != hashlib.sha256().digest_size:
+        return "weights_sha256 is no SHA-256"
+    if not 0 < measured.version <= MAX_VERSION:
+        return f"a version is a number from 1 to {MAX_VERSION}"
+    if not measured.provenance.isprintable():
+        return "the provenance is not one line of printable text"
+    names = [entry.parameter_class for entry in measured.entries]
+    if not 0 < len(names) <= MAX_ENTRIES or len(set(names)) != len(names):
+        return f"it has 1 to {MAX_ENTRIES} entries, each of another class"
+    if not all(0 < len(name) <= _MAX_NAME and name.isprintable() for name in names):
+        return f"a class is printable text of 1 to {_MAX_NAME} characters"
+    for entry in measured.entries:
+        if fault := fault_of(entry):
+            return f"the entry {entry.parameter_class!r} is not usable: {fault}"
+    stated = sum(entry.ByteSize() for entry in measured.entries)
+    if stated + len(measured.provenance.encode()) > MAX_STATED_BYTES:
+        return f"what it states takes more than {MAX_STATED_BYTES} bytes"
+    return ""

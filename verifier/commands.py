@@ -24,6 +24,7 @@ from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledge
 from trueweight.verifier.appeal_commands import appeal, bundle, recheck
 from trueweight.verifier.audit_commands import owed, pay
 from trueweight.verifier.balances import read_stakes
+from trueweight.verifier.calibration_commands import calibrations
 from trueweight.verifier.calibration_file import read_measured
 from trueweight.verifier.challenge import DOES_NOT_PROVE, PROVES, Challenger, ChallengeResult
 from trueweight.verifier.command_support import (
@@ -313,5 +314,5 @@ async def _challenge(endpoint: str, options: dict[str, Any]) -> tuple[str, Chall
         await node.close()
 
 
-for _command in (owed, pay, bundle, recheck, appeal):
+for _command in (owed, pay, bundle, recheck, appeal, calibrations):
     verifier.add_command(_command)

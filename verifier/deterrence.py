@@ -40,12 +40,15 @@ def _with_bits(name: str, mean_x: float, bits: float) -> Cheat:
     return Cheat(name, mean_x, 1 - bits / _WEIGHT_BITS)
 
 
-# Margins measured on the demo model (docs/verification.md, ``make bench-verify``). 4-bit weights in
-# groups of 32 have a 16-bit scale each: 4.5 bits. Another model may be arbitrarily small.
+# Margins measured on the demo model (docs/verification.md, ``make bench-verify``). Integers in
+# groups of 32 have a 16-bit scale each, half a bit per weight. Another model may be arbitrarily
+# small.
 KNOWN_CHEATS = (
     Cheat("another model", 0.83, 1.0),
     _with_bits("4-bit weights", 0.025, 4.5),
+    _with_bits("5-bit weights", 0.0053, 5.5),
     _with_bits("fp8 weights", 0.0016, 8),
+    _with_bits("6-bit weights", 0.0010, 6.5),
 )
 
 

@@ -232,8 +232,9 @@ _REASONS = {
     "convict": f"An honest node ever gets to {CONVICT:,} with a chance of at most 1 in "
     f"{CONVICT:,}. The conviction is being published.",
     "convicted": f"An honest node ever gets to {CONVICT:,} with a chance of at most 1 in "
-    f"{CONVICT:,} (plus the calibration's own error, at most 1 in 1,000 per class). It gets no "
-    "more work; its locked earnings and bond were forfeited and its clients refunded.",
+    f"{CONVICT:,} (plus the calibration's own error, at most 1 in 1,000: for all classes "
+    "together, or for each if it states no pairs). It gets no more work; its locked earnings and "
+    "bond were forfeited and its clients refunded.",
     "frozen": "The median node looks just as guilty under the same calibration, so the "
     "calibration is in doubt and nobody is convicted by it.",
     "suspended": "The market, or as many verifiers as convict, suspended it without a conviction.",

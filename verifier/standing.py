@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from trueweight.protos.conviction import NodeEvidence
 from trueweight.protos.deterrence import needed_rate_ppm
-from trueweight.protos.money import PPM, TOKENS_PER_MTOK
+from trueweight.protos.money import PPM
 from trueweight.protos.v1.ledger_pb2 import AccountRecord
 from trueweight.verifier.deterrence import KNOWN_CHEATS, Cheat, Power, Stake, power_against
 from trueweight.verifier.epochs import Standing
@@ -24,8 +24,7 @@ def stakes(view: LogView, records: Sequence[AccountRecord]) -> dict[str, Stake]:
     balances = {record.account: int(record.available_nano or 0) for record in records}
     found = {}
     for node_id, record in view.nodes.items():
-        tokens = record.billed_output_tokens
-        price = -(-record.charged_nano * TOKENS_PER_MTOK // tokens) if tokens else 0
+        price = record.price.nano_per_mtok
         locked, bond = (balances.get(a, 0) for a in stake_accounts([node_id]))
         found[node_id] = Stake(max(0, locked), max(0, bond), price, record.unsettled.nano)
     return found

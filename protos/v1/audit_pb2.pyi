@@ -181,7 +181,7 @@ class Calibration(_message.Message):
     def __init__(self, market_id: _Optional[str] = ..., manifest_digest: _Optional[bytes] = ..., version: _Optional[int] = ..., clip_micro_logit: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[CalibrationEntry, _Mapping]]] = ..., provenance: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., verifier_id: _Optional[str] = ...) -> None: ...
 
 class CalibrationEntry(_message.Message):
-    __slots__ = ("parameter_class", "worst_pair", "mu0_nano", "mean_nano", "upper_bound_nano", "confidence_ppm", "requests", "tokens", "refund_above_nano", "ignored_below_nano")
+    __slots__ = ("parameter_class", "worst_pair", "mu0_nano", "mean_nano", "upper_bound_nano", "confidence_ppm", "requests", "tokens", "refund_above_nano", "ignored_below_nano", "pairs")
     PARAMETER_CLASS_FIELD_NUMBER: _ClassVar[int]
     WORST_PAIR_FIELD_NUMBER: _ClassVar[int]
     MU0_NANO_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +192,7 @@ class CalibrationEntry(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUND_ABOVE_NANO_FIELD_NUMBER: _ClassVar[int]
     IGNORED_BELOW_NANO_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     parameter_class: str
     worst_pair: str
     mu0_nano: int
@@ -202,7 +203,24 @@ class CalibrationEntry(_message.Message):
     tokens: int
     refund_above_nano: int
     ignored_below_nano: int
-    def __init__(self, parameter_class: _Optional[str] = ..., worst_pair: _Optional[str] = ..., mu0_nano: _Optional[int] = ..., mean_nano: _Optional[int] = ..., upper_bound_nano: _Optional[int] = ..., confidence_ppm: _Optional[int] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., refund_above_nano: _Optional[int] = ..., ignored_below_nano: _Optional[int] = ...) -> None: ...
+    pairs: _containers.RepeatedCompositeFieldContainer[CalibrationPair]
+    def __init__(self, parameter_class: _Optional[str] = ..., worst_pair: _Optional[str] = ..., mu0_nano: _Optional[int] = ..., mean_nano: _Optional[int] = ..., upper_bound_nano: _Optional[int] = ..., confidence_ppm: _Optional[int] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., refund_above_nano: _Optional[int] = ..., ignored_below_nano: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[CalibrationPair, _Mapping]]] = ...) -> None: ...
+
+class CalibrationPair(_message.Message):
+    __slots__ = ("pair", "requests", "tokens", "mean_nano", "upper_bound_nano", "error_ppb")
+    PAIR_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_NANO_FIELD_NUMBER: _ClassVar[int]
+    UPPER_BOUND_NANO_FIELD_NUMBER: _ClassVar[int]
+    ERROR_PPB_FIELD_NUMBER: _ClassVar[int]
+    pair: str
+    requests: int
+    tokens: int
+    mean_nano: int
+    upper_bound_nano: int
+    error_ppb: int
+    def __init__(self, pair: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ..., mean_nano: _Optional[int] = ..., upper_bound_nano: _Optional[int] = ..., error_ppb: _Optional[int] = ...) -> None: ...
 
 class Conviction(_message.Message):
     __slots__ = ("market_id", "verifier_id", "node_id", "first_verdict_index", "last_verdict_index", "verdicts", "audited_tokens", "wealth_log10_milli", "threshold_log10_milli", "change_point_index", "calibration_digest", "issued_at_unix_ms")

@@ -3,8 +3,15 @@
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trueweight.protos.deterrence import needed_nano, unsettled_cap_nano
+from trueweight.protos.deterrence import (
+    PRICE_HALF_LIFE_LEGS,
+    PaidPrice,
+    needed_nano,
+    unsettled_cap_nano,
+)
 from trueweight.protos.v1.audit_pb2 import EpochOpen, NodeRate, Verdict
 from trueweight.protos.v1.market_pb2 import Bill, BillLeg
 from trueweight.router import exposure
@@ -135,6 +142,47 @@ def test_the_price_is_what_clients_were_charged_if_that_is_more():
     shop.exposure.billed(Bill(legs=legs), 5)
     shop.judge(4)
     assert shop.room() == unsettled_cap_nano(STAKE, needed_nano(10**11, GAIN, 1_000_000))
+
+
+def test_attack_long_answers_to_an_accomplice_do_not_hide_what_short_ones_earn():
+    price, plain = PaidPrice(), PaidPrice()
+    for _ in range(1_000):
+        plain.earned(40_000, 1)
+        price.earned(40_000, 1)
+        price.earned(40_000, 100)  # as much money for a hundred times the tokens
+    assert plain.nano_per_mtok == 40_000 * 10**6
+    assert price.nano_per_mtok >= plain.nano_per_mtok // 2
+    shop, dear = market(), market()
+    for each in (shop, dear):
+        each.open()
+        legs = [BillLeg(node_id="n", client_charge_nano=40_000, billed_output_tokens=1)]
+        each.exposure.billed(Bill(legs=legs), 5)
+    legs = [BillLeg(node_id="n", client_charge_nano=40_000, billed_output_tokens=100)]
+    shop.exposure.billed(Bill(legs=legs), 9)
+    for each in (shop, dear):
+        each.judge(8)
+    used = (STAKE - 2 * shop.room(), STAKE - 2 * dear.room())
+    assert used[0] >= used[1] // 2 > 0
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**6)), max_size=60))
+def test_the_price_lies_between_the_cheapest_and_the_dearest_work_and_old_work_fades(legs):
+    price = PaidPrice()
+    for charge, tokens in legs:
+        price.earned(charge, tokens)
+    paid = [charge * 10**6 // max(1, tokens) for charge, tokens in legs if charge]
+    if not paid:
+        assert price.nano_per_mtok == 0
+        return
+    assert min(paid) - 10**6 <= price.nano_per_mtok <= max(paid) + 1
+    total, tokens = sum(c for c, _ in legs), sum(max(1, t) for _, t in legs)
+    # Weighing by money never shows less than the plain average.
+    assert price.nano_per_mtok >= total * 10**6 // tokens - 10**6
+    top = max(paid)
+    for _ in range(40 * PRICE_HALF_LIFE_LEGS):
+        price.earned(10, 10)
+    assert price.nano_per_mtok <= 10**6 + top // 1000
 
 
 def test_memory_is_bounded(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
 from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.bench_report import plain
-from trueweight.simulation.calibrate import VARIANTS
+from trueweight.simulation.calibrate import FLOAT32, NATIVE, VARIANTS
 from trueweight.simulation.calibration_traffic import Prompts
 from trueweight.simulation.cheats import SERVED
 from trueweight.simulation.margin_store import MarginStore, Ragged, SliceKey
@@ -109,3 +109,30 @@ async def test_structural_cheats_are_touched_and_never_paid(monkeypatch):
         "padding": "after_eos",
     }
     assert all(row.touched >= 3 and row.paid == 0 for row in found.values())
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_wide_models_are_served_in_every_way_that_the_machine_can(has_bfloat16):
+    bulk, others = honest_run.wide_variants(has_bfloat16=has_bfloat16)
+    kinds = {v.name for v in (*bulk, *others)}
+    assert (NATIVE in kinds) == has_bfloat16 and {FLOAT32, "transformers, bfloat16"} <= kinds
+    assert [v.detail for v in others] == [v.detail for v in VARIANTS if v.tokens_share < 1]
+    assert has_bfloat16 or all(
+        v.options.dtype == "float32" for v in (*bulk, *others) if not v.transformers_dtype
+    )
+
+
+def test_products_of_transformers_in_bfloat16_add_up_in_float32():
+    torch = pytest.importorskip("torch")
+    from trueweight.simulation.hf_decoder import _add_up_in_float32
+
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(torch.nn.Linear(512, 64), torch.nn.Linear(64, 8, bias=False))
+    layers = layers.to(torch.bfloat16)
+    rows = torch.randn(5, 512).to(torch.bfloat16)
+    first = torch.nn.functional.linear(rows.double(), *(p.double() for p in layers[0].parameters()))
+    _add_up_in_float32(layers)
+    found = layers[0](rows)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, first.float().to(torch.bfloat16))
+    assert layers(rows).shape == (5, 8)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from trueweight.node.synthetic import SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel
@@ -17,6 +19,8 @@ from trueweight.simulation.calibration_traffic import Prompts
 from trueweight.simulation.cheats import SERVED
 from trueweight.simulation.margin_store import MarginStore, Ragged, SliceKey
 from trueweight.simulation.measuring import TRANSFORMERS, Measurement, Source, Traffic
+from trueweight.verifier.calibration import PairSample
+from trueweight.verifier.calibration_file import read_measured
 
 SHAPE = ModelShape(vocabulary_size=512, mean_output_tokens=30)
 PROMPTS = Prompts(heads=((1, 2, 3), (4, 5)), stop_ids=(0,))
@@ -112,6 +116,46 @@ async def test_every_judge_scores_what_every_kind_of_node_answered(bench, monkey
     for sample in samples.values():
         assert sample.tokens >= 200
         assert np.mean([x for r in sample.requests for x in r]) < 0.01 * 10**9
+
+
+class Samples:
+    """A calibrator for which everything was measured before."""
+
+    def __init__(self, *_):
+        pass
+
+    async def run(self):
+        pass
+
+    def missing(self):
+        return []
+
+    def samples(self, name):
+        return [PairSample(f"{name} {n}", ((0,) * 100,) * 400) for n in (1, 2)]
+
+
+def test_a_file_made_class_by_class_states_the_pairs_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "Calibrator", Samples)
+    monkeypatch.setattr(calibration, "weights_of", lambda _: b"w" * 32)
+    monkeypatch.setattr(calibration.Traffic, "of_model", lambda *_: None)
+    path = tmp_path / "c.json"
+    ask = ["--model", str(tmp_path), "--out", str(path), "--class"]
+    shown = CliRunner().invoke(calibration.calibrate, [*ask, "greedy"])
+    assert shown.exit_code == 0 and "greedy 1" in shown.output and "0.999875" in shown.output
+    found = CliRunner().invoke(calibration.calibrate, [*ask, "plain", "--json"])
+    [entry] = json.loads(found.output)["entries"]
+    assert [(p["pair"], p["tokens"]) for p in entry["pairs"]] == [
+        ("plain 1", 40_000),
+        ("plain 2", 40_000),
+    ]
+    entries = {e.parameter_class: e for e in read_measured(path).entries}
+    assert {name: [p.pair for p in e.pairs] for name, e in entries.items()} == {
+        "plain": ["plain 1", "plain 2"],
+        "greedy": ["greedy 1", "greedy 2"],
+    }
+    # As much as if both had been measured at once.
+    assert {e.confidence_ppm for e in entries.values()} == {999_875}
+    assert {p.error_ppb for e in entries.values() for p in e.pairs} <= {62_500, 62_501}
 
 
 def test_only_other_weights_and_other_requests_can_be_served_without_an_engine():

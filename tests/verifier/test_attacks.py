@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trueweight.protos.blind_verdicts import BLIND_WINDOW_MS
 from trueweight.protos.conviction import (
     CAPPED_STRIDE,
     CLIENT_FREE_WEIGHT,
@@ -26,7 +27,7 @@ from trueweight.protos.v1.audit_pb2 import (
 from trueweight.protos.v1.log_pb2 import LogEntry
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.protos.v1.model_pb2 import RegistryEntry
-from trueweight.verifier.duplicates import BLIND_WINDOW_MS, commit
+from trueweight.verifier.duplicates import commit
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.leaves import Recent
 from trueweight.verifier.owed import accounts

@@ -1,6 +1,5 @@
 """Null means: the bound covers, floors hold, versions go forward, hostile entries are refused."""
 
-import json
 import math
 import random
 
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trueweight.protos.calibrations import CalibrationTable, is_usable, read_calibration
-from trueweight.protos.errors import InvalidRequest
 from trueweight.protos.evidence import (
     CLIP_LOGIT,
     MU0_FLOOR_NANO,
@@ -29,7 +27,6 @@ from trueweight.verifier.calibration import (
     is_far_outside,
     measure,
 )
-from trueweight.verifier.calibration_file import Measured, read_measured, write_measured
 
 
 def honest(rng, tokens, share=0.005, size=0.04):
@@ -222,18 +219,3 @@ def test_attack_an_older_version_cannot_come_back():
     assert table.add(leaf(10, 2))
     assert not table.add(leaf(20, 1)) and not table.add(leaf(20, 2))
     assert table.in_force("v", b"m", 30).version == 2
-
-
-def test_a_file_round_trips_and_damage_is_named(tmp_path, kit):
-    measured = Measured(b"w" * 32, 3, "here", (kit.entry(), kit.entry("greedy")))
-    path = tmp_path / "c.json"
-    write_measured(path, measured)
-    assert read_measured(path) == measured
-    document = json.loads(path.read_text())
-    for key in document:
-        broken = {k: v for k, v in document.items() if k != key}
-        path.write_text(json.dumps(broken))
-        with pytest.raises(InvalidRequest):
-            read_measured(path)
-    with pytest.raises(InvalidRequest, match="no calibration file"):
-        read_measured(tmp_path / "missing.json")

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from trueweight.protos.blind_verdicts import opening_of
 from trueweight.protos.v1.audit_pb2 import (
     AuditRequest,
     Calibration,
@@ -15,7 +16,6 @@ from trueweight.protos.v1.audit_pb2 import (
 )
 from trueweight.protos.v1.market_pb2 import Suspension
 from trueweight.verifier.app import Connections, VerifierApp
-from trueweight.verifier.duplicates import opens
 
 HONEST = [0.0] * 40
 WRONG = [3.0] * 50
@@ -159,7 +159,7 @@ async def test_killed_between_commitment_and_verdict_it_publishes_the_committed_
     commitments = world.ledger.of_kind("margin-commitment", MarginCommitment)
     verdicts = {v.receipt_digest: v for v in world.ledger.of_kind("verdict", Verdict)}
     assert len(commitments) == len(verdicts) == 6
-    assert all(opens(verdicts[c.receipt_digest], c.commitment) for c in commitments)
+    assert all(opening_of(verdicts[c.receipt_digest]) == c.commitment for c in commitments)
     assert not list((world.directory / "verifier-0" / "outbox").iterdir())
 
 
