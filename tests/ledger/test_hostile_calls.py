@@ -145,8 +145,9 @@ def test_attack_one_caller_takes_the_whole_queue(monkeypatch):
     assert fill(writer, "greedy too") == 250
     assert fill(writer, "") == 130
     writer.submit(call_of("modest", 10))
+    landed = SimpleNamespace(is_flying=False, has_landed=True)
     taken = 0
-    while calls := writer._take(SimpleNamespace(is_flying=False, has_landed=True)):
+    while calls := writer._take(landed, busy=False):
         taken += sum(len(call.operations) for call in calls)
     assert taken == 890
     assert (writer._queued, writer._queued_by) == (0, {})
