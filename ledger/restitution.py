@@ -19,7 +19,7 @@ from trueweight.ledger.values import Leg, Prepared, Restitution, Terms
 from trueweight.protos.errors import NotFound
 
 # Receipts that one transaction refunds, and whose charges one transaction adds up.
-REFUNDED = 256
+REFUNDED = 128
 COUNTED = 10_000
 KIND = "restitute"
 # Of the ledger's own operations: nobody can send one.
