@@ -21,7 +21,7 @@ from trueweight.ledger.values import Leg
 STEPS = (256, 10_000)
 MAX_NODES = 10_000
 _NET = "node + subsidy - refunded_node"
-_ENDLESS = 2**63 - 1
+ENDLESS = 2**63 - 1
 
 
 class Key(NamedTuple):
@@ -34,8 +34,8 @@ class Key(NamedTuple):
 class Goal(NamedTuple):
     """All captures below a log index that came until then."""
 
-    below: int = _ENDLESS
-    until_unix_ms: int = _ENDLESS
+    below: int = ENDLESS
+    until_unix_ms: int = ENDLESS
 
 
 @dataclass(slots=True)

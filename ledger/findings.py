@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,3 +72,16 @@ def stream(connection: sa.Connection, sql: str) -> Iterator[Any]:
     streaming = connection.execution_options(stream_results=True, yield_per=_STEP)
     for part in streaming.execute(sa.text(sql)).partitions(_STEP):
         yield from part
+
+
+def kept_rows(
+    connection: sa.Connection, table: str, columns: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    """What is kept of leaves, in their order."""
+    sql = f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index"  # noqa: S608
+    return map(plain, stream(connection, sql))
+
+
+def plain(row: Sequence[Any]) -> tuple[Any, ...]:
+    """A row whose bytes are bytes, on every database."""
+    return tuple(bytes(v) if isinstance(v, memoryview) else v for v in row)

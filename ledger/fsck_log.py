@@ -16,7 +16,7 @@ from trueweight.ledger.archived import (
     transfers_of,
 )
 from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
-from trueweight.ledger.findings import Findings, Progress, snapshot, stream
+from trueweight.ledger.findings import Findings, Progress, kept_rows, snapshot, stream
 from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
 from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
 from trueweight.ledger.fsck_verdicts import Verdicts
@@ -163,8 +163,7 @@ class _Kept:
         self._next_evidence = next(self._evidence, None)
         # When the receipts before the next leaf of transfers were captured.
         self._captured: list[int] = []
-        columns = ", ".join(StepRow._fields)
-        self._steps = stream(connection, f"SELECT {columns} FROM audit_step ORDER BY log_index")  # noqa: S608
+        self._steps = kept_rows(connection, "audit_step", StepRow._fields)
         self._requests, self._verdicts = _Requests(connection), Verdicts(connection)
         self._nodes, self._debts = Nodes(connection), NodeDebts(connection)
         self._rewards = Rewards(connection)
@@ -229,9 +228,8 @@ class _Kept:
             self._nodes.statement(place, kind, envelope)
 
     def _check_step(self, place: int, kind: str, said: StepRow | None) -> None:
-        row = next(self._steps, None) or ()
-        stored = [bytes(v) if isinstance(v, memoryview) else v for v in row]
-        if said is None or stored != list(said._replace(log_index=place)):
+        stored = next(self._steps, None)
+        if said is None or stored != said._replace(log_index=place):
             self._findings.add(f"the {kind} in leaf {place} is not what is kept of it")
 
     def finish(self) -> None:

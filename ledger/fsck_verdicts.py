@@ -3,14 +3,12 @@ half of ``fsck``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 import sqlalchemy as sa
 
 from trueweight.ledger.audits import VerdictRow
-from trueweight.ledger.commitments import BlindFold, CommitmentRow
-from trueweight.ledger.findings import Findings, stream
+from trueweight.ledger.blind_fold import BlindFold
+from trueweight.ledger.commitments import CommitmentRow
+from trueweight.ledger.findings import Findings, kept_rows
 from trueweight.protos.envelope import parse_payload
 from trueweight.protos.v1.audit_pb2 import MarginCommitment, Verdict
 from trueweight.protos.v1.envelope_pb2 import Envelope
@@ -23,11 +21,10 @@ class Verdicts:
     """Give it every leaf of ``KINDS``, in their order."""
 
     def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
-        self._fold = BlindFold(self._received)
+        self._fold = BlindFold(connection)
         self._rows = {
-            VERDICT: _rows(connection, "verdict", VerdictRow._fields),
-            COMMITMENT: _rows(connection, "margin_commitment", CommitmentRow._fields),
+            VERDICT: kept_rows(connection, "verdict", VerdictRow._fields),
+            COMMITMENT: kept_rows(connection, "margin_commitment", CommitmentRow._fields),
         }
 
     def check(
@@ -49,20 +46,3 @@ class Verdicts:
         for kind, rows in self._rows.items():
             for row in rows:
                 findings.add(f"the {kind} that is kept of leaf {row[0]} is in no leaf")
-
-    def _received(self, receipt_digest: bytes, before: int) -> int | None:
-        captured_at = self._connection.execute(
-            sa.text(
-                "SELECT captured_at FROM leg WHERE receipt_digest = :digest AND log_index < :before"
-            ),
-            {"digest": receipt_digest, "before": before},
-        ).scalar()
-        return None if captured_at is None else int(captured_at)
-
-
-def _rows(
-    connection: sa.Connection, table: str, columns: Sequence[str]
-) -> Iterator[tuple[Any, ...]]:
-    sql = f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index"  # noqa: S608
-    for row in stream(connection, sql):
-        yield tuple(bytes(v) if isinstance(v, memoryview) else v for v in row)

@@ -25,7 +25,7 @@ from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.commitments import CommitmentRow
 from trueweight.ledger.dockets import FIRST_VERDICTS, Dockets, read_cases
-from trueweight.ledger.earned import Earnings, Goal, Key
+from trueweight.ledger.earned import ENDLESS, Earnings, Goal, Key
 from trueweight.ledger.evidence import (
     CaptureFacts,
     ClaimFacts,
@@ -54,7 +54,6 @@ from trueweight.ledger.values import (
 
 _MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
 _MAX_CACHED = 200_000
-_ENDLESS = 2**63 - 1
 
 ACCOUNT_COLUMNS = (
     "no", "id", "kind", "currency", "debits_pending", "debits_posted", "credits_pending",
@@ -96,6 +95,7 @@ _WITHDRAWALS = (
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
 K = TypeVar("K")
 V = TypeVar("V")
+R = TypeVar("R", RequestRow, CommitmentRow)
 
 
 @dataclass(slots=True)
@@ -421,8 +421,7 @@ def _restitution(backend: Backend, cache: Cache, node_id: str, needs: Needs) -> 
     needs.accounts.update((TREASURY_ACCOUNT, restitution.set_aside(node_id)))
     span = (node_id, known.next_index, known.end_index)
     if not known.is_counting:
-        legs = _node_legs(backend, span, needs)
-        return {"node_legs": legs}
+        return {"node_legs": _node_legs(backend, span, needs)}
     ((count, last, charges),) = backend.query(
         "SELECT COUNT(*), MAX(log_index), COALESCE(SUM(CASE WHEN refunded = 0 THEN charge ELSE 0 "
         "END), 0) FROM (SELECT log_index, charge, refunded FROM leg WHERE node_id = ? "
@@ -452,7 +451,7 @@ def _conviction(
     node = facts.node_id
     rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
     since = int(rows[0][0]) if rows else 0
-    legs = _node_legs(backend, (node, max(since, facts.change_point), _ENDLESS), needs)
+    legs = _node_legs(backend, (node, max(since, facts.change_point), ENDLESS), needs)
     withdrawals = [
         Pending(*row)
         for row in backend.query(
@@ -491,26 +490,27 @@ def _judges(
     return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
 
 
+def _about_receipts(
+    rows: Iterable[R], wanted: set[bytes], last: Mapping[tuple[str, bytes], R]
+) -> dict[tuple[str, bytes], R]:
+    """By verifier and receipt: what was read, and what the group before has."""
+    found = {row.key: row for row in rows}
+    found.update((k, row) for k, row in last.items() if row.receipt_digest in wanted)
+    return found
+
+
 def _requests(
     backend: Backend, wanted: set[bytes], last: Book
 ) -> dict[tuple[str, bytes], RequestRow]:
-    found = {}
-    for row in backend.by_keys(_REQUESTS, "receipt_digest", wanted):
-        made = RequestRow(*row)
-        found[made.key] = made
-    found.update((k, r) for k, r in last.requests.items() if r.receipt_digest in wanted)
-    return found
+    rows = backend.by_keys(_REQUESTS, "receipt_digest", wanted)
+    return _about_receipts((RequestRow(*row) for row in rows), wanted, last.requests)
 
 
 def _commitments(
     backend: Backend, wanted: set[bytes], last: Book
 ) -> dict[tuple[str, bytes], CommitmentRow]:
-    found = {}
-    for row in backend.by_keys(_COMMITMENTS, "receipt_digest", wanted):
-        made = CommitmentRow(*row)
-        found[made.key] = made
-    found.update((k, c) for k, c in last.commitments.items() if c.receipt_digest in wanted)
-    return found
+    rows = backend.by_keys(_COMMITMENTS, "receipt_digest", wanted)
+    return _about_receipts((CommitmentRow(*row) for row in rows), wanted, last.commitments)
 
 
 def _judged(backend: Backend, wanted: set[bytes], last: Book) -> set[tuple[str, bytes]]:

@@ -250,20 +250,22 @@ class Measurement:
             model = write(self._model, target) if write else self._model
             decoder = HfDecoder(model, source.transformers_dtype)
         for name, wanted in tokens.items():
-            while self.missing_answers(source, {name: wanted}) and not self.out_of_time():
-                number = len(self.keys(source, [name]))
-                key = SliceKey(source.name, source.detail, name, number)
+            for key in self._next_slices(source, name, wanted):
                 jobs = self._traffic.jobs(key, source.slice_requests)
                 outputs = decoder.answer([change(job) for job in jobs])
                 self._store.keep_answers(key, Ragged.of(outputs))
         _say(f"{source.name}, {source.detail}: {dict(tokens)}")
 
+    def _next_slices(self, source: Source, traffic: str, tokens: int) -> Iterator[SliceKey]:
+        """One after the other, while answers are missing and there is time."""
+        while self.missing_answers(source, {traffic: tokens}) and not self.out_of_time():
+            number = len(self.keys(source, [traffic]))
+            yield SliceKey(source.name, source.detail, traffic, number)
+
     async def _answer(self, engine: Engine, source: Source, tokens: Mapping[str, int]) -> None:
         serving, turns = source.wrap(engine), asyncio.Semaphore(source.options.max_running)
         for name, wanted in tokens.items():
-            while self.missing_answers(source, {name: wanted}) and not self.out_of_time():
-                number = len(self.keys(source, [name]))
-                key = SliceKey(source.name, source.detail, name, number)
+            for key in self._next_slices(source, name, wanted):
                 await self._answer_slice(serving, source, key, turns)
             _say(f"  {name}: {self.tokens(source, name):,} tokens")
 

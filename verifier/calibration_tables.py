@@ -29,16 +29,11 @@ def print_calibration(title: str, entries: Sequence[CalibrationEntry]) -> None:
 
 def _pair_rows(entry: CalibrationEntry) -> list[dict[str, Any]]:
     """Of an entry that states no pairs only the worst is known."""
-    rows = [_pair(pair) for pair in entry.pairs] or [
-        {
-            "pair": entry.worst_pair,
-            "requests": NOT_STATED,
-            "tokens": NOT_STATED,
-            "mean": entry.mean_nano / NANO,
-            "upper": entry.upper_bound_nano / NANO,
-            "error": NOT_STATED,
-        }
-    ]
+    worst = CalibrationPair(
+        pair=entry.worst_pair, mean_nano=entry.mean_nano, upper_bound_nano=entry.upper_bound_nano
+    )
+    unknown = dict.fromkeys(("requests", "tokens", "error"), NOT_STATED)
+    rows = [_pair(pair) for pair in entry.pairs] or [_pair(worst) | unknown]
     return [
         {
             "class": entry.parameter_class,

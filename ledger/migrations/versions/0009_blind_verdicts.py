@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from trueweight.ledger import bundle
-from trueweight.ledger.commitments import BlindFold
+from trueweight.ledger.blind_fold import BlindFold
 from trueweight.protos.envelope import parse_envelope
 from trueweight.protos.v1.audit_pb2 import MarginCommitment, Verdict
 
@@ -51,7 +51,7 @@ def upgrade() -> None:
 def _fill(table: sa.Table) -> None:
     """Commitments and verdicts that were logged before."""
     connection = op.get_bind()
-    fold = BlindFold(_received)
+    fold = BlindFold(connection)
     commitments, verdicts = [], []
     for index, merged_at, kind, leaf in _leaves(connection):
         payload = parse_envelope(leaf).payload
@@ -82,15 +82,6 @@ def _leaves(connection: sa.Connection) -> Iterator[tuple[int, int, str, bytes]]:
         for index, (kind, leaf) in enumerate(bundle.unpack(count, bytes(body)), first):
             if kind in kinds:
                 yield index, merged_at, kind, leaf
-
-
-def _received(receipt_digest: bytes, before: int) -> int | None:
-    found = op.get_bind().execute(
-        sa.text("SELECT captured_at FROM leg WHERE receipt_digest = :d AND log_index < :i"),
-        {"d": receipt_digest, "i": before},
-    )
-    captured_at = found.scalar()
-    return None if captured_at is None else int(captured_at)
 
 
 def _let_verdicts_change() -> None:
