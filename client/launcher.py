@@ -63,7 +63,7 @@ def _unavailable(name: str, error: ImportError) -> click.Command:
 def cli() -> None:
     """An inference market in which the weights are honest.
 
-    Every option has an environment twin, shown in the command's own --help.
+    Every option (but 'ledger settle --paid') has an environment twin, shown by --help.
     """
 
 

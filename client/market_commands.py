@@ -1,4 +1,4 @@
-"""``trueweight market``: make a market, look at it, move its servers."""
+"""``trueweight market``: make a market, look at it, sign other terms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.market import Market, load_market
 
 _PPM_PER_PERCENT = 10_000
-_MAX_EVENT_BYTES = 64 * 1024
+_MAX_FILE_BYTES = 64 * 1024
 _TERMS = ("audit_floor_percent", "second_opinions_percent", "max_gain_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,7 +47,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _terms_options(function: F) -> F:
     """What engines may declare, and what audits verifiers owe at least."""
     for add in (
-        path_option("--engines", default=None, help="JSON of EngineAllowList; default: see docs."),
+        path_option(
+            "--engines", default=None, help="JSON file of what may be paid: docs/models.md."
+        ),
         option("--allow-synthetic", is_flag=True, help="Also engines without weights."),
         option(
             "--audit-floor-percent",
@@ -75,10 +77,13 @@ def _terms_options(function: F) -> F:
 def _engines(old: EngineAllowList, path: Path | None, allow_synthetic: bool) -> EngineAllowList:
     if path is not None:
         try:
-            text = path.read_text()[:_MAX_EVENT_BYTES]
+            text = path.read_text()[:_MAX_FILE_BYTES]
             old = Parse(text, EngineAllowList())
         except (OSError, UnicodeDecodeError, ParseError) as error:
-            raise InvalidRequest(f"{path} is no list of engines: {error}") from None
+            raise InvalidRequest(
+                f"{path} is no list of engines: {error}",
+                hint="Write it as 'trueweight market show --json' does, under \"engines\".",
+            ) from None
     return with_synthetic(old) if allow_synthetic else old
 
 
@@ -96,7 +101,7 @@ def _audit_terms(old: AuditTerms, options: dict[str, Any]) -> AuditTerms:
 
 @click.group()
 def market() -> None:
-    """Make a market, look at it."""
+    """Make a market, look at it, sign other terms."""
 
 
 @market.command()
@@ -170,7 +175,12 @@ def show(market: Path, as_json: bool) -> None:
 @option("--router-endpoint", default=None, help="New host:port of the router.")
 @option("--verifier-endpoint", default=None, help="New host:port of the verifier.")
 @path_option("--admit-verifier", multiple=True, help="key-event.bin of a verifier to admit.")
-@option("--convictions-needed", default=0, type=click.IntRange(0), help="Verifiers that convict.")
+@option(
+    "--convictions-needed",
+    default=0,
+    type=click.IntRange(0),
+    help="Verifiers that convict a node; 0: as it is.",
+)
 @_terms_options
 @json_option
 def reissue(
@@ -203,7 +213,7 @@ def reissue(
 
 def _read_event(path: Path) -> bytes:
     try:
-        return path.read_bytes()[:_MAX_EVENT_BYTES]
+        return path.read_bytes()[:_MAX_FILE_BYTES]
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 

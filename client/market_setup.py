@@ -21,7 +21,7 @@ from trueweight.runtime.keys import create_keys, load_signer
 from trueweight.runtime.market import Market, load_market, write_market
 from trueweight.runtime.tls import ensure_certificate
 
-MARKET_FILE, KEYS, MARKET_KEYS = "market.json", "keys", "market"
+MARKET_FILE, KEYS, _MARKET_KEYS = "market.json", "keys", "market"
 # Directory name of each member's keys and its role.
 ROLES: Mapping[str, Member.Role] = {
     "ledger": Member.LEDGER,
@@ -58,7 +58,7 @@ def create_market(directory: Path, plan: MarketPlan, clock: Clock) -> Market:
     if (directory / MARKET_FILE).exists():
         raise InvalidRequest(f"{directory} already holds a market", hint="Name another directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    owner = directory / KEYS / MARKET_KEYS
+    owner = directory / KEYS / _MARKET_KEYS
     market = create_keys(owner, None, clock)
     # Whoever makes all these keys owns all these roles, and it is said so.
     signers = {
@@ -82,7 +82,7 @@ def reissue_market(directory: Path, changes: Changes, clock: Clock) -> Market:
     """Signs the descriptor again with these changes; everything else stays."""
     known_market = load_market(directory / MARKET_FILE)
     old = known_market.descriptor
-    market = load_signer(directory / KEYS / MARKET_KEYS)
+    market = load_signer(directory / KEYS / _MARKET_KEYS)
     signers = {role: load_signer(directory / KEYS / role) for role in ROLES}
     own = {signer.identity for signer in signers.values()}
     guests = {m.identity: m for m in old.members if m.identity not in own}

@@ -40,7 +40,7 @@ from trueweight.runtime.cli import (
 )
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import GrpcLedger, LedgerPort
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger
 from trueweight.runtime.market import Market, load_market
 from trueweight.runtime.rpc import AccessTokens
 
@@ -94,7 +94,7 @@ def sign(
             openssf=openssf,
             progress=progress,
         )
-    facts = {**_facts(opened.message, opened.digest, opened.signer)}
+    facts = _facts(opened.message, opened.digest, opened.signer)
     facts["manifest"] = str(paths_of(directory).manifest)
     _print_facts("signed", facts, as_json)
 
@@ -143,9 +143,7 @@ def revoke(model_id: str, market: Path, keys: Path, as_json: bool) -> None:
     async def withdraw(ledger: LedgerPort) -> int:
         sold = _current(known, await _registry(ledger)).get(model_id)
         if sold is None:
-            raise NotFound(
-                f"the market does not sell {model_id[:128]!r}", hint="See 'trueweight model show'."
-            )
+            raise _not_sold(model_id)
         now = SystemClock().now_unix_ms()
         return await ledger.publish(
             registry_entry(model_id, sold.manifest, signer, known, now, revoked=True)
@@ -167,7 +165,7 @@ def show(model_id: str, market: Path, keys: Path | None, as_json: bool) -> None:
     current = _current(known, _with_ledger(known, signer, _registry))
     if model_id:
         if model_id not in current:
-            raise NotFound(f"the market does not sell {model_id[:128]!r}")
+            raise _not_sold(model_id)
         _print_facts(model_id, current[model_id].facts, as_json)
         return
     if as_json:
@@ -176,6 +174,13 @@ def show(model_id: str, market: Path, keys: Path | None, as_json: bool) -> None:
     columns = ("model_id", "licence", "revision", "manifest_digest", "max_context_tokens")
     rows = [[sold.facts[column] for column in columns] for sold in current.values()]
     print_table("Models", columns, rows)
+
+
+def _not_sold(model_id: str) -> NotFound:
+    return NotFound(
+        f"the market does not sell {model_id[:128]!r}",
+        hint="'trueweight model show' lists what it sells.",
+    )
 
 
 @dataclass(frozen=True)
@@ -216,13 +221,10 @@ def _with_ledger(
     market: Market, signer: Signer | None, use: Callable[[LedgerPort], Awaitable[T]]
 ) -> T:
     async def run() -> T:
-        member = market.member(Member.LEDGER)
-        if not member.endpoint:
-            raise InvalidRequest("the market file names no ledger endpoint")
         tokens = (
             AccessTokens(signer, market.market_id, SystemClock(), os.urandom) if signer else None
         )
-        ledger = GrpcLedger(member.endpoint, member.tls_certificate_pem, member.identity, tokens)
+        ledger = connect_ledger(market, tokens)
         try:
             return await use(ledger)
         finally:

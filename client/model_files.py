@@ -28,14 +28,17 @@ class ModelPaths:
 
     @property
     def manifest(self) -> Path:
+        """The signed manifest."""
         return self._beside(".manifest")
 
     @property
     def bundle(self) -> Path:
+        """The OpenSSF Model Signing bundle."""
         return self._beside(".openssf.sig")
 
     @property
     def bundle_key(self) -> Path:
+        """Public key that the bundle is checked with, PEM."""
         return self._beside(".openssf.pub")
 
 

@@ -24,6 +24,7 @@ from trueweight.protos.v1.market_pb2 import (
     Receipt,
 )
 from trueweight.protos.v1.model_pb2 import Manifest
+from trueweight.runtime.market import Market
 
 T = TypeVar("T")
 _MAX_VOCABULARY = 2**32
@@ -44,19 +45,6 @@ class Finding:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class MarketView:
-    """What the check needs of a verified market file."""
-
-    market_id: str
-    descriptor: MarketDescriptor
-    ring: KeyRing
-
-    def is_member(self, identity: str, role: Member.Role) -> bool:
-        """True if the identity has the role."""
-        return any(m.identity == identity and m.role == role for m in self.descriptor.members)
-
-
 @dataclass(slots=True)
 class _Findings:
     found: list[Finding] = field(default_factory=list)
@@ -73,7 +61,7 @@ class _Findings:
 
 
 def check_bundle(
-    bundle: ReceiptBundle, market: MarketView, manifest: Opened[Manifest] | None = None
+    bundle: ReceiptBundle, market: Market, manifest: Opened[Manifest] | None = None
 ) -> list[Finding]:
     """Every finding, in order: node keys, then each leg's assignment and receipt, then the bill,
     then the log. With a manifest, ids and weights are held against it. Never raises on a bundle
@@ -108,15 +96,15 @@ def holds(findings: Sequence[Finding]) -> bool:
     )
 
 
-def _node_keys(bundle: ReceiptBundle, market: MarketView) -> tuple[KeyRing, str]:
+def _node_keys(bundle: ReceiptBundle, market: Market) -> tuple[KeyRing, str]:
     ring = ring_of(bundle.key_events, market.market_id)
     return ring, f"{len(ring.keys)} certified"
 
 
-def _order(bundle: ReceiptBundle, market: MarketView, leg: int) -> tuple[Opened[Assignment], str]:
+def _order(bundle: ReceiptBundle, market: Market, leg: int) -> tuple[Opened[Assignment], str]:
     opened = open_assignment(bundle.assignments[leg], market.ring, market.market_id)
     order = opened.message
-    if not market.is_member(opened.signer, Member.ROUTER):
+    if not market.has_role(opened.signer, Member.ROUTER):
         raise BadSignature("signed by somebody who is not a router of this market")
     if order.request_id != bundle.request_id:
         raise InvalidRequest("it belongs to another request")
@@ -142,9 +130,7 @@ def _facts(
     )
 
 
-def _receipt(
-    facts: ReceiptFacts, nodes: KeyRing, market: MarketView
-) -> tuple[Opened[Receipt], str]:
+def _receipt(facts: ReceiptFacts, nodes: KeyRing, market: Market) -> tuple[Opened[Receipt], str]:
     opened = check_receipt(facts, nodes, market.market_id)
     receipt = opened.message
     reason = FinishReason.Name(receipt.finish_reason)
@@ -153,10 +139,10 @@ def _receipt(
     return opened, f"signed by the node; digests match; {counts}; weights {weights}"
 
 
-def _bill(bundle: ReceiptBundle, market: MarketView) -> tuple[Bill, str]:
+def _bill(bundle: ReceiptBundle, market: Market) -> tuple[Bill, str]:
     opened = open_envelope(bundle.bill, Bill, market.ring, market.market_id)
     bill = opened.message
-    if opened.signer != bill.router_id or not market.is_member(opened.signer, Member.ROUTER):
+    if opened.signer != bill.router_id or not market.has_role(opened.signer, Member.ROUTER):
         raise BadSignature("not signed by a router of this market")
     if bill.request_id != bundle.request_id:
         raise InvalidRequest("the bill is for another request")
@@ -218,7 +204,7 @@ def _check_amounts(leg: BillLeg, market: MarketDescriptor) -> None:
         raise InvalidRequest("fee, pool and node share are not the market's split of the charge")
 
 
-def _check_log(notes: _Findings, bundle: ReceiptBundle, market: MarketView) -> None:
+def _check_log(notes: _Findings, bundle: ReceiptBundle, market: Market) -> None:
     if bundle.inclusion is None:
         notes.found.append(Finding("log", None, "the file carries no inclusion proof"))
         return
@@ -241,12 +227,10 @@ def _included(body: bytes, proof: LeafProof, state: LogState) -> tuple[int, str]
     return proof.index, f"leaf {proof.index} of {state.size}"
 
 
-def _checkpoint(note: str, market: MarketView) -> tuple[LogState, str]:
+def _checkpoint(note: str, market: Market) -> tuple[LogState, str]:
     origin = log_origin(market.market_id)
     error: TrueweightError = BadSignature("the market names no ledger")
-    for member in market.descriptor.members:
-        if member.role != Member.LEDGER:
-            continue
+    for member in market.members(Member.LEDGER):
         for identity, public_key in market.ring.keys.values():
             if identity != member.identity:
                 continue

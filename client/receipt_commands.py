@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from trueweight.client.model_files import open_manifest
-from trueweight.client.receipt_bundle import read_bundle
-from trueweight.client.receipt_check import NOT_PROVEN, MarketView, check_bundle, holds
-from trueweight.protos.errors import ReceiptRefused
+from trueweight.client.receipt_check import NOT_PROVEN, check_bundle, holds
+from trueweight.protos.errors import InvalidRequest, ReceiptRefused
+from trueweight.protos.receipt_bundle import MAX_BUNDLE_BYTES, ReceiptBundle, parse_bundle
 from trueweight.runtime.cli import (
     json_option,
     market_option,
@@ -38,13 +38,8 @@ def verify(file: Path, market: Path, manifest: Path | None, as_json: bool) -> No
     Exits with 0 only if every signature, digest and amount in it holds.
     """
     known = load_market(market)
-    bundle = read_bundle(file)
-    view = MarketView(known.market_id, known.descriptor, known.ring)
-    if manifest is None:
-        findings = check_bundle(bundle, view)
-    else:
-        opened = open_manifest(manifest, known)
-        findings = check_bundle(bundle, view, opened)
+    bundle = _read(file)
+    findings = check_bundle(bundle, known, open_manifest(manifest, known) if manifest else None)
     good = holds(findings)
     if as_json:
         print_json(
@@ -67,3 +62,12 @@ def verify(file: Path, market: Path, manifest: Path | None, as_json: bool) -> No
             check=wrong,
             hint="Keep the file: its signatures show who signed what.",
         )
+
+
+def _read(path: Path) -> ReceiptBundle:
+    try:
+        if path.stat().st_size > MAX_BUNDLE_BYTES:
+            raise InvalidRequest(f"{path} is too large for a receipt file")
+        return parse_bundle(path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None

@@ -8,10 +8,11 @@ Merkle tiles before anything is deleted; a run that was killed is simply run aga
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trueweight.ledger.archived import (
 )
 from trueweight.ledger.leaves import TRANSFER
 from trueweight.ledger.tiles import WIDTH
-from trueweight.protos.errors import StorageError
+from trueweight.protos.errors import StorageError, Unavailable
 from trueweight.protos.merkle import HASH_BYTES, leaf_hash
 from trueweight.protos.v1 import ledger_pb2 as pb
 
@@ -49,8 +50,30 @@ class Archived:
 
 
 def archive(engine: sa.Engine, directory: Path, older_than_unix_ms: int) -> Archived:
-    """Moves what was merged before a time, as far as it is checkpointed and in full tiles."""
+    """Moves what was merged before a time, as far as it is checkpointed and in full tiles. Raises
+    Unavailable while another run writes to the directory."""
     directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        return _archive(engine, directory, older_than_unix_ms)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Files of two runs that overlap would make the whole directory unreadable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(
+                f"another run writes to the archive at {directory}", hint="Let it finish."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _archive(engine: sa.Engine, directory: Path, older_than_unix_ms: int) -> Archived:
     with engine.connect() as connection:
         market = _meta(connection, "market", "")
         start = int(_meta(connection, "archived_below", "0"))

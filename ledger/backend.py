@@ -115,7 +115,8 @@ class SqliteBackend:
     """sqlite3 in WAL mode with synchronous=FULL; the writer's lock is a locked file beside it."""
 
     def __init__(self, url: sa.URL) -> None:
-        self._path = sqlite_path(url)
+        # Whatever name it is opened by, there is one lock.
+        self._path = sqlite_path(url).resolve()
         self._lock_path = self._path.with_name(f"{self._path.name}.writer")
         self._lock: int | None = None
         with _sqlite_errors():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from trueweight.ledger import bundle, restitution
 from trueweight.ledger.backend import Backend, ConstraintViolated
 from trueweight.ledger.book import Book
-from trueweight.ledger.core import ALONE, Outcome, chains, run
+from trueweight.ledger.core import Outcome, chains, run, stands_alone
 from trueweight.ledger.load import Cache, Numbers, load, open_restitutions
 from trueweight.ledger.prepare import SYSTEM
 from trueweight.ledger.save import remember, save
@@ -102,7 +102,7 @@ class Books:
         """What the calls come to after everything judged so far; None if they must be applied by
         ``apply``, because they read more than their keys."""
         group = _segments(calls)
-        if len(group) != 1 or group[0][0][0].kind in ALONE:
+        if len(group) != 1 or stands_alone(group[0][0]):
             return None
         numbers = self._current()
         snapshot = load(
@@ -334,7 +334,7 @@ def _segments(calls: Sequence[Sequence[Prepared]]) -> list[list[list[Prepared]]]
     segments: list[list[list[Prepared]]] = [[]]
     for call in calls:
         for chain in chains(call):
-            if len(chain) == 1 and chain[0].kind in ALONE:
+            if stands_alone(chain):
                 segments += [[chain], []]
             else:
                 segments[-1].append(chain)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trueweight.ledger.connect import connected
+from trueweight.ledger.court import court_of
+from trueweight.ledger.prepare import DERIVES_IDS
 from trueweight.protos.ids import derived_id, uuid7
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
@@ -24,7 +26,9 @@ from trueweight.runtime.cli import (
     run_async,
 )
 from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import LedgerPort, raise_refused
+from trueweight.runtime.market import load_market
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
@@ -124,6 +128,16 @@ def deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
         id_ = new_id()
         return id_, id_.hex()
     return derived_id("deposit", rail.encode(), reference.encode()), reference
+
+
+def reference_id(market: Path, keys: Path, tag: str, *parts: bytes) -> bytes:
+    """The same for whoever these keys are. Ids of nodes have the form of a UUIDv7: the ledger takes
+    derived ones from those only who are entitled to them."""
+    known, signer = load_market(market), load_signer(keys)
+    if court_of(known).roles_of(signer.identity) & DERIVES_IDS:
+        return derived_id(tag, *parts)
+    id_ = derived_id(tag, signer.identity.encode(), *parts)
+    return id_[:6] + bytes([0x70 | id_[6] & 0x0F]) + id_[7:]
 
 
 def new_id() -> bytes:

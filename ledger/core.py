@@ -12,10 +12,20 @@ from typing import NamedTuple
 from trueweight.ledger import movements, reinstatement, restitution, settlement
 from trueweight.ledger.book import Book
 from trueweight.ledger.values import Applied, Prepared, Snapshot, Terms
-from trueweight.protos.errors import Conflict, IdConflict, InvalidRequest, TrueweightError
+from trueweight.protos.errors import (
+    Conflict,
+    IdConflict,
+    InvalidRequest,
+    OverCapacity,
+    TrueweightError,
+)
 
 # These read a part of the books that is not known from their ids: each is a group of its own.
 ALONE = frozenset({"convict", "release", "expire", "reinstate", restitution.KIND})
+# What a conviction takes of the writer's queue, in operations, and how many one call may ask for:
+# each reads up to 20,000 rows of a node's history for each verifier.
+CONVICTION_WEIGHT = 512
+MAX_CONVICTIONS = 8
 NO_INDEX = -1
 
 
@@ -37,6 +47,36 @@ def run(
     for chain in group:
         outcomes.extend(_run_chain(book, chain, terms))
     return outcomes, book
+
+
+def stands_alone(chain: Sequence[Prepared]) -> bool:
+    """True if a chain is a group of its own. One that was refused already reads nothing."""
+    return len(chain) == 1 and chain[0].kind in ALONE and chain[0].error is None
+
+
+def bounded(operations: Sequence[Prepared]) -> list[Prepared]:
+    """The operations of a call; convictions beyond ``MAX_CONVICTIONS`` are refused."""
+    left, found = MAX_CONVICTIONS, []
+    for operation in operations:
+        if is_heavy(operation):
+            left -= 1
+            if left < 0:
+                error = OverCapacity(
+                    f"a call asks for at most {MAX_CONVICTIONS} convictions", hint="Send it again."
+                )
+                operation = operation._replace(error=error)  # noqa: PLW2901
+        found.append(operation)
+    return found
+
+
+def weight_of(operations: Sequence[Prepared]) -> int:
+    """What a call takes of the queue."""
+    return len(operations) + sum(map(is_heavy, operations)) * (CONVICTION_WEIGHT - 1)
+
+
+def is_heavy(operation: Prepared) -> bool:
+    """True if it reads a node's history."""
+    return operation.kind == "convict" and operation.error is None
 
 
 def chains(operations: Sequence[Prepared]) -> list[list[Prepared]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from trueweight.ledger.evidence import Court
 from trueweight.ledger.values import Leaf, Terms
@@ -32,11 +33,13 @@ def court_of(market: Market) -> Court:
 
 def with_key_events(court: Court, leaves: Iterable[Leaf]) -> Court:
     """The court after key events that became leaves."""
-    ring = court.ring
+    ring, revocations = court.ring, court.revocations
     for leaf in leaves:
         if leaf.kind == "key-event":
+            before = ring
             try:
                 ring = apply_key_event(ring, leaf.body, court.terms.market_id)
             except TrueweightError:
                 continue  # two events of one identity in one group: the later one lost
-    return court if ring is court.ring else Court(court.terms, ring, court.roles)
+            revocations += len(ring.keys) < len(before.keys)
+    return court if ring is court.ring else replace(court, ring=ring, revocations=revocations)

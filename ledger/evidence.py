@@ -76,6 +76,8 @@ class Court:
     terms: Terms
     ring: KeyRing
     roles: dict[str, frozenset[str]]
+    # How often a key ceased to count: what was prepared before that is prepared again.
+    revocations: int = 0
 
     def roles_of(self, identity: str) -> frozenset[str]:
         return self.roles.get(identity, frozenset())
@@ -116,6 +118,7 @@ class ClaimFacts:
     """A checked claim of a node against a hold."""
 
     hold_id: bytes
+    router_id: str
     assignment_digest: bytes
     receipt: bytes
     receipt_digest: bytes
@@ -314,6 +317,7 @@ def check_claim(body: ledger_pb2.Claim, caller: str, court: Court) -> ClaimFacts
     )
     return ClaimFacts(
         body.hold_id,
+        assignment.router_id,
         opened.digest,
         body.receipt,
         receipt.digest,
@@ -398,6 +402,8 @@ def check_refund(body: ledger_pb2.Refund, roles: frozenset[str], court: Court) -
     verdict = _payload(body.verdict, audit_pb2.Verdict)
     if verdict.receipt_digest != body.receipt_digest:
         raise InvalidRequest("the verdict is about another receipt")
+    if not verdict.node_id:
+        raise InvalidRequest("the verdict names no node")  # nor could its owner be told
     if verdict.outcome not in REFUNDABLE:
         raise InvalidRequest("the verdict's outcome does not refund")
     refused = verdict.outcome == audit_pb2.Verdict.INVALID_RECEIPT

@@ -4,31 +4,49 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
-from trueweight.ledger.accounts import CLIENT, EXTERNAL, NODE_BOND, NODE_LOCKED, owner_of
+from trueweight.ledger.accounts import (
+    CLIENT,
+    EXTERNAL,
+    NODE_BOND,
+    NODE_LOCKED,
+    clearing_of,
+    kind_of,
+    owner_of,
+)
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, archive_at, transfers_of
 from trueweight.ledger.findings import Findings, Progress, Tally, snapshot, stream
 from trueweight.ledger.fsck_restitution import check_restitutions
 from trueweight.ledger.fsck_rows import Refunds, check_claims, check_references, check_refunds
 from trueweight.ledger.values import (
     EXPIRE,
+    HOLD,
     NOT_INDEXED,
     OPEN,
+    PAYOUT,
     PENDING,
     POST,
     REASON_NO,
     SINGLE,
     VOID,
+    WITHDRAWAL,
     transfer_id,
 )
+from trueweight.protos.errors import InvalidRequest
 
 _STATE_OF_PHASE = {POST: 2, VOID: 3, EXPIRE: 4}
+_KIND_OF_REASON = {
+    REASON_NO["hold"]: HOLD,
+    REASON_NO["payout"]: PAYOUT,
+    REASON_NO["bond-withdrawal"]: WITHDRAWAL,
+}
 _EARNED = (REASON_NO["earning"], REASON_NO["subsidy"])
+_FEE, _POOL = REASON_NO["fee"], REASON_NO["pool"]
 _FORFEIT, _REINSTATE = REASON_NO["forfeit"], REASON_NO["reinstate"]
 _REFUND, _REWARD = REASON_NO["refund"], REASON_NO["reward"]
 _RAIL = (REASON_NO["deposit"], REASON_NO["bond-deposit"])
@@ -43,6 +61,10 @@ _DEBITED, _CREDITED = (
 )
 
 
+# A first phase: numbers of both accounts, amount, and what it is for.
+_First = tuple[int, int, int, int]
+
+
 def _no_counters() -> list[int]:
     return [0, 0, 0, 0]
 
@@ -54,10 +76,12 @@ class _Fold:
     kinds: dict[int, int]
     names: dict[int, str]
     counters: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(_no_counters))
-    open: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
+    open: dict[bytes, _First] = field(default_factory=dict)
     # Resolved holds would be too many to keep.
     resolved: Tally = field(default_factory=Tally)
     earned: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    # By number of a client's clearing account and reason: what went to the market.
+    shares: defaultdict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
     # What convictions took from an account and reinstatements have not paid back.
     forfeited: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     refunds: Refunds = field(default_factory=Refunds)
@@ -127,6 +151,7 @@ def _fold_all(
 
 def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> None:
     counters, earned, resolved = fold.counters, fold.earned, fold.resolved
+    shares = fold.shares
     inside = {no for no, kind in fold.kinds.items() if kind != EXTERNAL}
     for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in rows:
         if sequence != fold.next:
@@ -142,30 +167,33 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
             credit[3] += amount
             if reason in _EARNED:
                 earned[credit_no] += amount
+            elif reason in (_FEE, _POOL):
+                shares[debit_no, reason] += amount
             elif reason in _NOTED:
                 fold.note(reason, bytes(operation), (debit_no, credit_no), amount)
         elif phase == PENDING:
             debit[0] += amount
             credit[2] += amount
-            fold.open[transfer_id(bytes(operation), ordinal)] = (debit_no, credit_no, amount)
+            first = (debit_no, credit_no, amount, _KIND_OF_REASON.get(reason, 0))
+            fold.open[transfer_id(bytes(operation), ordinal)] = first
         else:
-            first = fold.open.pop(bytes(pending or b""), None)
-            if first is None or first[:2] != (debit_no, credit_no) or amount > first[2]:
+            held = fold.open.pop(bytes(pending or b""), None)
+            if held is None or held[:2] != (debit_no, credit_no) or amount > held[2]:
                 findings.add(f"transfer {sequence} resolves no open pending transfer")
                 continue
-            debit[0] -= first[2]
+            debit[0] -= held[2]
             debit[1] += amount
-            credit[2] -= first[2]
+            credit[2] -= held[2]
             credit[3] += amount
-            resolved.add(_resolution(pending, _STATE_OF_PHASE.get(phase, 0), amount))
+            resolved.add(_resolution(pending, held, _STATE_OF_PHASE.get(phase, 0), amount))
             if reason in _PAYOUT:
                 fold.settled[bytes(operation)] = fold.names.get(credit_no, "?")
         if debit[3] - debit[1] - debit[0] < 0 and debit_no in inside:
             findings.add(f"transfer {sequence} overdraws {fold.names.get(debit_no, debit_no)}")
 
 
-def _resolution(pending: bytes, state: int, posted: int) -> bytes:
-    return b"%b%d:%d" % (pending, state, posted)
+def _resolution(pending: bytes, first: _First, state: int, posted: int) -> bytes:
+    return b"%b%d:%d:%d:%d:%d:%d" % (pending, *first, state, posted)
 
 
 def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -> None:
@@ -176,6 +204,8 @@ def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -
         folded = fold.counters.pop(no, [0, 0, 0, 0])
         if stored != folded:
             findings.add(f"{row.id} has counters {stored}, its transfers give {folded}")
+        if row.kind != _kind(row.id):
+            findings.add(f"{row.id} is not of the kind that its name says")
         if row.kind != EXTERNAL and stored[3] - stored[1] - stored[0] < 0:
             findings.add(f"{row.id} is overdrawn")
         known = sums[row.currency]
@@ -187,34 +217,59 @@ def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -
         findings.add(f"transfers name account number {no}, which does not exist")
 
 
+def _kind(account_id: str) -> int:
+    try:
+        return kind_of(account_id)
+    except InvalidRequest:
+        return 0
+
+
 def _check_pendings(
     connection: sa.Connection, archive: Archive | None, findings: Findings, fold: _Fold
 ) -> None:
-    count, names, resolved = 0, fold.names, fold.resolved
-    for row in stream(connection, "SELECT id, debit, credit, amount, posted, state FROM pending"):
+    count, resolved = 0, fold.resolved
+    for id_, first, state, posted in _pending_rows(connection, fold):
         count += 1
-        id_, (debit, credit, amount, posted, state) = bytes(row[0]), row[1:]
-        if state == OPEN:
-            first = fold.open.pop(id_, None)
-            seen = first and (names.get(first[0]), names.get(first[1]), first[2], 0)
-            if seen != (debit, credit, amount, posted):
-                findings.add(f"the open hold {id_.hex()} does not follow from its transfer")
-        else:
-            resolved.take(_resolution(id_, state, posted))
+        if state != OPEN:
+            resolved.take(_resolution(id_, first, state, posted))
+        elif fold.open.pop(id_, None) != first or posted:
+            findings.add(f"the open hold {id_.hex()} does not follow from its transfer")
     for id_ in fold.open:
         findings.add(f"the pending transfer {id_.hex()} has no open row")
     if resolved.sum:
-        _name_resolved(connection, archive, findings)
+        _name_resolved(connection, archive, findings, fold)
     findings.counts["holds"] = count
 
 
-def _name_resolved(connection: sa.Connection, archive: Archive | None, findings: Findings) -> None:
+def _pending_rows(
+    connection: sa.Connection, fold: _Fold
+) -> Iterator[tuple[bytes, _First, int, int]]:
+    """Id, what its transfer must have held, state and what was posted."""
+    numbers = {name: no for no, name in fold.names.items()}
+    rows = stream(connection, "SELECT id, debit, credit, amount, kind, state, posted FROM pending")
+    for id_, debit, credit, amount, kind, state, posted in rows:
+        sides = numbers.get(debit, -1), numbers.get(credit, -1)
+        yield bytes(id_), (*sides, amount, kind), state, posted
+
+
+def _name_resolved(
+    connection: sa.Connection, archive: Archive | None, findings: Findings, fold: _Fold
+) -> None:
     """Something is wrong with resolved holds: now they are all kept, to say with which."""
-    rows = transfers_of(connection, archive, ("sequence", "pending_id", "phase", "amount"))
-    said = {bytes(r[1]): (_STATE_OF_PHASE.get(r[2], 0), r[3]) for r in rows if r[1] is not None}
-    for row in stream(connection, f"SELECT id, state, posted FROM pending WHERE state <> {OPEN}"):  # noqa: S608
-        if said.pop(bytes(row[0]), None) != tuple(row[1:]):
-            findings.add(f"the hold {bytes(row[0]).hex()} was not resolved as its row says")
+    held: dict[bytes, _First] = {}
+    said: dict[bytes, tuple[_First | None, int, int]] = {}
+    for _, operation, ordinal, debit, credit, amount, phase, pending, reason in transfers_of(
+        connection, archive, TRANSFER_COLUMNS[:-1]
+    ):
+        if phase == PENDING:
+            first = (debit, credit, amount, _KIND_OF_REASON.get(reason, 0))
+            held[transfer_id(bytes(operation), ordinal)] = first
+        elif pending is not None:
+            id_ = bytes(pending)
+            said[id_] = (held.pop(id_, None), _STATE_OF_PHASE.get(phase, 0), amount)
+    for id_, *row in _pending_rows(connection, fold):
+        if row[1] != OPEN and said.pop(id_, None) != tuple(row):
+            findings.add(f"the hold {id_.hex()} was not resolved as its row says")
     for id_ in said:
         findings.add(f"the resolved hold {id_.hex()} has no row")
 
@@ -231,6 +286,14 @@ def _check_legs(connection: sa.Connection, findings: Findings, fold: _Fold) -> N
     for account, amount in earned.items():
         if amount:
             findings.add(f"{account} earned {amount} without receipts")
+    numbers = {name: no for no, name in fold.names.items()}
+    for client, fee, pool in connection.execute(
+        sa.text("SELECT client, SUM(fee), SUM(pool) FROM leg GROUP BY client")
+    ):
+        clearing = numbers.get(clearing_of(client), -1)
+        shares = fold.shares[clearing, _FEE], fold.shares[clearing, _POOL]
+        if shares != (int(fee), int(pool)):
+            findings.add(f"the receipts of {client} are not what the market got of them")
     wrong = sa.text(
         "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged, MIN(client) AS one, "
         "MAX(client) AS other FROM leg GROUP BY hold_id) l "
@@ -277,6 +340,14 @@ def _check_spending(connection: sa.Connection, findings: Findings) -> None:
                 f"API key {key} has spent {folded}, {folded_in_period} of it in its period; "
                 f"its row says {spent} and {in_period}"
             )
+    unknown = connection.execute(
+        sa.text(
+            "SELECT DISTINCT api_key_id FROM pending WHERE api_key_id <> '' "
+            "EXCEPT SELECT api_key_id FROM spending"
+        )
+    )
+    for (key,) in unknown:
+        findings.add(f"what API key {key} has spent is forgotten")
 
 
 def _check_operations(connection: sa.Connection, findings: Findings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -16,7 +16,7 @@ from trueweight.ledger.archived import (
     transfers_of,
 )
 from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
-from trueweight.ledger.findings import Findings, Progress, kept_rows, snapshot, stream
+from trueweight.ledger.findings import Findings, Progress, kept_rows, plain, snapshot, stream
 from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
 from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
 from trueweight.ledger.fsck_verdicts import Verdicts
@@ -36,6 +36,7 @@ from trueweight.protos.errors import BadSignature, StorageError
 from trueweight.protos.merkle import leaf_hash
 from trueweight.protos.v1.audit_pb2 import AuditRequest
 from trueweight.protos.v1.envelope_pb2 import Envelope
+from trueweight.protos.v1.market_pb2 import Bill, Receipt
 
 RECEIPT, BILL, REQUEST = "receipt", "bill", "audit-request"
 _TYPES = {kind: payload_type(message_class(kind)) for kind in bundle.KINDS if kind != TRANSFER}
@@ -102,15 +103,12 @@ def _check_log(
     total = int(
         connection.execute(sa.text("SELECT COALESCE(SUM(leaves), 0) FROM bundle")).scalar_one()
     )
-    roots: dict[int, bytes] = {
-        row[0]: row[1] for row in connection.execute(sa.text("SELECT size, root FROM checkpoint"))
-    }
+    roots = _Roots(stream(connection, "SELECT size, root FROM checkpoint ORDER BY size"))
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
     kept = _Kept(connection, findings, transfers)
-    sizes = sorted(roots)
     # A log may have been checkpointed before its first leaf.
-    edge = _extend(findings, Edge(), [], stored, (sizes, roots))
+    edge = _extend(findings, Edge(), [], stored, roots)
     for row in bundles_of(connection, archive):
         if row[0] != edge.size:
             findings.add(f"leaves {edge.size} to {row[0] - 1} are missing")
@@ -121,13 +119,13 @@ def _check_log(
         kept.merged_at = row[3]
         for place, (kind, body) in enumerate(leaves, row[0]):
             kept.check(place, kind, body)
-        edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, (sizes, roots))
+        edge = _extend(findings, edge, [leaf_hash(b) for _, b in leaves], stored, roots)
         progress("leaves", edge.size, total)
     kept.finish()
     for level, number in stored:
         findings.add(f"tile {level}/{number} covers leaves that do not exist")
-    for size in sizes:
-        findings.add(f"the checkpoint of size {size} is beyond the log")
+    while (beyond := roots.take()) is not None:
+        findings.add(f"the checkpoint of size {beyond[0]} is beyond the log")
     findings.counts["leaves"] = edge.size
 
 
@@ -140,6 +138,22 @@ def _leaves(findings: Findings, row: Any) -> list[tuple[str, bytes]] | None:
     if bundle.mask_of(kind for kind, _ in leaves) != row[2]:
         findings.add(f"the bundle at leaf {row[0]} says it has other kinds of leaves")
     return leaves
+
+
+class _LegRow(NamedTuple):
+    """What is kept of a receipt."""
+
+    log_index: int
+    receipt_digest: bytes
+    captured_at: int
+    output_tokens: int | None
+    hold_id: bytes
+    node_id: str
+    charge: int
+    fee: int
+    pool: int
+    node: int
+    subsidy: int
 
 
 class _Kept:
@@ -155,14 +169,16 @@ class _Kept:
         # When the leaves that are checked were merged.
         self.merged_at = 0
         self._legs = stream(
-            connection, "SELECT log_index, receipt_digest, captured_at FROM leg ORDER BY log_index"
+            connection,
+            f"SELECT {', '.join(_LegRow._fields)} FROM leg ORDER BY log_index",  # noqa: S608
         )
         self._evidence = stream(
             connection, "SELECT log_index, digest FROM evidence ORDER BY log_index"
         )
         self._next_evidence = next(self._evidence, None)
-        # When the receipts before the next leaf of transfers were captured.
-        self._captured: list[int] = []
+        # Leg of the newest receipt, and of all before the next leaf of transfers.
+        self._leg: _LegRow | None = None
+        self._captured: list[_LegRow] = []
         self._steps = kept_rows(connection, "audit_step", StepRow._fields)
         self._requests, self._verdicts = _Requests(connection), Verdicts(connection)
         self._nodes, self._debts = Nodes(connection), NodeDebts(connection)
@@ -180,7 +196,9 @@ class _Kept:
             digest = message_digest(envelope.payload_type, envelope.payload)
             self._find(place, kind, digest)
             self._rewards.leaf(digest)
-            if kind != RECEIPT:
+            if kind == RECEIPT:
+                self._check_receipt(place, envelope)
+            else:
                 self._compare(place, kind, envelope, digest, body)
         except BadSignature:
             self._findings.add(f"leaf {place} is not the {kind} it says")
@@ -192,7 +210,7 @@ class _Kept:
         else:
             self._nodes.transfers(body)
         if self._captured:
-            if any(captured != at for captured in self._captured):
+            if any(leg.captured_at != at for leg in self._captured):
                 self._findings.add(f"receipts before leaf {place} were captured at another time")
             self._captured.clear()
 
@@ -200,11 +218,12 @@ class _Kept:
         """Receipts are found in what they moved; older books have them in both."""
         found = True
         if kind == RECEIPT:
-            leg = next(self._legs, None)
-            if leg is None or (leg[0], bytes(leg[1])) != (place, digest):
+            row = next(self._legs, None)
+            self._leg = _LegRow(*plain(row)) if row is not None else None
+            if self._leg is None or self._leg[:2] != (place, digest):
                 found = False
             else:
-                self._captured.append(leg[2])
+                self._captured.append(self._leg)
         row = self._next_evidence
         if kind != RECEIPT or (row is not None and row[0] == place):
             found = found and row is not None and (row[0], bytes(row[1])) == (place, digest)
@@ -216,7 +235,9 @@ class _Kept:
         self, place: int, kind: str, envelope: Envelope, digest: bytes, body: bytes
     ) -> None:
         if kind == BILL:
-            self._debts.bill(envelope)
+            bill = parse_payload(envelope, Bill)
+            self._check_bill(place, bill)
+            self._debts.bill(bill)
         elif kind in VERDICT_KINDS:
             self._verdicts.check(self._findings, kind, (place, self.merged_at), envelope)
         elif kind == REQUEST:
@@ -226,6 +247,37 @@ class _Kept:
             self._check_step(place, kind, step)
         elif kind in (CONVICTION, REINSTATEMENT):
             self._nodes.statement(place, kind, envelope)
+
+    def _check_receipt(self, place: int, envelope: Envelope) -> None:
+        said, leg = parse_payload(envelope, Receipt), self._leg
+        # Legs of older books do not say how many tokens.
+        if leg is not None and (
+            leg.node_id != said.node_id or leg.output_tokens not in (None, said.output_tokens)
+        ):
+            self._findings.add(f"what is kept of the receipt in leaf {place} is not what it says")
+
+    def _check_bill(self, place: int, bill: Bill) -> None:
+        """The receipts of a capture are the leaves before its bill, in its order. The pool may have
+        paid a part of a subsidy."""
+        legs = self._captured
+        said = [
+            _LegRow(
+                leg.log_index,
+                billed.receipt_digest,
+                leg.captured_at,
+                leg.output_tokens,
+                bill.hold_id,
+                billed.node_id,
+                billed.client_charge_nano,
+                billed.fee_nano,
+                billed.pool_nano,
+                billed.node_nano,
+                min(leg.subsidy, billed.pool_subsidy_nano),
+            )
+            for leg, billed in zip(legs, bill.legs, strict=False)
+        ]
+        if legs != said or len(legs) != len(bill.legs):
+            self._findings.add(f"the receipts before leaf {place} are not kept as it bills them")
 
     def _check_step(self, place: int, kind: str, said: StepRow | None) -> None:
         stored = next(self._steps, None)
@@ -290,21 +342,37 @@ class _Requests:
             findings.add("audit requests do not say what became of them")
 
 
+class _Roots:
+    """Checkpointed roots in the order of their sizes, one at a time: there is one for each second
+    in which the log grew."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def take(self, most: int | None = None) -> tuple[int, bytes] | None:
+        """The next, unless it is of more leaves."""
+        row = self._next
+        if row is None or (most is not None and row[0] > most):
+            return None
+        self._next = next(self._rows, None)
+        return int(row[0]), bytes(row[1])
+
+
 def _extend(
     findings: Findings,
     edge: Edge,
     hashes: list[bytes],
     stored: dict[tuple[int, int], bytes],
-    checkpoints: tuple[list[int], dict[int, bytes]],
+    roots: _Roots,
 ) -> Edge:
-    sizes, roots = checkpoints
     done = 0
-    while sizes and sizes[0] <= edge.size + len(hashes) - done:
-        size = sizes.pop(0)
+    while (checkpoint := roots.take(edge.size + len(hashes) - done)) is not None:
+        size, root = checkpoint
         step = hashes[done : done + size - edge.size]
         edge = _check_tiles(findings, edge, step, stored)
         done += len(step)
-        if edge.root() != bytes(roots[size]):
+        if edge.root() != root:
             findings.add(f"the log's root at size {size} is not the one that was checkpointed")
     return _check_tiles(findings, edge, hashes[done:], stored)
 
@@ -325,18 +393,22 @@ def _check_checkpoints(
     market_id: str,
     ledger_keys: list[bytes] | None,
 ) -> None:
-    rows = connection.execute(sa.text("SELECT size, root, note FROM checkpoint")).fetchall()
-    findings.counts["checkpoints"] = len(rows)
-    if ledger_keys is None:
+    count = 0
+    for row in stream(connection, "SELECT size, root, issued_at, note FROM checkpoint"):
+        count += 1
+        if ledger_keys is not None:
+            _check_note(findings, row, log_origin(market_id), ledger_keys)
+    findings.counts["checkpoints"] = count
+
+
+def _check_note(findings: Findings, row: Any, origin: str, ledger_keys: list[bytes]) -> None:
+    size, root, issued_at, note = row
+    for key in ledger_keys:
+        try:
+            state = open_note(note, origin, key)
+        except BadSignature:
+            continue
+        if (state.size, state.root, state.issued_at_unix_ms) != (size, bytes(root), issued_at):
+            findings.add(f"the checkpoint of size {size} says something else than its row")
         return
-    for size, root, note in rows:
-        for key in ledger_keys:
-            try:
-                state = open_note(note, log_origin(market_id), key)
-            except BadSignature:
-                continue
-            if (state.size, state.root) != (size, bytes(root)):
-                findings.add(f"the checkpoint of size {size} says something else than its row")
-            break
-        else:
-            findings.add(f"the checkpoint of size {size} is not signed by the ledger")
+    findings.add(f"the checkpoint of size {size} is not signed by the ledger")

@@ -145,11 +145,10 @@ class NodeDebts:
         )
         self._owed = {(bytes(row[0]), str(row[1])): int(row[2]) for row in rows}
 
-    def bill(self, envelope: Envelope) -> None:
-        """A leaf that is a bill. Raises BadSignature if it is none."""
+    def bill(self, bill: Bill) -> None:
+        """A leaf that is a bill."""
         if not self._owed:
             return
-        bill = parse_payload(envelope, Bill)
         unpaid: defaultdict[str, int] = defaultdict(int)
         for leg in bill.legs:
             paid = self._connection.execute(

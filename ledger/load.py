@@ -54,6 +54,8 @@ from trueweight.ledger.values import (
 
 _MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
 _MAX_CACHED = 200_000
+# Claims that one expiry pays, while everybody waits (but always those of one hold).
+MAX_CLAIMS_PAID = 512
 
 ACCOUNT_COLUMNS = (
     "no", "id", "kind", "currency", "debits_pending", "debits_posted", "credits_pending",
@@ -178,7 +180,9 @@ def load(
     applied = _applied(backend, operations)
     _overlay(applied, last.applied, {op.id for op in operations})
     needs = _needs(op for op in operations if op.error is None and op.id not in applied)
-    special = _special(backend, cache, operations[0], needs, terms=terms, now_unix_ms=now_unix_ms)
+    first, special = operations[0], {}
+    if first.error is None and first.id not in applied:
+        special = _special(backend, cache, first, needs, terms=terms, now_unix_ms=now_unix_ms)
     pendings = _pendings(backend, cache, needs)
     _overlay(pendings, last.pendings, needs.pendings)
     for pending in pendings.values():
@@ -329,7 +333,7 @@ def _add_settled(needs: Needs, operations: Sequence[Prepared]) -> None:
 def _add_publication(needs: Needs, facts: PublishFacts) -> None:
     needs.digests.add(facts.digest)
     if facts.conviction:
-        node = facts.conviction.partition(":")[0]
+        node = facts.conviction.rpartition(":")[0]
         needs.nodes.add(node)
         needs.convictions.add((node, facts.conviction))
     if facts.verdict is not None:
@@ -347,10 +351,8 @@ def _special(
     backend: Backend, cache: Cache, op: Prepared, needs: Needs, *, terms: Terms, now_unix_ms: int
 ) -> dict[str, object]:
     """What the operations that stand alone read besides their keys."""
-    if op.error is not None:
-        return {}
     if op.kind == "expire":
-        return {"due_holds": _due_holds(backend, needs, now_unix_ms, op.body.limit)}
+        return {"due_holds": _due_holds(backend, cache, needs, now_unix_ms, op.body.limit)}
     if op.kind == "release":
         return {"leg_total": _leg_total(backend, cache, op, terms, now_unix_ms)}
     if op.kind == "reinstate":
@@ -369,7 +371,9 @@ def _open_withdrawals(backend: Backend, bonds: set[str], last: Book) -> Mapping[
     return {**found, **{k: v for k, v in last.open_withdrawals.items() if k in bonds}}
 
 
-def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> list[Pending]:
+def _due_holds(
+    backend: Backend, cache: Cache, needs: Needs, now_unix_ms: int, limit: int
+) -> list[Pending]:
     due = [
         Pending(*row)
         for row in backend.query(
@@ -377,6 +381,8 @@ def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> 
             (now_unix_ms, limit),
         )
     ]
+    if _any_claims(backend, cache):
+        due = due[: _payable(backend, [p.id for p in due])]
     needs.pendings.update(p.id for p in due)
     needs.claims.update(p.id for p in due)
     needs.accounts.update(_MARKET)
@@ -384,6 +390,19 @@ def _due_holds(backend: Backend, needs: Needs, now_unix_ms: int, limit: int) -> 
         needs.accounts.update(node_locked(c.node_id) for c in claims)
         needs.nodes.update(c.node_id for c in claims)
     return due
+
+
+def _payable(backend: Backend, hold_ids: Sequence[bytes]) -> int:
+    """How many of these holds may end together, by what was claimed from them."""
+    claimed = Counter(
+        row[0] for row in backend.by_keys("SELECT hold_id FROM claim", "hold_id", hold_ids)
+    )
+    claims = 0
+    for place, hold_id in enumerate(hold_ids):
+        claims += claimed[hold_id]
+        if place and claims > MAX_CLAIMS_PAID:
+            return place
+    return len(hold_ids)
 
 
 def _leg_total(

@@ -15,6 +15,7 @@ from trueweight.ledger.command_support import (
     ledger_options,
     new_id,
     one_operation,
+    reference_id,
     with_ledger,
 )
 from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
@@ -59,14 +60,21 @@ def _own_reference(function: F) -> F:
 @option("--settle/--start-only", default=False, help="Also mark it as paid.")
 @one_operation
 def payout(
-    *, node_id: str, credits: str, rail: str, reference: str, settle: bool
+    *,
+    node_id: str,
+    credits: str,
+    rail: str,
+    reference: str,
+    settle: bool,
+    market: Path,
+    keys: Path,
 ) -> list[pb.Operation]:
     """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled.
 
     Run again with the same --reference after a lost answer: it pays once.
     """
     start = pb.Operation(
-        id=derived_id("payout", rail.encode(), reference.encode()),
+        id=reference_id(market, keys, "payout", rail.encode(), reference.encode()),
         payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
     )
     return [start, _settlement(start.id, True, reference)] if settle else [start]
@@ -83,7 +91,13 @@ def payout(
 )
 @one_operation
 def withdraw_bond(
-    *, node_id: str, credits: str, reference: str, not_before: datetime | None, market: Path
+    *,
+    node_id: str,
+    credits: str,
+    reference: str,
+    not_before: datetime | None,
+    market: Path,
+    keys: Path,
 ) -> pb.Operation:
     """Take CREDITS out of NODE_ID's bond; pending until it is settled, which takes the settlement
     window at least.
@@ -98,7 +112,7 @@ def withdraw_bond(
     else:
         due = round(not_before.replace(tzinfo=UTC).timestamp() * 1000)
     return pb.Operation(
-        id=derived_id("withdraw-bond", reference.encode()),
+        id=reference_id(market, keys, "withdraw-bond", reference.encode()),
         bond_withdraw=pb.BondWithdraw(
             node_id=node_id, amount_nano=parse_credits(credits), not_before_unix_ms=due
         ),

@@ -30,6 +30,20 @@ class Call:
     answer: Any
     # Whose part of the queue it takes; all who are no members of the market share one.
     payer: str = ""
+    # Of the court that its operations were prepared by (``Court.revocations``).
+    revocations: int = 0
+    # What comes after it is judged by other keys: it ends its group.
+    has_key_event: bool = False
+    # What it takes of the queue, in operations; 0: as many as it has.
+    weight: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.weight or len(self.operations)
+
+
+class KeysChanged(Unavailable):
+    """A key was revoked after the operations were prepared: nothing was applied."""
 
 
 Answer = tuple[Call, "list[Outcome] | TrueweightError"]
@@ -48,6 +62,8 @@ class Hooks:
     deliver: Callable[[list[Answer]], None]
     committed: Callable[[int, tuple[Leaf, ...]], None]
     became_writer: Callable[[], None]
+    # Of the court as of the last commit.
+    revocations: Callable[[], int]
 
 
 class Pipeline:

@@ -16,7 +16,7 @@ from trueweight.ledger.evidence import Court
 from trueweight.ledger.values import Prepared
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.errors import InvalidRequest, PermissionDenied, TrueweightError
-from trueweight.protos.ids import ID_BYTES
+from trueweight.protos.ids import ID_BYTES, derived_id
 from trueweight.protos.money import MAX_NANO
 from trueweight.protos.v1 import ledger_pb2 as pb
 
@@ -25,6 +25,8 @@ MAX_EXPIRE = 1000
 # What the service itself may do (expiring what is due).
 SYSTEM = "system"
 _NODE = "the node itself"
+# Whose operations may have ids that are derived from anything.
+DERIVES_IDS = frozenset({"admin", "market", "operator", "verifier"})
 _SCOPES: dict[str, frozenset[str]] = {
     "deposit": frozenset({"admin"}),
     "bond_deposit": frozenset({"admin", "operator"}),
@@ -61,6 +63,11 @@ def is_hopeless(operation: Prepared) -> bool:
     return error is not None and (isinstance(error, OutOfScope) or not operation.body_hash)
 
 
+def is_key_event(operation: Prepared) -> bool:
+    """True if it changes whose keys count."""
+    return operation.kind == "publish" and getattr(operation.facts, "kind", "") == "key-event"
+
+
 def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
     """Never raises for what a caller sent: a refusal is part of the value."""
     kind = operation.WhichOneof("body") or ""
@@ -76,6 +83,7 @@ def prepare(operation: pb.Operation, caller: str, court: Court) -> Prepared:
         return Prepared(id_, b"", operation.linked, kind, caller, None, None, error)
     try:
         _check_scope(kind, body, caller, court)
+        _check_id(operation.id, kind, body, court.roles_of(caller))
         facts = _CHECKS[kind](operation.id, body, caller, court)
     except TrueweightError as error:
         return Prepared(operation.id, body_hash, operation.linked, kind, caller, body, None, error)
@@ -106,6 +114,21 @@ def _check_scope(kind: str, body: Any, caller: str, court: Court) -> None:
         f"{kind.replace('_', ' ')} is not for this caller",
         hint=f"It takes: {', '.join(sorted(allowed - {SYSTEM}))}.",
     )
+
+
+def _check_id(id_: bytes, kind: str, body: Any, roles: frozenset[str]) -> None:
+    """Ids that are no UUIDv7 are derived from public facts, so that a repeat is a replay. Others
+    must not take them first: a node that has the ids of its refunds, verdicts and conviction would
+    never be refunded, judged or convicted."""
+    if id_[6] >> 4 == 7 or roles & DERIVES_IDS:
+        return
+    fact = {"claim": "receipt", "publish": "envelope", "void_hold": "hold_id"}.get(kind)
+    if fact is not None:
+        value = getattr(body, fact)
+        tag, part = (kind, digest_of(value)) if fact != "hold_id" else ("void", value)
+        if id_ == derived_id(tag, part):
+            return
+    raise InvalidRequest("an id of this form is not for this caller", hint="Use a UUIDv7.")
 
 
 def _deposit(_: bytes, body: pb.Deposit, __: str, ___: Court) -> None:

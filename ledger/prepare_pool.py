@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 from trueweight.ledger.evidence import Court
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # Fewer captures are checked faster here than sent there.
 WORTH_SENDING = 8
 _CHUNK = 64
+# So long a call is checked at a time before others have their turn.
+_TURN_S = 0.005
 _TIMEOUT_S = 10.0
 # After its processes died it takes a rest, so that a fault does not start processes for ever.
 _REST_S = 5.0
@@ -49,14 +51,14 @@ class PreparePool:
         """``prepare`` of each, in order."""
         captures = [i for i, op in enumerate(operations) if op.HasField("capture")]
         if not self._workers or len(captures) < WORTH_SENDING:
-            return [prepare(op, caller, court) for op in operations]
+            return await _prepare_here(operations, caller, court, {})
         parts = [captures[i : i + _CHUNK] for i in range(0, len(captures), _CHUNK)]
         asked = [self._ask([operations[i] for i in part], caller, court) for part in parts]
         answers = await asyncio.gather(*asked)
         found: dict[int, Prepared] = {}
         for part, answer in zip(parts, answers, strict=True):
             found.update(zip(part, answer, strict=False))
-        return [found.get(i) or prepare(op, caller, court) for i, op in enumerate(operations)]
+        return await _prepare_here(operations, caller, court, found)
 
     async def _ask(
         self, operations: Sequence[pb.Operation], caller: str, court: Court
@@ -94,6 +96,20 @@ class PreparePool:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+
+
+async def _prepare_here(
+    operations: Sequence[pb.Operation], caller: str, court: Court, known: Mapping[int, Prepared]
+) -> list[Prepared]:
+    """Checks those that are not known yet. A thousand take a quarter of a second, in which nobody
+    else would be heard."""
+    began, found = time.monotonic(), []
+    for place, operation in enumerate(operations):
+        found.append(known.get(place) or prepare(operation, caller, court))
+        if time.monotonic() - began > _TURN_S:
+            await asyncio.sleep(0)
+            began = time.monotonic()
+    return found
 
 
 # -- in the other processes -------------------------------------------------------------------

@@ -235,16 +235,17 @@ class Reader:
             )
         )
 
-    def key_events(self) -> list[bytes]:
-        """All published key events, in log order."""
+    def key_events(self, place: int = 0) -> tuple[list[bytes], int]:
+        """Published key events from a place in the log on, in its order, and where to go on."""
         found: list[bytes] = []
-        place = 0
+        if place > self.size():
+            place = 0  # of an older copy of the books
         while True:
             page = self.read_log(place, MAX_PAGE, ("key-event",))
             found += [entry.body for entry in page.entries]
-            if page.next_index >= page.tree_size:
-                return found
             place = page.next_index
+            if place >= page.tree_size:
+                return found, place
 
     def _checkpoint_for(self, tree_size: int) -> log_pb2.Checkpoint:
         if tree_size:

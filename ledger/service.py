@@ -20,11 +20,11 @@ from typing import TypeVar
 from trueweight.ledger import deadline
 from trueweight.ledger.accounts import CLIENT, kind_of, owner_of
 from trueweight.ledger.backend import Backend, open_backend
-from trueweight.ledger.core import Outcome
+from trueweight.ledger.core import Outcome, bounded, weight_of
 from trueweight.ledger.court import court_of, with_key_events
 from trueweight.ledger.evidence import Court
-from trueweight.ledger.pipeline import Answer, Call, Hooks
-from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, is_hopeless, prepare
+from trueweight.ledger.pipeline import Answer, Call, Hooks, KeysChanged
+from trueweight.ledger.prepare import MAX_EXPIRE, SYSTEM, is_hopeless, is_key_event, prepare
 from trueweight.ledger.prepare_pool import PreparePool
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, migrate, normal_url
@@ -73,6 +73,8 @@ class Ledger:
         self._url = normal_url(database)
         self._signer, self._clock, self._random = signer, clock, random
         self._court = court_of(market)
+        # Key events below this log index were read.
+        self._keys_from = 0
         self._engine = make_engine(self._url)
         self._reader = Reader(self._engine, archive)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="ledger-read")
@@ -133,22 +135,34 @@ class Ledger:
             )
         if not operations:
             return []
-        prepared = await self._checkers.prepare(operations, caller, self._court)
-        if not self._court.roles_of(caller) and all(map(is_hopeless, prepared)):
-            # The writer is for those who may write.
-            return [result_of(Outcome("refused", error=op.error)) for op in prepared]
-        outcomes = await self.apply_prepared(prepared)
-        return [result_of(outcome) for outcome in outcomes]
+        while True:
+            court = self._court
+            prepared = bounded(await self._checkers.prepare(operations, caller, court))
+            if not court.roles_of(caller) and all(map(is_hopeless, prepared)):
+                # The writer is for those who may write.
+                return [result_of(Outcome("refused", error=op.error)) for op in prepared]
+            try:
+                outcomes = await self.apply_prepared(prepared, court)
+            except KeysChanged:
+                continue  # each time costs somebody a key
+            return [result_of(outcome) for outcome in outcomes]
 
-    async def apply_prepared(self, prepared: Sequence[Prepared]) -> list[Outcome]:
-        """Applies operations that were checked by ``prepare``, here or in another process."""
+    async def apply_prepared(
+        self, prepared: Sequence[Prepared], court: Court | None = None
+    ) -> list[Outcome]:
+        """Applies operations that were checked by ``prepare``, here or in another process. Raises
+        KeysChanged if a key was revoked since the court that they were checked by (None: this
+        one)."""
         if self._writer is None:
             raise Unavailable("the ledger is not started")
         answer: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        caller = prepared[0].caller
+        caller, court = prepared[0].caller, court or self._court
         # Identities cost nothing: strangers, and the nodes among them, share one part.
-        payer = caller if self._court.roles_of(caller) else ""
-        self._writer.submit(Call(prepared, answer, payer))
+        payer = caller if court.roles_of(caller) else ""
+        has_key_event = any(map(is_key_event, prepared))
+        weight = weight_of(prepared)
+        call = Call(prepared, answer, payer, court.revocations, has_key_event, weight)
+        self._writer.submit(call)
         try:
             return await asyncio.wait_for(answer, APPLY_TIMEOUT_MS / 1000)
         except TimeoutError:
@@ -185,9 +199,10 @@ class Ledger:
         return await self._read(lambda: self._reader.read_log(from_index, limit, kinds))
 
     async def follow_pages(
-        self, from_index: int, limit: int, kinds: Sequence[str]
+        self, from_index: int, limit: int, kinds: Sequence[str], pause_s: float = 0.0
     ) -> AsyncIterator[pb.ReadLogResponse]:
-        """Pages of leaves, then new ones as they are committed; empty pages are not sent."""
+        """Pages of leaves, then new ones as they are committed, or ``pause_s`` later; empty pages
+        are not sent."""
         place = from_index
         while True:
             grown = self._grown
@@ -199,6 +214,7 @@ class Ledger:
                 # A standby hears of no commits, so it looks again by itself.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(grown.wait(), FOLLOW_WAIT_S)
+                await asyncio.sleep(pause_s)
 
     async def checkpoint(self) -> log_pb2.Checkpoint:
         return await self._read(self._reader.checkpoint)
@@ -257,13 +273,16 @@ class Ledger:
             deliver=self._deliver,
             committed=self._committed,
             became_writer=self._reload_keys,
+            revocations=lambda: self._court.revocations,
         )
 
     def _open_backend(self) -> Backend:
         return open_backend(self._url)
 
     def _reload_keys(self) -> None:
-        leaves = [Leaf("key-event", body, b"") for body in self._reader.key_events()]
+        # Whoever takes over checks what is new, not all keys that there ever were.
+        bodies, self._keys_from = self._reader.key_events(self._keys_from)
+        leaves = [Leaf("key-event", body, b"") for body in bodies]
         self._court = with_key_events(self._court, leaves)
 
     def _expire_operation(self) -> Prepared:

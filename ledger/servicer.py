@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from trueweight.runtime import rpc
 
 # Batches of one stream that may be in the writer's queue at once.
 MAX_BATCHES_IN_FLIGHT = 8
+# Questions about the log, and streams of it, that strangers may have open at once. Every commit is
+# read anew for each stream, so they look a few times a second and not at each.
+MAX_STRANGERS = 64
+STRANGERS_PAUSE_S = 0.25
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -32,6 +36,7 @@ class LedgerRpc(LedgerServicer):
 
     def __init__(self, ledger: Ledger, gate: rpc.Authenticator) -> None:
         self._ledger, self._gate = ledger, gate
+        self._questions, self._streams = (_Seats(MAX_STRANGERS) for _ in range(2))
 
     @rpc.unary
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
@@ -69,36 +74,52 @@ class LedgerRpc(LedgerServicer):
 
     @rpc.unary
     async def ReadLog(self, request: pb.ReadLogRequest, context: Context) -> pb.ReadLogResponse:
-        return await self._ledger.read_log(request.from_index, request.limit, list(request.kinds))
+        with self._questions.taken(is_free=self._is_member(context)):
+            return await self._ledger.read_log(
+                request.from_index, request.limit, list(request.kinds)
+            )
 
     @rpc.streaming
     async def FollowLog(
         self, request: pb.ReadLogRequest, context: Context
     ) -> AsyncIterator[pb.ReadLogResponse]:
-        pages = self._ledger.follow_pages(request.from_index, request.limit, list(request.kinds))
-        async for page in pages:
-            yield page
+        is_member = self._is_member(context)
+        pages = self._ledger.follow_pages(
+            request.from_index,
+            request.limit,
+            list(request.kinds),
+            0.0 if is_member else STRANGERS_PAUSE_S,
+        )
+        with self._streams.taken(is_free=is_member):
+            async for page in pages:
+                yield page
 
     @rpc.unary
     async def GetCheckpoint(
         self, request: pb.CheckpointRequest, context: Context
     ) -> log_pb2.Checkpoint:
-        return await self._ledger.checkpoint()
+        with self._questions.taken(is_free=self._is_member(context)):
+            return await self._ledger.checkpoint()
 
     @rpc.unary
     async def GetInclusionProof(
         self, request: pb.InclusionProofRequest, context: Context
     ) -> pb.InclusionProofResponse:
-        return await self._ledger.inclusion(request, self._caller(context))
+        with self._questions.taken(is_free=self._is_member(context)):
+            return await self._ledger.inclusion(request, self._caller(context))
 
     @rpc.unary
     async def GetConsistencyProof(
         self, request: pb.ConsistencyProofRequest, context: Context
     ) -> log_pb2.ConsistencyProof:
-        return await self._ledger.consistency(request.old_size, request.new_size)
+        with self._questions.taken(is_free=self._is_member(context)):
+            return await self._ledger.consistency(request.old_size, request.new_size)
 
     def _caller(self, context: Context) -> str:
         return self._gate.caller(context).identity or ""
+
+    def _is_member(self, context: Context) -> bool:
+        return bool(self._ledger.court.roles_of(self._caller(context)))
 
     def _named_caller(self, context: Context) -> str:
         """Who wants to write; nobody may do it unnamed."""
@@ -126,33 +147,56 @@ class LedgerRpc(LedgerServicer):
         return pb.ApplyResponse(batch=request.batch, results=results)
 
 
+class _Seats:
+    """So many strangers at once; members of the market always find room."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    @contextlib.contextmanager
+    def taken(self, *, is_free: bool) -> Iterator[None]:
+        """Raises OverCapacity if there is none."""
+        if is_free:
+            yield
+            return
+        if not self._left:
+            raise OverCapacity("too many strangers ask at once", hint="Ask again in a second.")
+        self._left -= 1
+        try:
+            yield
+        finally:
+            self._left += 1
+
+
 async def _pipelined(
     requests: AsyncIterator[pb.ApplyRequest], apply: Any
 ) -> AsyncIterator[pb.ApplyResponse]:
     """Answers in the order of the requests, with a bounded number in flight."""
-    flying: asyncio.Queue[asyncio.Task[pb.ApplyResponse] | None] = asyncio.Queue(
-        MAX_BATCHES_IN_FLIGHT
-    )
+    room = asyncio.Semaphore(MAX_BATCHES_IN_FLIGHT)
+    flying: asyncio.Queue[asyncio.Task[pb.ApplyResponse] | None] = asyncio.Queue()
 
     async def read() -> None:
         try:
             async for request in requests:
-                await flying.put(asyncio.ensure_future(apply(request)))
+                await room.acquire()
+                flying.put_nowait(asyncio.ensure_future(apply(request)))
         finally:
-            await flying.put(None)
+            # Never waits: after the stream's end nobody takes anything any more.
+            flying.put_nowait(None)
 
     reader = asyncio.ensure_future(read())
     try:
         while (task := await flying.get()) is not None:
             yield await task
+            room.release()
     finally:
         reader.cancel()
         with contextlib.suppress(asyncio.CancelledError, TrueweightError):
             await reader
-        while not flying.empty():
-            left = flying.get_nowait()
-            if left is not None:
-                left.cancel()
+        left = [task for _ in range(flying.qsize()) if (task := flying.get_nowait()) is not None]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 class LedgerServer:

@@ -19,6 +19,8 @@ from trueweight.ledger.accounts import (
 )
 from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import (
+    MAX_EVIDENCE_BYTES,
+    MAX_LEGS,
     CaptureFacts,
     ClaimFacts,
     ConvictFacts,
@@ -110,6 +112,9 @@ def claim(book: Book, op: Prepared, _: Terms) -> int:
     replaces it, and a bill that leaves it out is refused."""
     facts: ClaimFacts = op.facts
     pending = movements.open_hold(book, facts.hold_id)
+    if pending.router_id != facts.router_id:
+        # Every node knows the ids of holds that it works for, and may tell another router.
+        raise PermissionDenied("the assignment is not by the router that has the hold")
     if book.now < facts.not_before_unix_ms:
         # A node that lost the leg, or never did it, could stop the router's bill or void.
         raise Conflict(
@@ -121,6 +126,10 @@ def claim(book: Book, op: Prepared, _: Terms) -> int:
         raise Conflict("the leg was claimed before")
     if sum(c.charge for c in claims) + facts.charge > pending.amount:
         raise InvalidRequest("the claims are higher than the hold")
+    size = sum(len(c.receipt) for c in claims) + len(facts.receipt)
+    if len(claims) >= MAX_LEGS or size > MAX_EVIDENCE_BYTES:
+        # Whoever looks at the hold reads them all, and its bill must carry them all.
+        raise Conflict("more was claimed from this hold than one bill can carry")
     if book.leg(facts.receipt_digest) is not None:
         raise Conflict("the receipt was settled before")
     made = Claim(
@@ -322,7 +331,7 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
     if known is not None:
         return known
     if facts.conviction:
-        row = book.node(facts.conviction.partition(":")[0])
+        row = book.node(facts.conviction.rpartition(":")[0])
         key = ("conviction", conviction_key(row, facts.conviction))
         if book.reference(*key) is None:
             book.put(book.references, key, book.operation_id)

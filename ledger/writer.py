@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.books import Books
-from trueweight.ledger.pipeline import Call, Hooks, Pipeline
+from trueweight.ledger.pipeline import Call, Hooks, KeysChanged, Pipeline
 from trueweight.ledger.values import Terms
 from trueweight.protos.errors import OverCapacity, TrueweightError, Unavailable
 from trueweight.protos.identity import Signer
@@ -63,7 +63,7 @@ class Writer:
                 raise Unavailable(
                     "this ledger is not the writer now", hint="Try again; a standby takes over."
                 )
-            size = len(call.operations)
+            size = call.size
             own = self._queued_by.get(call.payer, 0) + size
             if own > MAX_QUEUED - self._queued:
                 raise OverCapacity(
@@ -126,7 +126,7 @@ class Writer:
         while True:
             calls = self._take(pipeline, busy=books.has_chores)
             if calls:
-                pipeline.submit(calls)
+                self._submit(pipeline, calls)
             else:
                 pipeline.land()
                 if self._stopping and not self._queue:
@@ -141,6 +141,19 @@ class Writer:
                 books.confirm()
                 self._keep_house(books)
 
+    def _submit(self, pipeline: Pipeline, calls: list[Call]) -> None:
+        """Sends a group off, but for calls that were prepared before a key was revoked: a signature
+        counts by the keys of its own place in the log."""
+        now = self._hooks.revocations()
+        fresh = [call for call in calls if call.revocations == now]
+        if len(fresh) < len(calls):
+            error = KeysChanged("a key was revoked meanwhile", hint="Send the same again.")
+            self._hooks.deliver([(call, error) for call in calls if call.revocations != now])
+        if fresh:
+            pipeline.submit(fresh)
+            if fresh[-1].has_key_event:
+                pipeline.land()
+
     def _take(self, pipeline: Pipeline, *, busy: bool) -> list[Call]:
         """The next group; empty when the one in flight has landed and nothing waits, or when there
         is something else to do."""
@@ -149,19 +162,19 @@ class Writer:
                 self._wake.wait_for(lambda: self._has_work(pipeline), HOUSEKEEPING_MS / 4000)
             taken: list[Call] = []
             count = 0
-            while self._queue and (
-                not taken or count + len(self._queue[0].operations) <= MAX_GROUP
-            ):
+            while self._queue and (not taken or count + self._queue[0].size <= MAX_GROUP):
                 call = self._pop()
                 if call.answer.done():
                     continue  # the caller gave up, and was told nothing
-                count += len(call.operations)
+                count += call.size
                 taken.append(call)
+                if call.has_key_event:
+                    break
         return taken
 
     def _pop(self) -> Call:
         call = self._queue.popleft()
-        size = len(call.operations)
+        size = call.size
         self._queued -= size
         left = self._queued_by[call.payer] - size
         if left:

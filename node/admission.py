@@ -28,12 +28,12 @@ from trueweight.protos.tokens import SALT_BYTES, token_digest
 from trueweight.protos.v1.market_pb2 import Assignment
 from trueweight.protos.v1.node_pb2 import Dispatch
 
-MAX_ASSIGNMENT_BYTES = 256 * 1024
+_MAX_ASSIGNMENT_BYTES = 256 * 1024
 MAX_DEADLINE_MS = 3_600_000
 # How far an assignment's time of issue may be from now; also how long replays are remembered.
 FRESH_MS = 10 * 60_000
 # Slack between the router's, the ledger's and this node's wall clocks.
-SKEW_MS = 5_000
+_SKEW_MS = 5_000
 NO_SEED = -1
 
 
@@ -84,6 +84,7 @@ class Admitted:
     grammar_source: bytes = b""
 
     def job(self, job_id: str) -> GenerateJob:
+        """The engine's job; ``job_id`` is unique among all that run at once."""
         assignment = self.opened.message
         return GenerateJob(
             job_id=job_id,
@@ -155,8 +156,8 @@ def _check_room(terms: Terms, now: Situation) -> None:
 
 def _check_sizes(dispatch: Dispatch, terms: Terms) -> None:
     longest = max((m.max_context_tokens for m in terms.models.values()), default=0)
-    if len(dispatch.assignment) > MAX_ASSIGNMENT_BYTES:
-        raise PayloadTooLarge(f"an assignment has at most {MAX_ASSIGNMENT_BYTES} bytes")
+    if len(dispatch.assignment) > _MAX_ASSIGNMENT_BYTES:
+        raise PayloadTooLarge(f"an assignment has at most {_MAX_ASSIGNMENT_BYTES} bytes")
     if len(dispatch.prompt_token_ids) + len(dispatch.prefix_token_ids) > longest:
         raise ContextOverflow("the prompt is longer than any context served here")
     if len(dispatch.salt) != SALT_BYTES:
@@ -196,7 +197,7 @@ def _check_price(assignment: Assignment, terms: Terms) -> ModelTerms:
 def _check_times(assignment: Assignment, terms: Terms, now: Situation) -> None:
     if not 1 <= assignment.deadline_ms <= terms.max_deadline_ms:
         raise InvalidRequest(f"deadline_ms must be from 1 to {terms.max_deadline_ms}")
-    if assignment.hold_expires_at_unix_ms + SKEW_MS < now.now_unix_ms + assignment.deadline_ms:
+    if assignment.hold_expires_at_unix_ms + _SKEW_MS < now.now_unix_ms + assignment.deadline_ms:
         raise DeadlineExceeded(
             "the hold ends before the deadline", hint="Extend the hold or shorten the deadline."
         )

@@ -43,7 +43,7 @@ from trueweight.protos.v1.router_pb2_grpc import RouterStub
 from trueweight.runtime import rpc
 from trueweight.runtime.clock import Clock, SystemClock
 from trueweight.runtime.keys import load_or_create
-from trueweight.runtime.ledger_port import GrpcLedger, LedgerPort
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger
 from trueweight.runtime.tls import ensure_certificate
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class NodeApp:
 
     @property
     def node_id(self) -> str:
+        """The node's identity; known before ``start``."""
         return self.signer.identity
 
     async def start(self) -> None:
@@ -174,14 +175,8 @@ class NodeApp:
     def _connect_ledger(self) -> LedgerPort:
         if self._ledger is not None:
             return self._ledger
-        member = self._config.market.member(Member.LEDGER)
-        endpoint = self._config.ledger_endpoint or member.endpoint
-        if not endpoint or not member.tls_certificate_pem:
-            raise InvalidRequest(
-                "the market file has no address or certificate for the ledger",
-                hint="Give the address with --ledger HOST:PORT.",
-            )
-        ledger = GrpcLedger(endpoint, member.tls_certificate_pem, member.identity, self._tokens)
+        config = self._config
+        ledger = connect_ledger(config.market, self._tokens, config.ledger_endpoint)
         self._cleanup.push_async_callback(ledger.close)
         return ledger
 
@@ -226,7 +221,19 @@ class NodeApp:
         return register
 
     def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        self._tasks.append(asyncio.create_task(_logged(name, work), name=name))
+        self._tasks.append(asyncio.create_task(self._or_give_up(name, work), name=name))
+
+    async def _or_give_up(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        # Without it the node would serve on, deaf to withdrawn weights, or unpaid.
+        try:
+            await work()
+        except Exception:
+            log.exception("the node's %s loop ended", name)
+            self._give_up(
+                TrueweightError(
+                    f"a bug ended the node's {name!r} loop", hint="Its log says where; restart it."
+                )
+            )
 
     async def _watch_engine(self, workload: Workload) -> None:
         await workload.engine_broken.wait()
@@ -270,15 +277,6 @@ def _own_keys(config: NodeConfig, clock: Clock) -> Signer:
     return signer
 
 
-async def _logged(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    try:
-        await work()
-    except asyncio.CancelledError:
-        raise
-    except Exception:
-        log.exception("the node's %s loop ended", name)
-
-
 async def run_node(
     config: NodeConfig,
     engine: Engine,
@@ -288,8 +286,8 @@ async def run_node(
 ) -> None:
     """A node's whole life: start, serve until ``stop``, drain, close. ``parts`` go to NodeApp.
 
-    Raises what ``NodeApp.start`` raises, and, after draining, the reason if the engine broke or
-    the market withdrew the weights.
+    Raises what ``NodeApp.start`` raises, and, after draining, the reason if the engine or a part
+    of the node broke, or the market withdrew the weights.
     """
     app = NodeApp(config, engine, **parts)
     stopping = asyncio.create_task(stop.wait())

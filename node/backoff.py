@@ -18,10 +18,12 @@ class Backoff:
         self._limit_ms = first_ms
 
     def next_ms(self) -> float:
+        """How long to wait before the next attempt."""
         fraction = (int.from_bytes(self._random(4), "little") + 1) / _SCALE
         wait_ms = self._limit_ms * (0.5 + 0.5 * fraction)
         self._limit_ms = min(self._most_ms, self._limit_ms * 2)
         return wait_ms
 
     def reset(self) -> None:
+        """After a success: the next wait is a short one again."""
         self._limit_ms = self._first_ms

@@ -24,7 +24,8 @@ from trueweight.node.calls import (
 from trueweight.node.context import NodeContext
 from trueweight.node.journal import JournalEntry
 from trueweight.node.outbox import Outbox
-from trueweight.node.receipts import Durations, build_receipt, sign_receipt
+from trueweight.node.receipts import Durations, build_receipt
+from trueweight.protos.envelope import seal
 from trueweight.protos.errors import (
     InvalidRequest,
     OverCapacity,
@@ -68,6 +69,7 @@ class CallRunner:
         return self._task
 
     def feed(self, event: Event) -> None:
+        """Something happened to the call; ignored once it is over."""
         self._state, instructions = advance(self._state, event)
         for instruction in instructions:
             self._carry_out(instruction)
@@ -133,7 +135,7 @@ class CallRunner:
                 self._node.clock.monotonic_ms(),
             ),
         )
-        envelope = sign_receipt(receipt, self._node.signer)
+        envelope = seal(receipt, self._node.signer)
         self._journal(envelope, claimable=finish.reason not in _DEAD)
         self._outbox.add_finished(self.call, envelope)
         self._on_finished(self)

@@ -112,7 +112,7 @@ Instruction: TypeAlias = Send | AbortEngine | Finish | Reject
 Decision: TypeAlias = tuple[CallState, tuple[Instruction, ...]]
 
 # A window beyond any context is a mistake or an attack; it is cut, not believed.
-MAX_WINDOW = 2**31
+_MAX_WINDOW = 2**31
 _REASONS: dict[EngineFinish, FinishReason] = {
     EngineFinish.EOS: FinishReason.EOS,
     EngineFinish.LENGTH: FinishReason.LENGTH,
@@ -130,7 +130,7 @@ def advance(state: CallState, event: Event) -> Decision:
             lowest = at if state.stop_at is None else min(at, state.stop_at)
             return _flush(replace(state, stop_at=max(0, lowest)))
         case WindowGrown(tokens=tokens):
-            return _flush(replace(state, window=min(MAX_WINDOW, state.window + max(0, tokens))))
+            return _flush(replace(state, window=min(_MAX_WINDOW, state.window + max(0, tokens))))
         case Cancelled():
             return _give_up(state, FinishReason.CANCELLED)
         case DeadlinePassed():

@@ -70,7 +70,7 @@ def is_plain(sampling: Sampling) -> bool:
     return not (sampling.cuts or sampling.grammar_sha256 or _changes_logits(sampling))
 
 
-def compile_rules(sampling: Sampling, vocabulary_size: int) -> Rules:
+def _compile_rules(sampling: Sampling, vocabulary_size: int) -> Rules:
     """Raises InvalidRequest if a parameter names an id outside the vocabulary."""
     check_token_ids(sampling, vocabulary_size)
     allowed = _NO_MASK
@@ -125,7 +125,7 @@ class RowSampler:
         scratch: Scratch, *, grammar: Masks | None = None,
     ) -> None:  # fmt: skip
         self._grammar = _grammar_of(sampling, grammar)
-        self._rules = compile_rules(sampling, scratch.counts.size)
+        self._rules = _compile_rules(sampling, scratch.counts.size)
         self._seed = seed
         self._prompt = np.array(prompt, dtype=np.int32)
         self._history = np.array([*prefix, *([0] * 64)], dtype=np.int32)
@@ -170,7 +170,7 @@ class BlockScorer:
         """``output`` is prefix and claimed tokens. Raises InvalidRequest for ids outside the
         vocabulary."""
         self._grammar = _grammar_of(sampling, grammar)
-        self._rules = compile_rules(sampling, scratch.counts.size)
+        self._rules = _compile_rules(sampling, scratch.counts.size)
         self._seed = seed
         self._prompt = np.array(prompt, dtype=np.int32)
         self._history = np.array(output, dtype=np.int32)

@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 # The router gets all the time but this; then the node asks for itself.
 CLAIM_BEFORE_EXPIRY_MS = 60_000
-PERIOD_MS = 10_000
+_PERIOD_MS = 10_000
 # Kept longer than any assignment is fresh, so that the journal also refuses replays.
-KEEP_MS = 3_600_000
+_KEEP_MS = 3_600_000
 # Of the node's own account, read in one round.
 PAGE, MAX_PAGES = 1_000, 20
-EARNING = "earning"
+_EARNING = "earning"
 
 
 def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
@@ -54,7 +54,7 @@ async def confirm_reports(
         earned = Counter(
             transfer.operation_id
             for transfer in page.transfers
-            if transfer.credit_account == account and transfer.reason == EARNING
+            if transfer.credit_account == account and transfer.reason == _EARNING
         )
         if page.next_sequence > cursor:
             journal.note_earnings(earned, page.next_sequence, now_unix_ms)
@@ -89,7 +89,7 @@ async def _claim(
     for entry, result in zip(entries, results, strict=True):
         refused = result.status == ledger_pb2.Result.REFUSED
         left_ms = entry.hold_expires_at_unix_ms - now_unix_ms
-        if refused and result.code == Conflict.code and left_ms > 2 * PERIOD_MS:
+        if refused and result.code == Conflict.code and left_ms > 2 * _PERIOD_MS:
             continue
         journal.mark_claimed(entry.assignment_digest)
         settled += 1
@@ -105,14 +105,14 @@ async def claim_forever(
 ) -> None:
     """Claims now and then until cancelled; failures are logged and tried again."""
     while True:
-        await clock.sleep_ms(PERIOD_MS)
+        await clock.sleep_ms(_PERIOD_MS)
         now = clock.now_unix_ms()
         try:
             with contextlib.suppress(TrueweightError):
                 # Only saves claims; whatever is wrong with it, the claims are made.
                 await confirm_reports(journal, ledger, node_id, now)
             kept = await claim_due(journal, ledger, now)
-            journal.forget_expired(now - KEEP_MS)
+            journal.forget_expired(now - _KEEP_MS)
         except StorageError as error:
             log.error("%s", error)
         except TrueweightError as error:

@@ -15,6 +15,7 @@ from trueweight.node.config import NodeConfig, pick_router
 from trueweight.node.describe import Description, describe
 from trueweight.node.engine import Engine
 from trueweight.node.engines import ENGINE_NAMES, RUNNERS, EngineChoice, make_engine
+from trueweight.node.vllm.options import emulates_bfloat16
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.protos.money import format_credits, parse_credits
@@ -34,7 +35,11 @@ def node() -> None:
 @cli.option("--model-id", default=None, help="Registered name, if the directory fits several.")
 @cli.option("--ask-input", default="0", help="Credits per million input tokens.")
 @cli.option("--ask-output", default="0", help="Credits per million output tokens.")
-@cli.option("--router", default="", help="Router to work for: HOST:PORT or identity.")
+@cli.option(
+    "--router",
+    default="",
+    help="Router to work for, HOST:PORT or identity; default: the market's first.",
+)
 @cli.option("--ledger", default="", help="Ledger HOST:PORT, if not that of the market file.")
 @cli.option("--listen", default="127.0.0.1:0", help="HOST:PORT to serve at; port 0 picks one.")
 @cli.option("--advertise", default="", help="HOST:PORT under which the router reaches this node.")
@@ -46,10 +51,17 @@ def node() -> None:
 @cli.option("--drain-s", default=30.0, type=click.FloatRange(0, 3600), help="Time to finish calls.")
 @cli.path_option("--ready-file", default=None, help="Also write the ready line to this file.")
 @cli.option("--engine", type=click.Choice(ENGINE_NAMES), default="vllm", help="What computes.")
-@cli.option("--capacity", default=0, type=click.IntRange(0, 4096), help="Requests at once.")
+@cli.option(
+    "--capacity",
+    default=0,
+    type=click.IntRange(0, 4096),
+    help="Requests at once; 0: as the engine.",
+)
 @cli.option("--max-context", default=0, type=click.IntRange(0), help="Tokens; 0: what fits.")
 @cli.option(
-    "--dtype", default="auto", help="vllm: auto is the weights' own, float32 to score only."
+    "--dtype",
+    default="auto",
+    help="vllm: auto is the weights' own; float32 to score only, and on CPUs without bfloat16.",
 )
 @cli.option("--threads", default=1, type=click.IntRange(0, 512), help="vllm: threads per worker.")
 @cli.option("--kv-cache-mib", default=256, type=click.IntRange(0), help="vllm: 0 leaves it to it.")
@@ -57,11 +69,22 @@ def node() -> None:
 @cli.option("--runner", type=click.Choice(RUNNERS), default="auto", help="vllm: its Model Runner.")
 @cli.option("--compile/--eager", "compiled", default=False, help="vllm: compile the model.")
 @cli.option(
-    "--start-timeout-s", default=540.0, type=click.FloatRange(1, 7200), help="Engine start."
+    "--start-timeout-s",
+    default=540.0,
+    type=click.FloatRange(1, 7200),
+    help="For the engine to start.",
 )
-@cli.option("--synthetic-speed", default=0.0, type=click.FloatRange(0), help="Tokens/s a request.")
 @cli.option(
-    "--synthetic-noise", default=0.0, type=click.FloatRange(0, 10), help="Rounding, logits."
+    "--synthetic-speed",
+    default=0.0,
+    type=click.FloatRange(0),
+    help="Tokens/s a request; 0: no limit.",
+)
+@cli.option(
+    "--synthetic-noise",
+    default=0.0,
+    type=click.FloatRange(0, 10),
+    help="Rounding to pretend, in logits.",
 )
 @cli.log_options
 def up(**options: Any) -> None:
@@ -79,7 +102,7 @@ def run_up(options: dict[str, Any], make: Callable[[Path, EngineChoice], Engine]
     engine = make(config.model_dir, _choice(options))
 
     def on_ready(app: NodeApp) -> None:
-        facts = ready_facts(app, options["engine"])
+        facts = _ready_facts(app, options["engine"])
         if options["ready_file"]:
             _write_ready(options["ready_file"], facts)
         cli.print_ready(**facts)
@@ -100,14 +123,14 @@ def run_up(options: dict[str, Any], make: Callable[[Path, EngineChoice], Engine]
 def describe_command(endpoint: str, market: Path, as_json: bool) -> None:
     """Show what the node at HOST:PORT serves; its answer is verified."""
     found = cli.run_async(describe(endpoint, load_market(market).market_id))
-    facts = description_facts(found)
+    facts = _description_facts(found)
     if as_json:
         cli.print_json(facts)
         return
     cli.print_table(f"Node {endpoint}", ("what", "value"), [(k, v) for k, v in facts.items()])
 
 
-def ready_facts(app: NodeApp, engine: str) -> dict[str, Any]:
+def _ready_facts(app: NodeApp, engine: str) -> dict[str, Any]:
     """What a supervisor needs to know of a serving node."""
     weights = app.weights
     return {
@@ -120,7 +143,7 @@ def ready_facts(app: NodeApp, engine: str) -> dict[str, Any]:
     }
 
 
-def description_facts(found: Description) -> dict[str, Any]:
+def _description_facts(found: Description) -> dict[str, Any]:
     """A description as plain values, asks in credits per million tokens."""
     names = {digest_of(e): m for e, m in zip(found.answer.manifests, found.manifests, strict=False)}
     models = [
@@ -174,8 +197,14 @@ def _config(options: dict[str, Any], market: Market) -> NodeConfig:
     )
 
 
-def _dtype(asked: str, *, score_only: bool) -> str:
-    return REFERENCE_DTYPE if score_only and asked == "auto" else asked
+def _dtype(options: dict[str, Any]) -> str:
+    asked: str = options["dtype"]
+    if asked != "auto" or options["engine"] != "vllm":
+        return asked
+    if options["score_only"]:
+        return REFERENCE_DTYPE
+    # Emulated, it is rounded no better than float32 and takes several times as long.
+    return "float32" if emulates_bfloat16() else asked
 
 
 def _choice(options: dict[str, Any]) -> EngineChoice:
@@ -183,7 +212,7 @@ def _choice(options: dict[str, Any]) -> EngineChoice:
         name=options["engine"],
         capacity=options["capacity"],
         max_context_tokens=options["max_context"],
-        dtype=_dtype(options["dtype"], score_only=options["score_only"]),
+        dtype=_dtype(options),
         threads=options["threads"],
         kv_cache_mib=options["kv_cache_mib"],
         tensor_parallel=options["tensor_parallel"],

@@ -45,14 +45,18 @@ def pick_router(market: Market, wanted: str) -> Member:
     host:port, the market's only router at that address (its certificate stays pinned)."""
     routers = market.members(Member.ROUTER)
     if not routers:
-        raise NotFound("the market names no router")
+        raise NotFound(
+            "the market names no router", hint="Is it the current market file? See 'market show'."
+        )
     if not wanted:
         return _reachable(routers[0])
     for router in routers:
         if wanted in (router.identity, router.endpoint):
             return _reachable(router)
     if ":" not in wanted:
-        raise NotFound(f"the market names no router {wanted}")
+        raise NotFound(
+            f"the market names no router {wanted}", hint="'trueweight market show' lists them."
+        )
     if len(routers) > 1:
         raise InvalidRequest(
             f"which of the market's {len(routers)} routers is {wanted}?",
@@ -81,7 +85,10 @@ def advertised_endpoint(config: NodeConfig, listening: str) -> str:
     if config.advertise:
         host, _, wanted_port = config.advertise.rpartition(":")
         if not host or not wanted_port.isdigit():
-            raise InvalidRequest("--advertise is HOST:PORT")
+            raise InvalidRequest(
+                f"--advertise {config.advertise!r} is not HOST:PORT",
+                hint="Write it as in gpu1.example:7001.",
+            )
         return f"{host}:{port if wanted_port == '0' else wanted_port}"
     host = listening.rpartition(":")[0]
     if host in ("0.0.0.0", "[::]", "::"):  # noqa: S104

@@ -48,7 +48,7 @@ def open_offer(data: bytes, market_id: str) -> Offer:
     """The offer, signed by the node it names. Raises BadSignature."""
     claimed = parse_payload(parse_envelope(data), Offer)
     if len(claimed.key_events) > MAX_KEY_EVENTS:
-        raise BadSignature("an offer has at most 16 key events")
+        raise BadSignature(f"an offer has at most {MAX_KEY_EVENTS} key events")
     ring = ring_of(claimed.key_events, market_id)
     return open_envelope(data, Offer, ring, market_id, signer=claimed.node_id).message
 
@@ -56,10 +56,14 @@ def open_offer(data: bytes, market_id: str) -> Offer:
 async def _certificate_of(endpoint: str, timeout_ms: float) -> str:
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit():
-        raise InvalidRequest(f"{endpoint!r} is not HOST:PORT")
+        raise InvalidRequest(
+            f"{endpoint!r} is not HOST:PORT", hint="Write it as in gpu1.example:7001."
+        )
     try:
         return await asyncio.to_thread(
             ssl.get_server_certificate, (host, int(port)), timeout=timeout_ms / 1000
         )
     except OSError as error:
-        raise Unavailable(f"nothing answers at {endpoint}: {error}") from error
+        raise Unavailable(
+            f"nothing answers at {endpoint}: {error}", hint="Does the node run, and listen there?"
+        ) from error

@@ -7,7 +7,7 @@ signatures or sessions. Implementations: ``trueweight.node.vllm`` and ``trueweig
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -86,7 +86,6 @@ class EngineLimits:
     vocabulary_size: int
     max_context_tokens: int
     max_running: int
-    max_logit_bias: int = field(default=1024)
 
 
 @dataclass(frozen=True, slots=True)

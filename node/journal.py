@@ -18,7 +18,7 @@ from trueweight.protos.errors import StorageError
 log = logging.getLogger(__name__)
 
 MAX_CLAIMS = 256
-MAX_MATCHED = 10_000
+_MAX_MATCHED = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS receipts (
   assignment_digest BLOB PRIMARY KEY,
@@ -139,7 +139,7 @@ class ReceiptJournal:
         matched = self._run(
             "SELECT r.assignment_digest, r.bill_id FROM reports r "
             "JOIN earnings e ON e.bill_id = r.bill_id WHERE e.legs > 0 LIMIT ?",
-            (MAX_MATCHED,),
+            (_MAX_MATCHED,),
         )
         left: dict[bytes, int] = {}
         settled = 0
@@ -175,6 +175,7 @@ class ReceiptJournal:
         )
 
     def close(self) -> None:
+        """Closes the database; nothing may be called afterwards."""
         self._db.close()
 
     def _many(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:

@@ -522,16 +522,15 @@ def _cut_margin(scaled, state, rules, claimed, clip, bounds):
     scale = np.float64(rules.temperature)
     best = _largest(scaled)
     theta = scale * np.float64(_threshold(scaled, rules, best, bounds))
-    top = scale * np.float64(best)
     short = theta - scale * np.float64(scaled[claimed])
     start = max(-max(short, 0.0) / 2, -clip)
     own = np.float32(scaled[claimed] + _noise(_uniform(state, claimed)))
-    heap, size = _rivals(scaled, state, own, min(theta + start, top), scale, bounds)
+    heap, size = _rivals(scaled, state, own, theta + start, scale, bounds)
     least = np.inf
     gap = 0.0
     while size > 0:
         move = max(heap[0, 0] - theta, start)
-        if move <= clip and heap[0, 0] < top:
+        if move <= clip:
             least = min(least, max(_move_cost(move, short), gap))
         gap = max(gap, heap[0, 1])
         _pop(heap, size)

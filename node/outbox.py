@@ -12,7 +12,7 @@ from trueweight.protos.v1.node_pb2 import Finished, Load, NodeFrame, Rejected, T
 
 # Far above what one step makes; only a router that was away for long meets these.
 MAX_FRAME_TOKENS = 65_536
-MAX_FRAME_ITEMS = 4_096
+_MAX_FRAME_ITEMS = 4_096
 # Above this the session stops reading, so that a flood of bad dispatches cannot fill memory.
 MAX_BACKLOG_ITEMS = 8_192
 
@@ -32,14 +32,17 @@ class Outbox:
         self._room.set()
 
     def add_tokens(self, call: int, token_ids: tuple[int, ...]) -> None:
+        """The call's next output ids."""
         self._tokens.setdefault(call, []).extend(token_ids)
         self._filled.set()
 
     def add_finished(self, call: int, receipt: bytes) -> None:
+        """The call's end: the envelope of its receipt."""
         self._finished.append(Finished(call=call, receipt=receipt))
         self._changed()
 
     def add_rejected(self, call: int, code: str, message: str) -> None:
+        """The call's end without a receipt; the message is cut to 500 characters."""
         self._rejected.append(Rejected(call=call, code=code, message=message[:500]))
         self._changed()
 
@@ -49,11 +52,13 @@ class Outbox:
         self._filled.set()
 
     def announce_draining(self) -> None:
+        """The next frame says that no new calls are taken."""
         self._draining = True
         self._filled.set()
 
     @property
     def empty(self) -> bool:
+        """True if nothing waits to be sent."""
         return not (
             self._tokens or self._finished or self._rejected or self._load or self._draining
         )
@@ -80,7 +85,7 @@ class Outbox:
             self._load = None
         self._take_tokens(frame)
         self._take_finished(frame)
-        while self._rejected and len(frame.rejected) < MAX_FRAME_ITEMS:
+        while self._rejected and len(frame.rejected) < _MAX_FRAME_ITEMS:
             frame.rejected.append(self._rejected.popleft())
         if self.empty:
             self._filled.clear()
@@ -99,7 +104,7 @@ class Outbox:
             budget -= len(frame.tokens[-1].token_ids)
 
     def _take_finished(self, frame: NodeFrame) -> None:
-        for _ in range(min(len(self._finished), MAX_FRAME_ITEMS)):
+        for _ in range(min(len(self._finished), _MAX_FRAME_ITEMS)):
             done = self._finished.popleft()
             if done.call in self._tokens:
                 self._finished.append(done)

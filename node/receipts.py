@@ -1,12 +1,10 @@
-"""Receipts: what the node did for an assignment, signed. Exactly one per assignment."""
+"""Receipts: what the node did for an assignment. Exactly one per assignment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trueweight.protos.envelope import seal
-from trueweight.protos.identity import Signer
 from trueweight.protos.tokens import token_digest
 from trueweight.protos.v1.market_pb2 import EngineFingerprint, FinishReason, Receipt
 
@@ -22,6 +20,7 @@ class Durations:
     ended_ms: float
 
     def queue_us(self) -> int:
+        """From receiving the call to handing it to the engine."""
         return _microseconds(self.started_ms - self.received_ms)
 
     def first_token_us(self) -> int:
@@ -31,6 +30,7 @@ class Durations:
         return _microseconds(self.first_token_ms - self.received_ms)
 
     def total_us(self) -> int:
+        """From receiving the call to its end."""
         return _microseconds(self.ended_ms - self.received_ms)
 
 
@@ -60,11 +60,6 @@ def build_receipt(
         first_token_us=durations.first_token_us(),
         total_us=durations.total_us(),
     )
-
-
-def sign_receipt(receipt: Receipt, signer: Signer) -> bytes:
-    """The receipt's envelope."""
-    return seal(receipt, signer)
 
 
 def _microseconds(duration_ms: float) -> int:

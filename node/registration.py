@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from trueweight.node.backoff import Backoff
@@ -35,7 +35,6 @@ class OfferTerms:
     fingerprint: EngineFingerprint
     capacity: int
     lease_ms: int = DEFAULT_LEASE_MS
-    key_events: Sequence[bytes] = ()
 
 
 def sign_offer(terms: OfferTerms, signer: Signer, now_unix_ms: int) -> bytes:
@@ -43,7 +42,7 @@ def sign_offer(terms: OfferTerms, signer: Signer, now_unix_ms: int) -> bytes:
     offer = Offer(
         market_id=terms.market_id,
         node_id=signer.identity,
-        key_events=[*terms.key_events] or [signer.key_event],
+        key_events=[signer.key_event],
         endpoint=terms.endpoint,
         tls_certificate_pem=terms.tls_certificate_pem,
         models=terms.models,
@@ -73,6 +72,7 @@ class Registrar:
         self.eligible = False
 
     async def run(self) -> None:
+        """Registers again and again; ends only when cancelled."""
         while True:
             await self._clock.sleep_ms(await self.register_once())
 

@@ -18,7 +18,7 @@ from trueweight.protos.sampling import Sampling
 from trueweight.protos.sampling_parameters import check_token_ids
 from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreRequest, ScoreResponse, ScoreResult
 
-MAX_ITEMS = 64
+_MAX_ITEMS = 64
 MAX_DEADLINE_MS = 600_000
 MAX_WAITING = 32
 NO_SEED = -1
@@ -38,8 +38,8 @@ class Scorer:
         that cannot be scored gets its own error instead."""
         if request.manifest_digest != self._manifest_digest:
             raise NotFound("these weights are not served here")
-        if not 1 <= len(request.items) <= MAX_ITEMS:
-            raise InvalidRequest(f"score 1 to {MAX_ITEMS} items at once")
+        if not 1 <= len(request.items) <= _MAX_ITEMS:
+            raise InvalidRequest(f"score 1 to {_MAX_ITEMS} items at once")
         if not 1 <= request.deadline_ms <= MAX_DEADLINE_MS:
             raise InvalidRequest(f"deadline_ms must be from 1 to {MAX_DEADLINE_MS}")
         if self._waiting >= MAX_WAITING:
@@ -47,23 +47,29 @@ class Scorer:
         jobs = [self._job(item) for item in request.items]
         good = [job for job in jobs if isinstance(job, ScoreJob)]
         scores = iter(await self._run(good, request.deadline_ms) if good else [])
-        results = [
-            ScoreResult(error=job) if isinstance(job, str) else _result(next(scores))
-            for job in jobs
-        ]
+        results = [_result(job if isinstance(job, str) else next(scores)) for job in jobs]
         return ScoreResponse(results=results, fingerprint=self._engine.fingerprint)
 
-    async def _run(self, jobs: Sequence[ScoreJob], deadline_ms: int) -> list[Score]:
+    async def _run(self, jobs: Sequence[ScoreJob], deadline_ms: int) -> list[Score | str]:
         self._waiting += 1
         try:
             async with asyncio.timeout(deadline_ms / 1000), self._turn:
-                return await self._engine.score(jobs)
+                return await self._one_by_one_if_refused(jobs)
         except TimeoutError:
             raise DeadlineExceeded(
                 "scoring did not end in time", hint="Send fewer items."
             ) from None
         finally:
             self._waiting -= 1
+
+    async def _one_by_one_if_refused(self, jobs: Sequence[ScoreJob]) -> list[Score | str]:
+        """Scores all at once. If the engine cannot take one of them, that one alone fails."""
+        try:
+            return list(await self._engine.score(jobs))
+        except InvalidRequest as error:
+            if len(jobs) == 1:
+                return [str(error)]
+        return [found for job in jobs for found in await self._one_by_one_if_refused([job])]
 
     def _job(self, item: ScoreItem) -> ScoreJob | str:
         try:
@@ -96,5 +102,7 @@ class Scorer:
         )
 
 
-def _result(score: Score) -> ScoreResult:
+def _result(score: Score | str) -> ScoreResult:
+    if isinstance(score, str):
+        return ScoreResult(error=score)
     return ScoreResult(margins=score.margins, logprobs=score.logprobs, ranks=score.ranks)

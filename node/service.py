@@ -21,7 +21,7 @@ from trueweight.runtime import rpc
 
 # Strangers can open sessions but not finish the handshake: of too many, the oldest goes.
 MAX_HANDSHAKES = 64
-MAX_SESSIONS = 64
+_MAX_SESSIONS = 64
 
 
 class ServedStream:
@@ -44,8 +44,8 @@ class ServedStream:
 
 
 class NodeService(NodeServicer):
-    """``score_for`` are the identities that may ask for scores; ``challengers`` those that may
-    challenge. ``manifests`` are the envelopes served."""
+    """The calls of node.proto. ``score_for`` are the identities that may ask for scores;
+    ``challengers`` those that may challenge. ``manifests`` are the envelopes served."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class NodeService(NodeServicer):
                 self._handshakes.remove(session)
 
     def _opened(self, session: NodeSession) -> None:
-        if len(self._sessions) >= MAX_SESSIONS:
-            raise OverCapacity(f"at most {MAX_SESSIONS} sessions", hint="Close one.")
+        if len(self._sessions) >= _MAX_SESSIONS:
+            raise OverCapacity(f"at most {_MAX_SESSIONS} sessions", hint="Close one.")
         if session in self._handshakes:
             self._handshakes.remove(session)
         self._sessions.add(session)

@@ -47,7 +47,7 @@ from trueweight.runtime.clock import Clock, SystemClock
 
 log = logging.getLogger(__name__)
 
-ENGINE_VERSION = "1"
+_ENGINE_VERSION = "1"
 # Rows computed before other coroutines of the process get a turn.
 _ROWS_PER_TURN = 8
 MAX_WAITING = 4096
@@ -144,7 +144,7 @@ class SyntheticEngine:
     def fingerprint(self) -> EngineFingerprint:
         return EngineFingerprint(
             engine="synthetic",
-            engine_version=ENGINE_VERSION,
+            engine_version=_ENGINE_VERSION,
             dtype="float32",
             quantization="none",
             kv_dtype="none",

@@ -111,15 +111,15 @@ async def until_withdrawn(
 async def check_weights(
     directory: Path, registry: Registry, model_id: str | None = None
 ) -> ServedWeights:
-    """``find_weights`` in a thread, because it reads every byte."""
-    return await asyncio.to_thread(find_weights, directory, registry, model_id)
+    """The weights in a directory, every byte checked, in a thread. Raises WeightsRefused saying
+    why they may not be served. Without ``model_id`` the directory's files decide which registered
+    manifest is meant."""
+    return await asyncio.to_thread(_find_weights, directory, registry, model_id)
 
 
-def find_weights(directory: Path, registry: Registry, model_id: str | None = None) -> ServedWeights:
-    """The weights in a directory, or WeightsRefused saying why they may not be served.
-
-    Without ``model_id`` the directory's files decide which registered manifest is meant.
-    """
+def _find_weights(
+    directory: Path, registry: Registry, model_id: str | None = None
+) -> ServedWeights:
     if not directory.is_dir():
         raise WeightsRefused(f"there is no directory {directory}", hint="Name it with --model.")
     candidates = [_open(entry, registry) for entry in registry.served(model_id)]

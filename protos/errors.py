@@ -30,7 +30,10 @@ class TrueweightError(Exception):
         self.param = param
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        if not self.hint:
+            return self.message
+        stop = "" if self.message.endswith((".", "?")) else "."
+        return f"{self.message}{stop} {self.hint}"
 
 
 class InvalidRequest(TrueweightError):

@@ -180,13 +180,12 @@ def _not_under_reported(case: _Case) -> bool:
 
 
 def _stop_index(case: _Case) -> int | None:
-    """Index of the first output token that ends the output. Stop ids count from min_tokens on."""
+    """Index of the first output token that ends the output: the first stop id, also before
+    min_tokens. There it is only allowed if nothing else is, and engines end with it."""
     if case.output is None:
         return None
-    sampling = case.order.sampling
-    first = max(0, sampling.min_tokens - case.order.prefix_len - 1)
-    found = np.flatnonzero(np.isin(case.output[first:], list(sampling.stop_token_ids)))
-    return first + int(found[0]) if found.size else None
+    found = np.flatnonzero(np.isin(case.output, list(case.order.sampling.stop_token_ids)))
+    return int(found[0]) if found.size else None
 
 
 def _nothing_after_eos(case: _Case) -> bool:

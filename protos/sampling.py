@@ -324,24 +324,24 @@ def _cut_margin(row: Perturbed, claimed: int, own: float, scale: float, clip: fl
     ``gap(s)`` is T * (best noisy value at or above θ + s, minus the claimed one)+ and falls with
     s; ``below(s) = (θ + s - l_claimed)+``. ``max(|s|, below(s))`` is smallest at
     s0 = -(θ - l_claimed)+ / 2 and rises from there, so only s >= s0 can win, and there only at s0
-    and just above a rival (a token that beats the claimed one), where ``gap`` falls.
-    The token with the highest logit is never cut, whatever s.
+    and just above a rival (a token that beats the claimed one), where ``gap`` falls. The token with
+    the highest logit is a rival like any other: for the node another one may be the highest, and
+    ``min_p`` = 1 keeps no other.
     """
     theta = scale * row.threshold
     short = theta - scale * float(row.scaled[claimed])
     start = max(-max(short, 0.0) / 2, -clip)
     logits = row.scaled.astype(np.float64) * scale
-    rival = (row.noisy > own) & (logits >= min(theta + start, float(np.max(logits))))
+    rival = (row.noisy > own) & (logits >= theta + start)
     order = np.argsort(logits[rival])
     height = logits[rival][order]
     gap = scale * (row.noisy[rival][order].astype(np.float64) - own)
     # worst[i]: the gap that is left when the i lowest rivals are cut off.
     worst = np.append(np.maximum.accumulate(gap[::-1])[::-1], 0.0)
     best = max(_move_cost(start, short), float(worst[0]))
-    top = float(np.max(logits))
     for i, value in enumerate(height):
         move = max(float(value) - theta, start)
-        if move > clip or value >= top:
+        if move > clip:
             break
         best = min(best, max(_move_cost(move, short), float(worst[i + 1])))
     return best

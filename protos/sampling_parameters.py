@@ -15,6 +15,8 @@ MIN_TEMPERATURE = struct.unpack("<f", struct.pack("<f", 0.01))[0]
 MAX_TEMPERATURE = 100.0
 # Repetition penalties multiply logits, and so rounding errors; beyond these no calibration holds.
 MIN_REPETITION, MAX_REPETITION = 0.75, 2.0
+# Far below, logits would overflow: two infinities have no distance, and such an audit no end.
+LEAST_REPETITION = struct.unpack("<f", struct.pack("<f", 1e-6))[0]
 MAX_LOGIT_BIAS, MAX_BIAS = 1024, 100.0
 MAX_ALLOWED_IDS = 1024
 MAX_STOP_IDS = 128
@@ -238,8 +240,8 @@ def _check_numbers(sampling: Sampling) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if not -2.0 <= getattr(sampling, name) <= 2.0:
             raise _refuse(name, "from -2 to 2")
-    if not 0.0 < sampling.repetition_penalty <= MAX_REPETITION:
-        raise _refuse("repetition_penalty", f"above 0, at most {MAX_REPETITION:g}")
+    if not LEAST_REPETITION <= sampling.repetition_penalty <= MAX_REPETITION:
+        raise _refuse("repetition_penalty", f"from {LEAST_REPETITION:g} to {MAX_REPETITION:g}")
     if not 0 <= sampling.min_tokens <= MAX_TOKEN_ID:
         raise _refuse("min_tokens", "not negative")
 

@@ -19,10 +19,10 @@ from trueweight.runtime.clock import Clock
 PREFIX = "tw"
 _KEY_PATTERN = re.compile(r"tw-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 _ACCOUNT_PATTERN = re.compile(r"client:[a-z0-9._-]{1,100}")
-MAX_KEY_CHARS = 128
+_MAX_KEY_CHARS = 128
 # How long a revoked key may still work, and how long a lookup is remembered.
-CACHE_MS = 2_000.0
-MAX_CACHED = 10_000
+_CACHE_MS = 2_000.0
+_MAX_CACHED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,11 @@ class KeyGate:
         mark = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest()
         now = self._clock.monotonic_ms()
         cached = self._cache.get(mark)
-        if cached is None or now - cached[0] > CACHE_MS:
+        if cached is None or now - cached[0] > _CACHE_MS:
             cached = (now, await self._look_up(presented))
             self._cache[mark] = cached
             self._cache.move_to_end(mark)
-            while len(self._cache) > MAX_CACHED:
+            while len(self._cache) > _MAX_CACHED:
                 self._cache.popitem(last=False)
         if cached[1] is None:
             raise Unauthenticated(
@@ -132,7 +132,7 @@ def _bearer(authorization: str | None) -> str:
         raise Unauthenticated(
             "No API key was sent.", hint="Send the header 'Authorization: Bearer tw-…'."
         )
-    if len(text) > MAX_KEY_CHARS:
+    if len(text) > _MAX_KEY_CHARS:
         raise Unauthenticated("This is not an API key of this market.", hint="They begin with tw-.")
     return text.strip()
 

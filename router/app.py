@@ -51,9 +51,9 @@ from trueweight.runtime.tls import ensure_certificate
 log = logging.getLogger(__name__)
 
 STORE_FILE = "router.sqlite"
-SWEEP_EVERY_MS = 60_000.0
-STAKES_EVERY_MS, STAKES_LEAST_MS = 5_000.0, 200.0
-FOLLOW_AGAIN_MS = 500.0
+_SWEEP_EVERY_MS = 60_000.0
+_STAKES_EVERY_MS, _STAKES_LEAST_MS = 5_000.0, 200.0
+_FOLLOW_AGAIN_MS = 500.0
 DAY_MS = 24 * 60 * 60 * 1000
 
 
@@ -215,7 +215,7 @@ class Router:
                     log.info("sent %d captures of the journal again", count)
             except TrueweightError as error:
                 log.warning("the journal could not be replayed: %s", error)
-            await self._clock.sleep_ms(SWEEP_EVERY_MS)
+            await self._clock.sleep_ms(_SWEEP_EVERY_MS)
 
     async def _follow_forever(self) -> None:
         # Whoever does not hear of suspensions must not go deaf for good.
@@ -224,17 +224,19 @@ class Router:
                 await self._feed.follow(self._ledger)
             except TrueweightError as error:
                 log.warning("following the log again after: %s", error)
-            await self._clock.sleep_ms(FOLLOW_AGAIN_MS)
+            await self._clock.sleep_ms(_FOLLOW_AGAIN_MS)
 
     async def _sweep_forever(self) -> None:
         while True:
             now = self._clock.now_unix_ms()
-            with contextlib.suppress(TrueweightError):
+            try:
                 await self.journal.sweep(
                     now - int(self._config.transcript_days * DAY_MS),
                     now - int(self._config.record_days * DAY_MS),
                 )
-            await self._clock.sleep_ms(SWEEP_EVERY_MS)
+            except TrueweightError as error:
+                log.warning("old transcripts and records could not be deleted: %s", error)
+            await self._clock.sleep_ms(_SWEEP_EVERY_MS)
 
     async def _stakes_forever(self) -> None:
         while True:
@@ -243,9 +245,9 @@ class Router:
             except TrueweightError as error:
                 log.warning("stakes are not up to date: %s", error)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STAKES_EVERY_MS / 1000):
+                async with asyncio.timeout(_STAKES_EVERY_MS / 1000):
                     await self.fleet.newcomer.wait()
-            await self._clock.sleep_ms(STAKES_LEAST_MS)
+            await self._clock.sleep_ms(_STAKES_LEAST_MS)
 
     async def refresh_stakes(self) -> None:
         """Asks the ledger how much each known node has at stake."""

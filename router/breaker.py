@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-OPEN_AFTER_FAILURES = 3
-FIRST_PAUSE_MS = 2_000.0
+_OPEN_AFTER_FAILURES = 3
+_FIRST_PAUSE_MS = 2_000.0
 LONGEST_PAUSE_MS = 60_000.0
-SMOOTHING = 0.1
+_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """Closed until ``OPEN_AFTER_FAILURES`` in a row; then open for a pause that doubles; then
+    """Closed until ``_OPEN_AFTER_FAILURES`` in a row; then open for a pause that doubles; then
     half-open: one probe at a time decides. Times are monotonic milliseconds."""
 
     failures: int = 0
@@ -41,9 +41,9 @@ class Breaker:
     def failed(self, now_ms: float) -> Breaker:
         """A request failed by the node's fault."""
         failures = self.failures + 1
-        if not self.pauses and failures < OPEN_AFTER_FAILURES:
+        if not self.pauses and failures < _OPEN_AFTER_FAILURES:
             return replace(self, failures=failures)
-        pause = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2.0 ** min(self.pauses, 10))
+        pause = min(LONGEST_PAUSE_MS, _FIRST_PAUSE_MS * 2.0 ** min(self.pauses, 10))
         return Breaker(failures, self.pauses + 1, now_ms + pause, probing=False)
 
 
@@ -66,14 +66,14 @@ class Measured:
         prefill, decode = self.prefill_tokens_per_s, self.decode_tokens_per_s
         is_warm = self.completed > 0
         # A plain mean at first: one slow answer must not follow a node for its next twenty.
-        share = max(SMOOTHING, 1 / max(1, self.completed))
+        share = max(_SMOOTHING, 1 / max(1, self.completed))
         if is_warm and first_ms > 0 and prompt_tokens > 0:
             prefill = _smooth(prefill, prompt_tokens * 1000 / first_ms, share)
         if is_warm and rest_ms > 0 and output_tokens > 1:
             decode = _smooth(decode, (output_tokens - 1) * 1000 / rest_ms, share)
         return replace(
             self,
-            success=_smooth(self.success, 1.0, SMOOTHING),
+            success=_smooth(self.success, 1.0, _SMOOTHING),
             prefill_tokens_per_s=prefill,
             decode_tokens_per_s=decode,
             completed=self.completed + 1,
@@ -81,7 +81,7 @@ class Measured:
 
     def with_failure(self) -> Measured:
         """After a failure by the node's fault."""
-        return replace(self, success=self.success * (1 - SMOOTHING), failed=self.failed + 1)
+        return replace(self, success=self.success * (1 - _SMOOTHING), failed=self.failed + 1)
 
     def with_in_flight(self, in_flight: int) -> Measured:
         """Remembers the most requests the node was seen to carry at once."""

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trueweight.protos.envelope import digest_of, open_envelope, parse_envelope, parse_payload
-from trueweight.protos.errors import BadSignature, NotFound, TrueweightError, Unavailable
+from trueweight.protos.errors import (
+    BadSignature,
+    EngineError,
+    NotFound,
+    OverCapacity,
+    TrueweightError,
+    Unavailable,
+)
 from trueweight.protos.manifest import card_sha256
 from trueweight.protos.model_directory import read_card
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
@@ -72,7 +79,8 @@ class Catalog:
         return any(m.manifest_digest == manifest_digest for m in self._models.values())
 
     async def learn(self, envelope: bytes, log_index: int) -> None:
-        """Applies a RegistryEntry leaf. Raises BadSignature if it is not the market's."""
+        """Applies a RegistryEntry leaf. Raises BadSignature if it is not the market's, OverCapacity
+        if this router knows too many names."""
         market_id = self._keys.market_id
         entry = open_envelope(
             envelope, RegistryEntry, self._keys.ring, market_id, signer=market_id
@@ -82,7 +90,7 @@ class Catalog:
             log.info("model %s is withdrawn", entry.model_id)
             return
         if entry.model_id not in self._models and len(self._models) >= MAX_MODELS:
-            raise BadSignature("the registry holds too many models")
+            raise OverCapacity(f"this router sells at most {MAX_MODELS} models")
         manifest = self._manifest(entry)
         tokenizer = await self._load(entry.model_id, manifest)
         self._models[entry.model_id] = SoldModel(
@@ -122,12 +130,12 @@ class Catalog:
 
 
 def load_tokenizer(directory: Path, manifest: Manifest) -> ModelTokenizer:
-    """The tokenizer of a model directory whose small files match the manifest."""
+    """The tokenizer of a model directory whose small files match the manifest. Raises BadSignature
+    if one differs, EngineError or WeightsRefused if one cannot be used."""
     entries = {file.path: file for file in manifest.files}
     wanted = {"tokenizer_config.json", manifest.tokenizer_path, manifest.chat_template_path}
     for path in sorted(wanted & set(entries)):
-        digest = hashlib.sha256((directory / path).read_bytes()).digest()
-        if digest != entries[path].sha256:
+        if _digest(directory / path) != entries[path].sha256:
             raise BadSignature(f"{path} is not the registered file", hint="Fetch it again.")
     for path in (manifest.tokenizer_path, manifest.chat_template_path):
         if path and path not in entries:
@@ -137,3 +145,12 @@ def load_tokenizer(directory: Path, manifest: Manifest) -> ModelTokenizer:
     if manifest.chat_template_sha256 != tokenizer.template_sha256:
         raise BadSignature("the chat template is not the registered one")
     return tokenizer
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise EngineError(
+            f"cannot read {path}: {error.strerror}", hint="Is it the registered model's directory?"
+        ) from None

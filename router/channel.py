@@ -32,6 +32,7 @@ class Channel(Generic[T]):
 
     @property
     def is_gone(self) -> bool:
+        """True once the reader has hung up."""
         return self._gone
 
     async def put(self, item: T, timeout_ms: float) -> None:

@@ -21,10 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trueweight.protos.errors import EngineError, InvalidRequest
 
-MAX_TEMPLATE_CHARS = 512 * 1024
-MAX_RENDERED_CHARS = 12 * 1024 * 1024
-MAX_RENDER_MS = 2_000.0
-MAX_REPEAT = 10_000
+_MAX_TEMPLATE_CHARS = 512 * 1024
+_MAX_RENDERED_CHARS = 12 * 1024 * 1024
+_MAX_RENDER_MS = 2_000.0
+_MAX_REPEAT = 10_000
 # They build strings of any length from short arguments.
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 
@@ -72,7 +72,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-        if operator == "**" or (not numbers and max(_length(left), _length(right)) > MAX_REPEAT):
+        if operator == "**" or (not numbers and max(_length(left), _length(right)) > _MAX_REPEAT):
             raise SecurityError(f"operator {operator} is not allowed here")
         return super().call_binop(context, operator, left, right)
 
@@ -104,7 +104,7 @@ class ChatTemplate:
     """A compiled template; ``sha256`` is over its text in UTF-8. Safe to use from threads."""
 
     def __init__(self, text: str) -> None:
-        if len(text) > MAX_TEMPLATE_CHARS:
+        if len(text) > _MAX_TEMPLATE_CHARS:
             raise EngineError("the chat template is too long")
         self.sha256 = hashlib.sha256(text.encode()).digest()
         self._sandbox = _Sandbox()
@@ -115,7 +115,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[dict[str, str]], variables: TemplateVariables) -> str:
         """The prompt's text. Raises InvalidRequest if the template refuses the messages."""
-        self._sandbox.start(time.monotonic() * 1000 + MAX_RENDER_MS)
+        self._sandbox.start(time.monotonic() * 1000 + _MAX_RENDER_MS)
         pieces: list[str] = []
         size = 0
         try:
@@ -130,7 +130,7 @@ class ChatTemplate:
             ):
                 size += len(piece)
                 self._sandbox.check_time()
-                if size > MAX_RENDERED_CHARS:
+                if size > _MAX_RENDERED_CHARS:
                     raise SecurityError("the prompt is too long")
                 pieces.append(piece)
         except TemplateError as error:

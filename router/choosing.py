@@ -13,25 +13,25 @@ from enum import Enum
 from trueweight.router.openai_requests import Preferences
 from trueweight.router.quoting import Prices, quote
 
-HOT_WAITING = 8
-HOT_KV_USE_PPM = 800_000
+_HOT_WAITING = 8
+_HOT_KV_USE_PPM = 800_000
 EXPLORE = 0.015
 # The second stage looks at speed alone, so only what costs about the same gets that far: else in a
 # small market half of the traffic would go to a node at any price. More if the first is hot.
-COMPARABLE_PRICE = 2.0
-COMPARABLE_PRICE_IF_HOT = 10.0
+_COMPARABLE_PRICE = 2.0
+_COMPARABLE_PRICE_IF_HOT = 10.0
 # Rates are measured under whatever load there was, and nodes alike differ by a third in them. Less
 # than that must not overrule the draw, or one lucky measurement attracts all traffic; nor must what
 # no client notices.
-NOTABLY_SOONER = 1.5
-NOTICED_S = 1.0
+_NOTABLY_SOONER = 1.5
+_NOTICED_S = 1.0
 # Below this a price makes no more difference: dumping must not buy all traffic.
-PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
-PRICE_EXPONENT = -2.0
-MIN_SUCCESS = 0.05
+_PRICE_FLOOR_NANO_PER_MTOK = 1_000_000
+_PRICE_EXPONENT = -2.0
+_MIN_SUCCESS = 0.05
 # While nobody was measured: a slow machine's rates.
-DEFAULT_PREFILL_TOKENS_PER_S = 2_000.0
-DEFAULT_DECODE_TOKENS_PER_S = 20.0
+_DEFAULT_PREFILL_TOKENS_PER_S = 2_000.0
+_DEFAULT_DECODE_TOKENS_PER_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class NodeView:
     @property
     def is_hot(self) -> bool:
         """Another node should be preferred."""
-        return self.is_full or self.waiting >= HOT_WAITING or self.kv_use_ppm >= HOT_KV_USE_PPM
+        return self.is_full or self.waiting >= _HOT_WAITING or self.kv_use_ppm >= _HOT_KV_USE_PPM
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +168,14 @@ def choose(
     if len(free) == 1:
         return Choice(free[0], "only free node", (free[0].node_id,), len(candidates))
     newest = min(free, key=lambda n: (n.completed, n.node_id))
-    usual = statistics.median_low(expected_price_nano(n, work) for n in free)
-    fair = expected_price_nano(newest, work) <= COMPARABLE_PRICE * usual
+    usual = statistics.median_low(_expected_price_nano(n, work) for n in free)
+    fair = _expected_price_nano(newest, work) <= _COMPARABLE_PRICE * usual
     if random() < EXPLORE and fair and not newest.is_hot:
         return Choice(newest, "exploring", (newest.node_id,), len(candidates))
     first = _draw(free, work, random())
-    times = COMPARABLE_PRICE_IF_HOT if first.is_hot else COMPARABLE_PRICE
-    limit = times * expected_price_nano(first, work)
-    rivals = [n for n in free if n is not first and expected_price_nano(n, work) <= limit]
+    times = _COMPARABLE_PRICE_IF_HOT if first.is_hot else _COMPARABLE_PRICE
+    limit = times * _expected_price_nano(first, work)
+    rivals = [n for n in free if n is not first and _expected_price_nano(n, work) <= limit]
     if not rivals:
         return Choice(first, "others are dearer", (first.node_id,), len(candidates))
     second = _draw(rivals, work, random())
@@ -193,27 +193,27 @@ def price_ceilings(nodes: Sequence[NodeView]) -> list[Prices]:
     return list(dict.fromkeys(highest_prices(ranked[:size]) for size in sizes))
 
 
-def expected_price_nano(node: NodeView, work: Work) -> float:
+def _expected_price_nano(node: NodeView, work: Work) -> float:
     """Price of the work per million tokens, with a floor; half of ``max_tokens`` is expected."""
     output = max(1, work.max_tokens // 2)
     total = (
         work.prompt_tokens * node.prices.input_nano_per_mtok
         + output * node.prices.output_nano_per_mtok
     )
-    return max(float(PRICE_FLOOR_NANO_PER_MTOK), total / (work.prompt_tokens + output))
+    return max(float(_PRICE_FLOOR_NANO_PER_MTOK), total / (work.prompt_tokens + output))
 
 
 def weight(node: NodeView, work: Work) -> float:
     """Weight in the draw: capacity seen × (expected price of a verified success)^-2."""
-    honest_success = max(MIN_SUCCESS, node.success) * max(MIN_SUCCESS, node.verified)
-    cost = expected_price_nano(node, work) / honest_success
-    return float(max(1.0, min(node.capacity_seen, node.capacity)) * cost**PRICE_EXPONENT)
+    honest_success = max(_MIN_SUCCESS, node.success) * max(_MIN_SUCCESS, node.verified)
+    cost = _expected_price_nano(node, work) / honest_success
+    return float(max(1.0, min(node.capacity_seen, node.capacity)) * cost**_PRICE_EXPONENT)
 
 
 def expected_completion_s(node: NodeView, work: Work) -> float:
     """Seconds until the work is done there, from measured rates and tokens in flight."""
-    prefill = node.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
-    decode = node.decode_tokens_per_s or DEFAULT_DECODE_TOKENS_PER_S
+    prefill = node.prefill_tokens_per_s or _DEFAULT_PREFILL_TOKENS_PER_S
+    decode = node.decode_tokens_per_s or _DEFAULT_DECODE_TOKENS_PER_S
     queued = node.tokens_in_flight / (decode * max(1, node.capacity))
     return work.prompt_tokens / prefill + work.max_tokens / decode + queued
 
@@ -245,7 +245,7 @@ def _better(first: NodeView, second: NodeView, work: Work) -> tuple[NodeView, st
 
 
 def _is_notably_sooner(one_s: float, other_s: float) -> bool:
-    return other_s >= NOTABLY_SOONER * one_s and other_s - one_s >= NOTICED_S
+    return other_s >= _NOTABLY_SOONER * one_s and other_s - one_s >= _NOTICED_S
 
 
 def _as_fast_as(node: NodeView, other: NodeView) -> NodeView:

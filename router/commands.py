@@ -1,4 +1,4 @@
-"""``trueweight router …``"""
+"""``trueweight router``: serve the OpenAI API, and keep its API keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trueweight.runtime.cli import (
 )
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import GrpcLedger
+from trueweight.runtime.ledger_port import connect_ledger
 from trueweight.runtime.market import Market, load_market
 
 _data_option = path_option("--data", required=True, help="Directory of this router's database.")
@@ -48,12 +48,17 @@ def router() -> None:
 @market_option
 @keys_option
 @_data_option
-@option("--http", "http_address", default="127.0.0.1:8000", help="Address of the OpenAI API.")
+@option(
+    "--http",
+    "http_address",
+    default="127.0.0.1:8000",
+    help="host:port of the OpenAI API; port 0 picks one.",
+)
 @option(
     "--grpc",
     "grpc_address",
     default="",
-    help="Address for nodes and verifiers; default: the market file's.",
+    help="host:port for nodes and verifiers; default: the market file's.",
 )
 @option(
     "--model-dir",
@@ -71,16 +76,16 @@ def router() -> None:
     help="How long transcripts are kept.",
 )
 @option(
-    "--request-timeout",
+    "--request-timeout-s",
     default=600.0,
     type=click.FloatRange(1, 86_400),
-    help="Seconds until an answer must be complete.",
+    help="Until an answer must be complete.",
 )
 @option(
-    "--hold-grace",
+    "--hold-grace-s",
     default=120.0,
     type=click.FloatRange(1, 86_400),
-    help="Seconds that a hold outlives its request's deadline.",
+    help="How long a hold outlives its request's deadline.",
 )
 @log_options
 def serve(  # noqa: PLR0917  (click passes them by name)
@@ -93,12 +98,12 @@ def serve(  # noqa: PLR0917  (click passes them by name)
     allow_synthetic: bool,
     min_bond: str,
     transcript_days: float,
-    request_timeout: float,
-    hold_grace: float,
+    request_timeout_s: float,
+    hold_grace_s: float,
     log_level: str,
     log_json: bool,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C. Prints one JSON line when it is ready."""
+    """Serve until SIGTERM or Ctrl-C; prints one JSON line when it is ready."""
     configure_logs(log_level, log_json)
     known = load_market(market)
     grpc_address = grpc_address or known.member(Member.ROUTER).endpoint or "127.0.0.1:0"
@@ -113,7 +118,7 @@ def serve(  # noqa: PLR0917  (click passes them by name)
         allow_synthetic=allow_synthetic,
         min_bond_nano=parse_credits(min_bond),
         transcript_days=transcript_days,
-        timing=Timing(request_ms=request_timeout * 1000, hold_grace_ms=hold_grace * 1000),
+        timing=Timing(request_ms=request_timeout_s * 1000, hold_grace_ms=hold_grace_s * 1000),
     )
     run_async(_serve(config, known))
 
@@ -127,8 +132,7 @@ async def _serve(config: RouterConfig, market: Market) -> None:
         )
     clock = SystemClock()
     tokens = rpc.AccessTokens(signer, market.market_id, clock, os.urandom)
-    member = market.member(Member.LEDGER)
-    ledger = GrpcLedger(member.endpoint, member.tls_certificate_pem, member.identity, tokens)
+    ledger = connect_ledger(market, tokens)
     instance = Router(config, market, signer, ledger, clock=clock)
 
     async def run(stop: asyncio.Event) -> None:
@@ -159,7 +163,7 @@ def key_group() -> None:
 @option("--name", default="", help="For people, to tell keys apart.")
 @json_option
 def key_create(data: Path, account: str, name: str, as_json: bool) -> None:
-    """Makes a key and shows it this once."""
+    """Make a key and show it this once."""
     made, text = api_keys.create_key(_store(data), account, name, SystemClock(), os.urandom)
     if as_json:
         print_json({"key": text, "key_id": made.key_id, "account": made.account})
@@ -171,7 +175,7 @@ def key_create(data: Path, account: str, name: str, as_json: bool) -> None:
 @_data_option
 @json_option
 def key_list(data: Path, as_json: bool) -> None:
-    """All keys, without their secrets."""
+    """List all keys, without their secrets."""
     found = api_keys.list_keys(_store(data))
     if as_json:
         print_json([asdict(key) for key in found])
@@ -185,9 +189,13 @@ def key_list(data: Path, as_json: bool) -> None:
 @key_group.command("revoke")
 @_data_option
 @click.argument("key_id")
-def key_revoke(data: Path, key_id: str) -> None:
-    """Ends a key; requests with it are refused within seconds."""
+@json_option
+def key_revoke(data: Path, key_id: str, as_json: bool) -> None:
+    """End KEY_ID; requests with it are refused within seconds."""
     api_keys.revoke_key(_store(data), key_id, SystemClock())
+    if as_json:
+        print_json({"key_id": key_id, "revoked": True})
+        return
     click.echo(f"{key_id} is revoked")
 
 

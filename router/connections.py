@@ -136,7 +136,9 @@ async def _frames(
         async for frame in call:
             yield frame
     except grpc.aio.AioRpcError as error:
-        failure = rpc.from_rpc_error(error)
-        if isinstance(failure, Unavailable):
-            raise failure from None
-        raise Unavailable(f"the node ended the session: {failure.message}") from None
+        # Its words stay out of logs and answers: it knows prompts.
+        code = rpc.from_rpc_error(error).code
+        raise Unavailable(
+            f"the node is not reachable or ended the session ({code})",
+            hint="'trueweight node describe' asks it.",
+        ) from None

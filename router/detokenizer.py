@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"
+_REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so at most 4 byte tokens; a few more for decoders that fuse.
 # Beyond that a run of undecodable tokens is what the model said: show it.
-MAX_PENDING_TOKENS = 12
+_MAX_PENDING_TOKENS = 12
 
 
 class IncrementalDecoder(Protocol):
@@ -59,7 +59,7 @@ class WindowDecoder:
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_PENDING_TOKENS:
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read < _MAX_PENDING_TOKENS:
             return ""
         return self._emit(text)
 

@@ -23,12 +23,12 @@ from trueweight.router.quoting import Prices
 from trueweight.runtime.clock import Clock
 
 MAX_NODES = 4096
-MAX_WAITERS = 2048
+_MAX_WAITERS = 2048
 # A lost wake-up costs at most this much; it also notices leases and breakers that changed.
-POLL_MS = 100.0
-AUDIT_SMOOTHING = 0.1
+_POLL_MS = 100.0
+_AUDIT_SMOOTHING = 0.1
 # Offers of nodes that were not heard for this long are forgotten.
-FORGET_AFTER_MS = 60 * 60_000.0
+_FORGET_AFTER_MS = 60 * 60_000.0
 
 
 @dataclass
@@ -36,7 +36,6 @@ class NodeRecord:
     """One known node. ``in_flight`` and ``tokens_in_flight`` are this router's own counts."""
 
     offer: Offer
-    offer_envelope: bytes
     heard_ms: float
     session: NodeSession | None = None
     breaker: Breaker = field(default_factory=Breaker)
@@ -50,6 +49,7 @@ class NodeRecord:
 
     @property
     def node_id(self) -> str:
+        """The node's identity."""
         return self.offer.node_id
 
     def last_heard_ms(self) -> float:
@@ -80,17 +80,17 @@ class Fleet:
         self._verified: dict[str, float] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    def remember(self, offer: Offer, envelope: bytes) -> NodeRecord:
+    def remember(self, offer: Offer) -> NodeRecord:
         """Takes a verified offer. An older one than known is refused; what was measured stays."""
         record = self._nodes.get(offer.node_id)
         if record is None:
             self._make_room()
-            record = NodeRecord(offer, envelope, self._clock.monotonic_ms())
+            record = NodeRecord(offer, self._clock.monotonic_ms())
             self._nodes[offer.node_id] = record
             self.newcomer.set()
         elif offer.issued_at_unix_ms < record.offer.issued_at_unix_ms:
             raise InvalidRequest("a newer offer of this node is known", hint="Sign a new one.")
-        record.offer, record.offer_envelope = offer, envelope
+        record.offer = offer
         record.heard_ms = self._clock.monotonic_ms()
         return record
 
@@ -112,13 +112,14 @@ class Fleet:
         self.wake()
 
     def is_suspended(self, node_id: str) -> bool:
+        """True while it gets no new work."""
         return node_id in self._suspended
 
     def note_audit(self, node_id: str, *, verified: bool) -> None:
         """An audit of this node's answers ended."""
         if node_id in self._verified or len(self._verified) < MAX_NODES:
             old = self._verified.get(node_id, 1.0)
-            self._verified[node_id] = old + AUDIT_SMOOTHING * (float(verified) - old)
+            self._verified[node_id] = old + _AUDIT_SMOOTHING * (float(verified) - old)
 
     def refusal(self, record: NodeRecord) -> str:
         """Why a connected node would get no paid work, in words; empty if it would."""
@@ -162,14 +163,14 @@ class Fleet:
     async def room(self, timeout_ms: float) -> None:
         """Waits until something changed, at most a short while. Raises OverCapacity if too many
         requests wait already or the time is over."""
-        if timeout_ms <= 0 or len(self._waiters) >= MAX_WAITERS:
+        if timeout_ms <= 0 or len(self._waiters) >= _MAX_WAITERS:
             raise OverCapacity(
                 "All nodes for this model are busy.", hint="Try again in a few seconds."
             )
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:
-            async with asyncio.timeout(min(timeout_ms, POLL_MS) / 1000):
+            async with asyncio.timeout(min(timeout_ms, _POLL_MS) / 1000):
                 await waiter
         except TimeoutError:
             return
@@ -235,7 +236,7 @@ class Fleet:
         idle = [r for r in self._nodes.values() if r.in_flight == 0 and r.session is None]
         for record in idle:
             # Identities are free: those that never did anything make room for new ones at once.
-            if now - record.last_heard_ms() > FORGET_AFTER_MS or not record.measured.completed:
+            if now - record.last_heard_ms() > _FORGET_AFTER_MS or not record.measured.completed:
                 del self._nodes[record.node_id]
         if len(self._nodes) >= MAX_NODES:
             raise OverCapacity("this router knows too many nodes", hint="Try another router.")

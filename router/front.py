@@ -8,9 +8,7 @@ import logging
 from collections import Counter
 from typing import Any
 
-import orjson
-
-from trueweight.protos.errors import InvalidRequest, NotFound, OverCapacity, Unavailable
+from trueweight.protos.errors import NotFound, OverCapacity, Unavailable
 from trueweight.protos.ids import uuid7
 from trueweight.router.api_keys import ApiKey, KeyGate
 from trueweight.router.catalog import Catalog, SoldModel
@@ -24,7 +22,7 @@ from trueweight.router.receipts_view import ReceiptsView
 log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 2048
-MAX_IN_FLIGHT_PER_ACCOUNT = 1024
+_MAX_IN_FLIGHT_PER_ACCOUNT = 1024
 
 
 class Front:
@@ -117,9 +115,9 @@ class Front:
             raise Unavailable("This router is going away.", hint="Try again in a moment.")
         if len(self._runs) >= MAX_IN_FLIGHT:
             raise OverCapacity("This router is full.", hint="Try again in a few seconds.")
-        if self._per_account[account] >= MAX_IN_FLIGHT_PER_ACCOUNT:
+        if self._per_account[account] >= _MAX_IN_FLIGHT_PER_ACCOUNT:
             raise OverCapacity(
-                f"More than {MAX_IN_FLIGHT_PER_ACCOUNT} of your requests are running.",
+                f"More than {_MAX_IN_FLIGHT_PER_ACCOUNT} of your requests are running.",
                 hint="Wait for some to end.",
             )
 
@@ -162,13 +160,3 @@ class Front:
             del self._per_account[account]
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             log.error("a request's task failed: %s", type(error).__name__)
-
-
-def parse_json(body: bytes) -> Any:
-    """A JSON document. Raises InvalidRequest for anything else, invalid UTF-8 included."""
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"The body is not valid JSON: {str(error)[:200]}", hint="Send UTF-8 encoded JSON."
-        ) from None

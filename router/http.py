@@ -14,7 +14,7 @@ from aiohttp import web
 from trueweight.protos.errors import InvalidRequest, PayloadTooLarge, TrueweightError
 from trueweight.protos.ids import ID_BYTES
 from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
-from trueweight.router.front import Front, parse_json
+from trueweight.router.front import Front
 from trueweight.router.http_body import MAX_BODY_BYTES, Bodies
 from trueweight.router.http_errors import error_of_http, error_response
 from trueweight.router.lifecycle import RequestRun
@@ -95,7 +95,7 @@ async def _answer(
     front, started = request.app[_FRONT], asyncio.get_running_loop().time()
     key = await front.who(request.headers.get("Authorization"))
     async with request.app[_BODIES].read(request, key.account) as body:
-        parsed = parse(parse_json(body))
+        parsed = parse(_parsed(body))
         run = await front.start(parsed, key, _client_nonce(request))
     writer = _Writer(request, front, run, parsed, started)
     try:
@@ -276,6 +276,16 @@ def _request_id(request: web.Request) -> bytes:
             "A receipt id has 32 hex digits.", hint="See the header x-trueweight-receipt."
         )
     return found
+
+
+def _parsed(body: bytes) -> Any:
+    """A JSON document. Raises InvalidRequest for anything else, invalid UTF-8 included."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not valid JSON: {str(error)[:200]}", hint="Send UTF-8 encoded JSON."
+        ) from None
 
 
 def _client_nonce(request: web.Request) -> bytes:

@@ -14,7 +14,7 @@ from trueweight.protos.errors import InvalidRequest, OverCapacity
 MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_TIMEOUT_S = 60.0
 # Of all accounts together, and of each: a few clients must not use up the memory of the router.
-MAX_BODIES_BYTES = 256 * 1024 * 1024
+_MAX_BODIES_BYTES = 256 * 1024 * 1024
 MAX_BODIES_BYTES_PER_ACCOUNT = 64 * 1024 * 1024
 # Nor may one client keep all connections busy with bodies that never end.
 MAX_BODIES_PER_ACCOUNT = 512
@@ -63,7 +63,7 @@ class Bodies:
 
     def _take(self, size: int, account: str) -> None:
         if (
-            self._total + size > MAX_BODIES_BYTES
+            self._total + size > _MAX_BODIES_BYTES
             or self._of[account] + size > MAX_BODIES_BYTES_PER_ACCOUNT
         ):
             raise _too_many()

@@ -14,7 +14,7 @@ from trueweight.protos.errors import (
 )
 from trueweight.router.openai_responses import error_body
 
-RETRY_AFTER_S = 2
+_RETRY_AFTER_S = 2
 
 
 def error_response(error: TrueweightError, status: int | None = None) -> web.Response:
@@ -25,7 +25,7 @@ def error_response(error: TrueweightError, status: int | None = None) -> web.Res
         status=status or error.http_status,
     )
     if response.status in (429, 503):
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
     return response
 
 
@@ -34,9 +34,10 @@ def error_of_http(error: web.HTTPException) -> TrueweightError:
     if error.status == 404:
         return NotFound("There is no such path.", hint="The API is under /v1/.")
     if error.status == 405:
-        return InvalidRequest("This path does not know the method.")
+        allowed = error.headers.get("Allow", "another")
+        return InvalidRequest("This path does not know the method.", hint=f"Use {allowed}.")
     if error.status == 408:
         return DeadlineExceeded("The body did not arrive in time.", hint="Send it without pauses.")
     if error.status >= 500:
-        return Unavailable("The server cannot answer now.")
+        return Unavailable("The server cannot answer now.", hint="Try again in a moment.")
     return InvalidRequest(f"The request cannot be understood: {error.reason}")

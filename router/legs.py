@@ -9,6 +9,7 @@ from enum import Enum
 from trueweight.protos.envelope import Opened, digest_of, seal
 from trueweight.protos.errors import (
     DeadlineExceeded,
+    EngineError,
     ReceiptRefused,
     TrueweightError,
     Unavailable,
@@ -26,7 +27,7 @@ from trueweight.router.planning import Plan
 from trueweight.router.quoting import Prices
 from trueweight.runtime.clock import Clock
 
-WINDOW_TOKENS = 512
+_WINDOW_TOKENS = 512
 # Code of a leg that ended without a single token: nothing was done that could be paid.
 NO_OUTPUT = "NO_OUTPUT"
 
@@ -181,7 +182,7 @@ class LegRunner:
                     self._ended(LegEnd.REJECTED, f"the node refused it ({code})", code)
                     break
                 elif isinstance(event, Lost):
-                    self._ended(LegEnd.FAILED, event.reason, "UNAVAILABLE")
+                    self._ended(LegEnd.FAILED, event.reason, Unavailable.code)
                     break
                 elif isinstance(event, Finished):
                     self._finish(event.receipt)
@@ -210,7 +211,7 @@ class LegRunner:
                 prefix_token_ids=self._order.prefix,
                 grammar_source=plan.grammar_source,
             ),
-            WINDOW_TOKENS,
+            _WINDOW_TOKENS,
         )
 
     async def _next(self, call: Call) -> CallEvent:
@@ -281,7 +282,7 @@ class LegRunner:
             self._ended(LegEnd.FAILED, error.message, error.code)
             return
         if result.receipt.message.finish_reason == ENGINE_ERROR:
-            self._ended(LegEnd.FAILED, "the node's engine failed", "ENGINE_ERROR")
+            self._ended(LegEnd.FAILED, "the node's engine failed", EngineError.code)
             result.receipt = None  # a dead leg's tokens are free
             return
         if not result.receipt.message.output_tokens:

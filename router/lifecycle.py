@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from trueweight.protos.errors import (
+    ContextOverflow,
     EngineError,
     InsufficientFunds,
     InvalidRequest,
+    OverCapacity,
+    ReceiptRefused,
     TrueweightError,
     Unavailable,
+    UnsupportedParameter,
 )
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import uuid7
@@ -46,27 +50,20 @@ from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 # Nodes that say they are full cost a request only a moment each.
-MAX_REFUSALS = 16
+_MAX_REFUSALS = 16
 # An answer that ran into its deadline still gets this long to be written out.
 _LAST_WORD_MS = 5_000.0
-_REFUSED = "RECEIPT_REFUSED"
-_FULL = "OVER_CAPACITY"
 # Who gives nothing for this long before its client gives up is slow, if not worse.
 _STALLED_MS = 5_000.0
 # Refusals that say nothing about the node's health.
 _HARMLESS = frozenset(
-    {
-        "OVER_CAPACITY",
-        "UNAVAILABLE",
-        "INVALID_REQUEST",
-        "UNSUPPORTED_PARAMETER",
-        "CONTEXT_LENGTH_EXCEEDED",
-    }
+    error.code
+    for error in (OverCapacity, Unavailable, InvalidRequest, UnsupportedParameter, ContextOverflow)
 )
 # What a node answers to a grammar that it cannot or will not compile.
-_GRAMMAR_REFUSALS = frozenset({"INVALID_REQUEST", "UNSUPPORTED_PARAMETER"})
+_GRAMMAR_REFUSALS = frozenset({InvalidRequest.code, UnsupportedParameter.code})
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +197,7 @@ class RequestRun:
         full: set[str] = set()
         attempts = refusals = 0
         problem = "none is left to try"
-        while attempts < MAX_ATTEMPTS and refusals < MAX_REFUSALS:
+        while attempts < _MAX_ATTEMPTS and refusals < _MAX_REFUSALS:
             choice = await self._choose(most, frozenset(tried | full))
             if choice is None and full:
                 full.clear()
@@ -216,11 +213,11 @@ class RequestRun:
             problem = leg.problem
             codes.add(leg.code)
             log.info("node %s did not serve: %s", leg.node.node_id, problem)
-            if leg.code == _REFUSED:
+            if leg.code == ReceiptRefused.code:
                 self._disown_output()
             if (complete := self.answer.ended_by()) is not None:
                 return complete
-            if leg.code == _FULL:
+            if leg.code == OverCapacity.code:
                 # Asked again only when nobody else can, whatever its price.
                 full.add(leg.node.node_id)
                 refusals += 1
@@ -357,7 +354,7 @@ def rate(node: NodeRecord, leg: LegResult, now_ms: float) -> None:
         )
     elif leg.end is LegEnd.REJECTED and leg.code in _HARMLESS and not leg.received:
         node.breaker = node.breaker.abandoned()
-        if leg.code in (_FULL, "UNAVAILABLE"):
+        if leg.code in (OverCapacity.code, Unavailable.code):
             # No fault, but no service either: the draw must know.
             node.measured = node.measured.with_failure()
     elif leg.code == NO_OUTPUT and leg.cancelled:

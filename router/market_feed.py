@@ -28,7 +28,7 @@ KINDS = (
 )
 # At a start, bills further back than this are not read again: a verifier that is so far behind
 # shows in ``verifier owed``.
-RECENT_LEAVES = 200_000
+_RECENT_LEAVES = 200_000
 _VERIFIED = frozenset({Verdict.SCORED})
 _REFUNDED = frozenset({Verdict.REFUND, Verdict.INVALID_RECEIPT})
 
@@ -62,7 +62,7 @@ class MarketFeed:
         """Everything that is in the log now."""
         tree_size = 2**63
         while True:
-            recent = self.next_index >= tree_size - RECENT_LEAVES
+            recent = self.next_index >= tree_size - _RECENT_LEAVES
             kinds = (*KINDS, "bill") if recent else KINDS
             page = await ledger.read_log(self.next_index, kinds=kinds)
             tree_size = page.tree_size

@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_MS = 10_000.0
 MAX_CALLS = 4096
-MAX_FRAME_BYTES = 4 * 1024 * 1024
+_MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_OUTBOX = 4 * MAX_CALLS
 # Reports of captures ride in frames that go out anyway, or in one of their own after this time.
 REPORT_AFTER_S = 1.0
-MAX_REPORTS = 65_536
+_MAX_REPORTS = 65_536
 MAX_FRAME_REPORTS = 1_024
 
 
@@ -77,7 +77,7 @@ class NodeSession:
         self._next_call = 1
         self._outbox: deque[RouterFrame] = deque()
         # A full one forgets the oldest: their node claims what was not reported.
-        self._reports: deque[Captured] = deque(maxlen=MAX_REPORTS)
+        self._reports: deque[Captured] = deque(maxlen=_MAX_REPORTS)
         self._report_timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._closing = False
@@ -253,7 +253,7 @@ class NodeSession:
         if frame.HasField("nonce") or frame.proof:
             return frame
         size = frame.ByteSize()
-        while self._outbox and size < MAX_FRAME_BYTES:
+        while self._outbox and size < _MAX_FRAME_BYTES:
             following = self._outbox.popleft()
             size += following.ByteSize()
             frame.MergeFrom(following)

@@ -23,15 +23,15 @@ from trueweight.protos.market_terms import (
 from trueweight.protos.money import MAX_NANO
 from trueweight.protos.v1.market_pb2 import EngineAllowList, EngineFingerprint, Offer
 
-MAX_OFFER_BYTES = 128 * 1024
+_MAX_OFFER_BYTES = 128 * 1024
 MAX_KEY_EVENTS = 16
 MAX_MODELS = 64
-MAX_CAPACITY = 4096
-MIN_LEASE_MS, MAX_LEASE_MS = 1_000, 10 * 60_000
+_MAX_CAPACITY = 4096
+_MIN_LEASE_MS, _MAX_LEASE_MS = 1_000, 10 * 60_000
 FRESH_MS = 10 * 60_000
-MAX_ENDPOINT_CHARS = 256
+_MAX_ENDPOINT_CHARS = 256
 # A thousand credits a token is a typing mistake.
-MAX_ASK_NANO_PER_MTOK = MAX_NANO // 10**7
+_MAX_ASK_NANO_PER_MTOK = MAX_NANO // 10**7
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def open_offer(
     1. Bounds. 2. The key events in it certify a key of the node it names. 3. That key signed it.
     4. It is fresh. 5. Its numbers make sense. Raises BadSignature or InvalidRequest.
     """
-    if len(data) > MAX_OFFER_BYTES:  # 1
+    if len(data) > _MAX_OFFER_BYTES:  # 1
         raise InvalidRequest("the offer is too long")
     envelope = parse_envelope(data)
     if envelope.payload_type != payload_type(Offer):
@@ -84,17 +84,17 @@ def _check_fresh(offer: Offer, now_unix_ms: int) -> None:
 def _check_numbers(offer: Offer) -> None:
     if not 1 <= len(offer.models) <= MAX_MODELS:
         raise InvalidRequest(f"an offer names 1 to {MAX_MODELS} models")
-    if not 1 <= offer.capacity <= MAX_CAPACITY:
-        raise InvalidRequest(f"capacity must be from 1 to {MAX_CAPACITY}")
-    if not MIN_LEASE_MS <= offer.lease_ms <= MAX_LEASE_MS:
-        raise InvalidRequest(f"lease_ms must be from {MIN_LEASE_MS} to {MAX_LEASE_MS}")
-    if len(offer.endpoint) > MAX_ENDPOINT_CHARS:
+    if not 1 <= offer.capacity <= _MAX_CAPACITY:
+        raise InvalidRequest(f"capacity must be from 1 to {_MAX_CAPACITY}")
+    if not _MIN_LEASE_MS <= offer.lease_ms <= _MAX_LEASE_MS:
+        raise InvalidRequest(f"lease_ms must be from {_MIN_LEASE_MS} to {_MAX_LEASE_MS}")
+    if len(offer.endpoint) > _MAX_ENDPOINT_CHARS:
         raise InvalidRequest("the endpoint is too long")
     if offer.endpoint and not offer.tls_certificate_pem:
         raise InvalidRequest("an endpoint needs the certificate to pin")
     for model in offer.models:
         asks = (model.ask_input_nano_per_mtok, model.ask_output_nano_per_mtok)
-        if max(asks) > MAX_ASK_NANO_PER_MTOK:
+        if max(asks) > _MAX_ASK_NANO_PER_MTOK:
             raise InvalidRequest("an ask is out of range", hint="Nanocredits per million tokens.")
         if len(model.manifest_digest) != 32 or model.max_context_tokens < 1:
             raise InvalidRequest("an offered model needs a manifest digest and a context length")

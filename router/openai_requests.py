@@ -8,32 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
 from trueweight.protos.money import MAX_NANO, parse_credits
 from trueweight.protos.sampling_parameters import MAX_TOKEN_ID, Sampling
 from trueweight.router.fields import MAX_INT64, MIN_INT64, Fields
+from trueweight.router.openai_messages import Message, parse_messages
 from trueweight.router.structured_output import take_grammar
 
-MAX_MODEL_CHARS = 256
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
+_MAX_MODEL_CHARS = 256
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
 MAX_TOKENS = 2**31 - 1
-MAX_NAMED_NODES = 64
-
-Role = Literal["system", "user", "assistant"]
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    # OpenAI renamed the role; open models' templates know the old name.
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
+_MAX_NAMED_NODES = 64
 
 # Known parameters without support yet, and the values of theirs that change nothing.
 _NEUTRAL_BOTH: dict[str, tuple[Any, ...]] = {
@@ -81,14 +71,6 @@ _MAX_LABEL_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message, its text parts joined."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class Preferences:
     """Where a request may go. Prices are the most the client accepts, None for no wish."""
 
@@ -123,13 +105,14 @@ class ParsedRequest:
 
     @property
     def is_chat(self) -> bool:
+        """True for /v1/chat/completions."""
         return bool(self.messages)
 
 
 def parse_chat(body: Any) -> ParsedRequest:
     """A /v1/chat/completions body. Raises InvalidRequest with ``param`` set."""
     fields = _fields(body)
-    messages = _messages(fields.take("messages"))
+    messages = parse_messages(fields.take("messages"))
     fields.neutral(_NEUTRAL_CHAT)
     return _common(fields, messages=messages)
 
@@ -155,7 +138,7 @@ def _common(
     text: str | None = None,
     token_ids: tuple[int, ...] | None = None,
 ) -> ParsedRequest:
-    model = fields.text("model", MAX_MODEL_CHARS)
+    model = fields.text("model", _MAX_MODEL_CHARS)
     if model is None:
         raise InvalidRequest(
             "'model' is missing.", hint="GET /v1/models lists the names.", param="model"
@@ -181,56 +164,6 @@ def _common(
     fields.object("metadata")
     fields.finish()
     return request
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        raise InvalidRequest(
-            f"'messages' must be a list of 1 to {MAX_MESSAGES} messages.", param="messages"
-        )
-    return tuple(_message(item, index) for index, item in enumerate(value))
-
-
-def _message(item: Any, index: int) -> Message:
-    where = f"messages[{index}]"
-    if not isinstance(item, dict):
-        raise InvalidRequest(f"'{where}' must be an object.", param=where)
-    fields = Fields(item, prefix=f"{where}.")
-    role = fields.take("role")
-    if not isinstance(role, str):
-        raise fields.invalid("role", "must be a string")
-    if role in ("tool", "function"):
-        raise UnsupportedParameter("Tool messages are not supported.", param=f"{where}.role")
-    if role not in _ROLES:
-        raise fields.invalid("role", f"must be one of {', '.join(_ROLES)}")
-    content = _content(fields.take("content"), f"{where}.content")
-    fields.neutral({"tool_calls": ([],), "name": ("",), "refusal": ("",), "annotations": ([],)})
-    fields.finish()
-    return Message(_ROLES[role], content)
-
-
-def _content(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PARTS:
-        raise InvalidRequest(f"'{where}' must be a string or a list of parts.", param=where)
-    return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
-
-
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise InvalidRequest(f"'{where}' must be an object with a type.", param=where)
-    if part["type"] != "text":
-        raise UnsupportedParameter(
-            f"'{where}': only text is supported.", hint="Send text parts.", param=where
-        )
-    fields = Fields(part, prefix=f"{where}.")
-    fields.take("type")
-    text = fields.take("text")
-    if not isinstance(text, str):
-        raise fields.invalid("text", "must be a string")
-    fields.finish()
-    return text
 
 
 def _prompt(value: Any) -> tuple[str | None, tuple[int, ...] | None]:
@@ -328,10 +261,10 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise fields.invalid("stop", f"must be a string or a list of at most {MAX_STOPS} strings")
-    if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in stops):
-        raise fields.invalid("stop", f"strings must have 1 to {MAX_STOP_CHARS} characters")
+    if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
+        raise fields.invalid("stop", f"must be a string or a list of at most {_MAX_STOPS} strings")
+    if not all(isinstance(s, str) and 0 < len(s) <= _MAX_STOP_CHARS for s in stops):
+        raise fields.invalid("stop", f"strings must have 1 to {_MAX_STOP_CHARS} characters")
     return tuple(dict.fromkeys(stops))
 
 
@@ -389,10 +322,10 @@ def _nodes(fields: Fields, name: str) -> tuple[str, ...]:
         return ()
     if (
         not isinstance(value, list)
-        or len(value) > MAX_NAMED_NODES
+        or len(value) > _MAX_NAMED_NODES
         or not all(isinstance(v, str) and 0 < len(v) <= 64 for v in value)
     ):
-        raise fields.invalid(name, f"must be a list of at most {MAX_NAMED_NODES} node ids")
+        raise fields.invalid(name, f"must be a list of at most {_MAX_NAMED_NODES} node ids")
     return tuple(value)
 
 

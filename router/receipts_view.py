@@ -21,7 +21,7 @@ from trueweight.runtime.ledger_port import LedgerPort
 
 log = logging.getLogger(__name__)
 
-PROOF_TIMEOUT_S = 3.0
+_PROOF_TIMEOUT_S = 3.0
 _STATES = {PENDING: "pending", CAPTURED: "captured"}
 _EXTRA = (
     "model", "charge_nano", "finish_reason", "nodes", "route", "seed", "client_nonce",
@@ -78,7 +78,7 @@ class ReceiptsView:
     async def _inclusion(self, bill: bytes) -> Inclusion | None:
         """Proof that the bill is in the log; None while it is not merged."""
         try:
-            async with asyncio.timeout(PROOF_TIMEOUT_S):
+            async with asyncio.timeout(_PROOF_TIMEOUT_S):
                 proof = await self._ledger.inclusion(
                     InclusionProofRequest(message_digest=digest_of(bill))
                 )

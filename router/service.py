@@ -42,7 +42,7 @@ from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
-MAX_REMEMBERED_EVENTS = 100_000
+_MAX_REMEMBERED_EVENTS = 100_000
 
 
 class RouterService(RouterServicer):
@@ -130,13 +130,13 @@ class RouterService(RouterServicer):
                 hint="See 'trueweight model register'; the weights must be the registered ones.",
             )
         # First, because it refuses what there is no room for.
-        record = self._fleet.remember(offer, envelope)
+        record = self._fleet.remember(offer)
         for event in offer.key_events:
             self._keys.learn(event)
             if event not in self._published:
                 # The ledger must know the key before it can accept a receipt of this node.
                 await self._ledger.publish(event)
-                if len(self._published) > MAX_REMEMBERED_EVENTS:
+                if len(self._published) > _MAX_REMEMBERED_EVENTS:
                     self._published.clear()
                 self._published.add(event)
         return record

@@ -33,8 +33,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from trueweight.protos.errors import OverCapacity, StorageError
 
 T = TypeVar("T")
-MAX_QUEUED_WRITES = 8192
-MAX_WRITES_PER_COMMIT = 256
+_MAX_QUEUED_WRITES = 8192
+_MAX_WRITES_PER_COMMIT = 256
 
 metadata = MetaData()
 
@@ -125,7 +125,7 @@ class Store:
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Runs ``work`` in a transaction and returns its result once it is durable."""
-        if len(self._queue) >= MAX_QUEUED_WRITES:
+        if len(self._queue) >= _MAX_QUEUED_WRITES:
             raise OverCapacity("the router's journal is behind", hint="Try again later.")
         item: _Write[T] = _Write(work, asyncio.get_running_loop().create_future())
         self._queue.append(item)
@@ -166,7 +166,7 @@ class Store:
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         while self._queue:
-            count = min(len(self._queue), MAX_WRITES_PER_COMMIT)
+            count = min(len(self._queue), _MAX_WRITES_PER_COMMIT)
             group = [self._queue.popleft() for _ in range(count)]
             outcomes = await loop.run_in_executor(self._writer, self._commit, group)
             for item, outcome in zip(group, outcomes, strict=True):

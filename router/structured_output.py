@@ -16,7 +16,7 @@ from trueweight.router.fields import Fields
 
 _FORMAT, _VLLM = "response_format", "structured_outputs"
 _ANY_OBJECT = {"type": "object"}
-MAX_DESCRIPTION_CHARS = 4096
+_MAX_DESCRIPTION_CHARS = 4096
 MAX_NAME_CHARS = 64
 
 
@@ -54,7 +54,7 @@ def _named_schema(wanted: Fields) -> bytes:
     named.text("name", MAX_NAME_CHARS)
     named.flag("strict")  # every schema is kept strictly here
     # For the model's eyes, of which we show it nothing.
-    named.text("description", MAX_DESCRIPTION_CHARS, may_be_empty=True)
+    named.text("description", _MAX_DESCRIPTION_CHARS, may_be_empty=True)
     schema = named.take("schema")
     named.finish()
     return _source(named, "schema", "json_schema", schema)

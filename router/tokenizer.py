@@ -22,14 +22,15 @@ from trueweight.protos.model_directory import TOKENIZER_CONFIG, read_chat_templa
 from trueweight.router.byte_level import byte_table
 from trueweight.router.chat_template import ChatTemplate, TemplateVariables
 from trueweight.router.detokenizer import ByteLevelDecoder, IncrementalDecoder, WindowDecoder
-from trueweight.router.openai_requests import Message, ParsedRequest
+from trueweight.router.openai_messages import Message
+from trueweight.router.openai_requests import ParsedRequest
 
 # Above this, encoding goes to a thread: it takes milliseconds and lets go of the interpreter lock.
-THREAD_ABOVE_CHARS = 4096
+_THREAD_ABOVE_CHARS = 4096
 # No tokenizer makes fewer than one token of this many characters on real text; a longer prompt
 # cannot fit and is refused before any work.
-MAX_CHARS_PER_TOKEN = 256
-MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+_MAX_CHARS_PER_TOKEN = 256
+_MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_model_files(directory: Path, tokenizer_path: str) -> ModelFiles:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        if path.stat().st_size > _MAX_TOKENIZER_BYTES:
             raise EngineError(f"{path.name} is too large")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -110,14 +111,14 @@ class ModelTokenizer:
         if request.token_ids is not None:
             return request.token_ids
         size = sum(len(m.content) for m in request.messages) + len(request.text or "")
-        if size > self._max_context_tokens * MAX_CHARS_PER_TOKEN:
+        if size > self._max_context_tokens * _MAX_CHARS_PER_TOKEN:
             raise ContextOverflow(
                 f"The prompt has {size} characters and cannot fit the model's context of "
                 f"{self._max_context_tokens} tokens.",
                 hint="Shorten it.",
                 param="messages" if request.is_chat else "prompt",
             )
-        if size > THREAD_ABOVE_CHARS:
+        if size > _THREAD_ABOVE_CHARS:
             return await asyncio.to_thread(self.encode_now, request, date)
         return self.encode_now(request, date)
 

@@ -17,7 +17,7 @@ from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.router.store import data_keys, transcripts
 from trueweight.runtime.keys import write_private
 
-MASTER_KEY = "transcript-master.key"
+_MASTER_KEY = "transcript-master.key"
 _WRAP_TAG = b"trueweight/router-transcript/v1\x00"
 
 
@@ -32,7 +32,7 @@ class SealedTranscript:
 
 def load_master_key(directory: Path, random: Callable[[int], bytes]) -> bytes:
     """The router's master key; made on first use, readable by its owner only."""
-    path = directory / MASTER_KEY
+    path = directory / _MASTER_KEY
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_private(path, random(KEY_BYTES))
@@ -112,7 +112,7 @@ class TranscriptBox:
             )
         except (InvalidTag, ValueError):
             raise StorageError(
-                "a transcript's key does not open", hint=f"Was {MASTER_KEY} replaced?"
+                "a transcript's key does not open", hint=f"Was {_MASTER_KEY} replaced?"
             ) from None
 
 

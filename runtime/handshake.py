@@ -10,7 +10,7 @@ from trueweight.protos.identity import KeyRing, Signer
 from trueweight.protos.v1.envelope_pb2 import SessionProof
 
 NONCE_BYTES = 32
-MAX_PROOF_BYTES = 8 * 1024
+_MAX_PROOF_BYTES = 8 * 1024
 
 
 def new_nonce(random: Callable[[int], bytes]) -> bytes:
@@ -44,7 +44,7 @@ def check_proof(
     The key event in the proof only shows that the operational key belongs to the identity;
     whether that identity may do anything is the caller's decision. Raises BadSignature.
     """
-    if len(data) > MAX_PROOF_BYTES:
+    if len(data) > _MAX_PROOF_BYTES:
         raise BadSignature("the session proof is too long")
     claimed = parse_payload(parse_envelope(data), SessionProof)
     ring = ring_of([claimed.key_event], market_id, ring)

@@ -27,11 +27,11 @@ WRITE_TIMEOUT_S = 60.0
 # Longer than reverse proxies keep their idle connections.
 IDLE_S = 75.0
 # Reading on after an early refusal lets a client that is still sending see the answer.
-LINGER_S = 2.0
+_LINGER_S = 2.0
 # At the end requests were drained before: whoever still sends or reads now is not waited for long.
-SHUTDOWN_S = 3.0
+_SHUTDOWN_S = 3.0
 # Files that the process needs besides connections.
-SPARE_FILES = 256
+_SPARE_FILES = 256
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\n"
     b"Connection: close\r\n\r\n"
@@ -95,7 +95,7 @@ class Connection(web.RequestHandler):
             server,
             loop=asyncio.get_running_loop(),
             keepalive_timeout=IDLE_S,
-            lingering_time=LINGER_S,
+            lingering_time=_LINGER_S,
             access_log=None,  # type: ignore[arg-type]  # as web.AppRunner documents it
             # Compressed bodies are refused; a small one could unpack to anything.
             auto_decompress=False,
@@ -145,7 +145,7 @@ class HttpServer:
 
     def __init__(self, app: web.Application, seats: Seats, error_response: ErrorResponse) -> None:
         # A client who leaves cancels its handler; the request itself runs in a task of its own.
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S)
         self._seats, self._error_response = seats, error_response
         self._server: asyncio.Server | None = None
         self.endpoint = ""
@@ -215,10 +215,10 @@ async def writing(request: web.Request) -> AsyncIterator[None]:
 def make_seats(most: int = MAX_CONNECTIONS) -> Seats:
     """As many seats as this process may have files, raising the soft limit as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + SPARE_FILES
+    wanted = most + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return Seats(most)
-    return Seats(max(1, min(most, soft - SPARE_FILES)))
+    return Seats(max(1, min(most, soft - _SPARE_FILES)))

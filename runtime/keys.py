@@ -28,7 +28,7 @@ from trueweight.protos.identity import KeyRing, Signer, key_id, public_bytes
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.runtime.clock import Clock
 
-ROOT, OPERATIONAL, EVENT = "root.pem", "operational.pem", "key-event.bin"
+_ROOT, _OPERATIONAL, EVENT = "root.pem", "operational.pem", "key-event.bin"
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -40,6 +40,14 @@ def write_private(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_private(path: Path, data: bytes) -> None:
+    """Puts a file that only its owner can read in an older one's place, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    write_private(temporary, data)
+    temporary.replace(path)
+
+
 def create_keys(
     directory: Path, market_id: str | None, clock: Clock, operator: Path | None = None
 ) -> Signer:
@@ -49,7 +57,7 @@ def create_keys(
     Raises InvalidRequest if the directory already holds keys.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if has_keys(directory):
+    if _has_keys(directory):
         raise InvalidRequest(f"{directory} already holds keys", hint="Use them, or name another.")
     root, operational = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     identity = key_id(public_bytes(root))
@@ -62,23 +70,23 @@ def create_keys(
         sequence=1,
         issued_at_unix_ms=clock.now_unix_ms(),
     )
-    sealed = _seal(event, root, operational, load_root(operator) if operator else None)
+    sealed = _seal(event, root, operational, _load_root(operator) if operator else None)
     write_private(directory / EVENT, sealed)
-    write_private(directory / OPERATIONAL, _pem(operational))
-    write_private(directory / ROOT, _pem(root))
+    write_private(directory / _OPERATIONAL, _pem(operational))
+    write_private(directory / _ROOT, _pem(root))
     return Signer(identity, operational, sealed)
 
 
-def has_keys(directory: Path) -> bool:
+def _has_keys(directory: Path) -> bool:
     """True if the directory holds any part of an identity."""
-    return any((directory / name).exists() for name in (ROOT, OPERATIONAL, EVENT))
+    return any((directory / name).exists() for name in (_ROOT, _OPERATIONAL, EVENT))
 
 
 def load_signer(directory: Path) -> Signer:
     """The operational signer of a key directory. The root key is not read."""
     try:
         event_bytes = (directory / EVENT).read_bytes()
-        key = _load(directory / OPERATIONAL)
+        key = _load(directory / _OPERATIONAL)
     except FileNotFoundError:
         raise InvalidRequest(
             f"{directory} holds no keys",
@@ -97,19 +105,19 @@ def load_or_create(
 ) -> Signer:
     """The signer of a directory, made first if there is none; its operator is declared if it was
     not. Raises InvalidRequest if that needs a root key that is not at hand."""
-    if not has_keys(directory):
+    if not _has_keys(directory):
         return create_keys(directory, market_id, clock, operator)
     signer = load_signer(directory)
-    return _declare(directory, signer, load_root(operator), clock) if operator else signer
+    return _declare(directory, signer, _load_root(operator), clock) if operator else signer
 
 
-def load_root(directory: Path) -> Ed25519PrivateKey:
+def _load_root(directory: Path) -> Ed25519PrivateKey:
     """The root key of a key directory."""
     try:
-        return _load(directory / ROOT)
+        return _load(directory / _ROOT)
     except FileNotFoundError:
         raise InvalidRequest(
-            f"{directory} holds no {ROOT}", hint="Bring the root key here for this one command."
+            f"{directory} holds no {_ROOT}", hint="Bring the root key here for this one command."
         ) from None
 
 
@@ -120,11 +128,8 @@ def _declare(directory: Path, signer: Signer, operator: Ed25519PrivateKey, clock
         return signer
     event.sequence += 1
     event.issued_at_unix_ms = clock.now_unix_ms()
-    sealed = _seal(event, load_root(directory), signer.key, operator)
-    temporary = directory / (EVENT + ".tmp")
-    temporary.unlink(missing_ok=True)
-    write_private(temporary, sealed)
-    temporary.replace(directory / EVENT)
+    sealed = _seal(event, _load_root(directory), signer.key, operator)
+    replace_private(directory / EVENT, sealed)
     return Signer(signer.identity, signer.key, sealed)
 
 

@@ -31,7 +31,9 @@ from trueweight.protos.ids import derived_id
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
 from trueweight.protos.v1.ledger_pb2_grpc import LedgerStub
+from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import rpc
+from trueweight.runtime.market import Market
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ T = TypeVar("T")
 # Of one call.
 MAX_OPERATIONS = 1024
 MAX_BATCH = 256
-MAX_QUEUE = 8192
-DEFAULT_TIMEOUT_MS = 15_000
+_MAX_QUEUE = 8192
+_DEFAULT_TIMEOUT_MS = 15_000
 _RECONNECT_S = (0.1, 0.3, 1.0, 2.0)
 # How long a batch that the ledger had no room for keeps its place on the wire, so that callers who
 # are still waiting here are not refused as well.
@@ -120,7 +122,7 @@ class GrpcLedger:
         self._batcher = _Batcher(self._submit)
 
     async def apply(self, operations: Sequence[pb.Operation]) -> list[pb.Result]:
-        return await self._batcher.apply(list(operations), DEFAULT_TIMEOUT_MS)
+        return await self._batcher.apply(list(operations), _DEFAULT_TIMEOUT_MS)
 
     async def publish(self, envelope: bytes) -> int:
         operation = publish_operation(envelope)
@@ -196,13 +198,28 @@ class GrpcLedger:
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         metadata = self._metadata()
-        return await rpc.call(method, request, timeout_ms=DEFAULT_TIMEOUT_MS, metadata=metadata)
+        return await rpc.call(method, request, timeout_ms=_DEFAULT_TIMEOUT_MS, metadata=metadata)
 
     def _submit(self, requests: AsyncIterator[pb.ApplyRequest]) -> AsyncIterator[pb.ApplyResponse]:
         answers: AsyncIterator[pb.ApplyResponse] = self._stub.Submit(
             requests, metadata=self._metadata()
         )
         return answers
+
+
+def connect_ledger(
+    market: Market, tokens: rpc.AccessTokens | None = None, endpoint: str = ""
+) -> GrpcLedger:
+    """The market's ledger over gRPC; ``endpoint`` (host:port) replaces the address in the market
+    file, never the pinned certificate. Raises InvalidRequest if there is nothing to dial."""
+    member = market.member(Member.LEDGER)
+    address = endpoint or member.endpoint
+    if not address or not member.tls_certificate_pem:
+        raise InvalidRequest(
+            "the market file has no address or certificate for the ledger",
+            hint="Name the address with 'trueweight market reissue DIR --ledger-endpoint'.",
+        )
+    return GrpcLedger(address, member.tls_certificate_pem, member.identity, tokens)
 
 
 @dataclass
@@ -243,7 +260,7 @@ class _Batcher:
             raise InvalidRequest(
                 f"at most {MAX_OPERATIONS} operations at once", hint="Send several calls."
             )
-        if self._queued_operations + len(operations) > MAX_QUEUE:
+        if self._queued_operations + len(operations) > _MAX_QUEUE:
             raise OverCapacity("too many ledger operations are waiting", hint="Try again later.")
         waiting = _Waiting(operations, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)

@@ -16,7 +16,7 @@ from trueweight.protos.identity import KeyRing
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
 
-MAX_MARKET_FILE_BYTES = 1024 * 1024
+_MAX_MARKET_FILE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Market:
         for candidate in self.descriptor.members:
             if candidate.role == role:
                 return candidate
-        raise NotFound(f"the market names no {Member.Role.Name(role).lower()}")
+        raise NotFound(
+            f"the market names no {Member.Role.Name(role).lower()}",
+            hint="Is it the current market file? See 'trueweight market show'.",
+        )
 
     def has_role(self, identity: str, role: Member.Role) -> bool:
         """True if the identity is a member of this role."""
@@ -67,7 +70,7 @@ def write_market(path: Path, envelope: bytes, market_key_event: bytes) -> None:
 def load_market(path: Path) -> Market:
     """Reads and verifies a market file. Only the signed bytes count, never the readable copy."""
     try:
-        if path.stat().st_size > MAX_MARKET_FILE_BYTES:
+        if path.stat().st_size > _MAX_MARKET_FILE_BYTES:
             raise InvalidRequest(f"{path} is too large for a market file")
         document = json.loads(path.read_text())
         envelope = base64.b64decode(document["descriptor"], validate=True)
@@ -77,7 +80,9 @@ def load_market(path: Path) -> Market:
             f"there is no market file at {path}", hint="Make one with 'trueweight market init'."
         ) from None
     except (KeyError, TypeError, ValueError, binascii.Error):
-        raise InvalidRequest(f"{path} is not a market file") from None
+        raise InvalidRequest(
+            f"{path} is not a market file", hint="Name the market.json of 'trueweight market init'."
+        ) from None
     return _open(envelope, event)
 
 

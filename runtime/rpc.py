@@ -32,11 +32,11 @@ from trueweight.runtime.tls import PINNED_NAME, channel_credentials, server_cred
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-MAX_CONCURRENT_STREAMS = 4096
+_MAX_CONCURRENT_STREAMS = 4096
 TLS_HANDSHAKE_MS = 10_000
 TOKEN_LIFETIME_MS = 5 * 60_000
 TOKEN_SKEW_MS = 60_000
-MAX_TOKEN_BYTES = 8 * 1024
+_MAX_TOKEN_BYTES = 8 * 1024
 _TOKEN_KEY = "trueweight-access-bin"  # noqa: S105  (a metadata name)
 _CODE_KEY, _HINT_KEY = "trueweight-code", "trueweight-hint"
 _KEEPALIVE: tuple[tuple[str, int], ...] = (
@@ -66,7 +66,7 @@ def make_server() -> grpc.aio.Server:
         options=[
             *_SIZES,
             *_KEEPALIVE,
-            ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+            ("grpc.max_concurrent_streams", _MAX_CONCURRENT_STREAMS),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.so_reuseport", 0),
             # Silent strangers do not keep a connection.
@@ -197,7 +197,7 @@ class Authenticator:
         return message.subject
 
     def _open(self, token: bytes, known: KeyRing) -> AccessToken:
-        if len(token) > MAX_TOKEN_BYTES:
+        if len(token) > _MAX_TOKEN_BYTES:
             raise Unauthenticated("the access token is too long")
         claimed = parse_payload(parse_envelope(token), AccessToken)
         # A stranger brings its own key event; it proves a key for that identity and nothing more.

@@ -23,7 +23,7 @@ from trueweight.runtime.keys import write_private
 PINNED_NAME = "node.trueweight"
 CERTIFICATE, PRIVATE_KEY = "tls-cert.pem", "tls-key.pem"
 _LIFETIME_DAYS = 3650
-MAX_PEM_BYTES = 16 * 1024
+_MAX_PEM_BYTES = 16 * 1024
 
 
 def ensure_certificate(directory: Path, now_unix_ms: int) -> str:
@@ -71,7 +71,7 @@ def server_credentials(directory: Path) -> grpc.ServerCredentials:
 def channel_credentials(pinned_pem: str) -> grpc.ChannelCredentials:
     """Credentials that accept exactly the server holding this certificate's key."""
     data = pinned_pem.encode()
-    if not data or len(data) > MAX_PEM_BYTES:
+    if not data or len(data) > _MAX_PEM_BYTES:
         raise InvalidRequest("the TLS certificate to pin is missing or too long")
     try:
         certificates = x509.load_pem_x509_certificates(data)

@@ -20,12 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from trueweight.protos.errors import TrueweightError
-from trueweight.simulation.market import (
-    ClientPlan,
-    LocalMarket,
-    MarketSettings,
-    NodePlan,
-)
+from trueweight.runtime.keys import replace_private
+from trueweight.simulation.market import LocalMarket
+from trueweight.simulation.market_plan import ClientPlan, MarketSettings, NodePlan
 from trueweight.simulation.supervisor import Running, Supervisor, group_is_alive, tail
 
 NODES = (NodePlan("honest-dear", "0.30", "0.90"), NodePlan("honest-cheap", "0.24", "0.72"))
@@ -81,26 +78,17 @@ class State:
     groups: dict[str, int] = field(default_factory=dict)
 
 
-def write_state(directory: Path, state: State) -> None:
+def _write_state(directory: Path, state: State) -> None:
     """Replaces the state file; only its owner can read it, for the key in it."""
-    _write_private(directory / STATE_FILE, json.dumps(asdict(state), indent=2))
+    replace_private(directory / STATE_FILE, json.dumps(asdict(state), indent=2).encode())
 
 
 def write_environment(directory: Path, state: State) -> Path:
     """A file for a shell to read with ".": BASE_URL, API_KEY and MODEL. Its path."""
     values = {"BASE_URL": state.base_url, "API_KEY": state.api_key, "MODEL": state.model}
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in values.items()]
-    _write_private(directory / ENV_FILE, "".join(lines))
+    replace_private(directory / ENV_FILE, "".join(lines).encode())
     return directory / ENV_FILE
-
-
-def _write_private(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    temporary.replace(path)
 
 
 def read_state(directory: Path) -> State | None:
@@ -114,10 +102,10 @@ def read_state(directory: Path) -> State | None:
 
 def keeper_is_alive(state: State) -> bool:
     """True if the process that wrote the state still runs."""
-    return born_at(state.pid) == state.born
+    return _born_at(state.pid) == state.born
 
 
-def born_at(pid: int) -> int | None:
+def _born_at(pid: int) -> int | None:
     """Start time of a process in ticks since boot; None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -209,7 +197,7 @@ class Keeper:
         self._market = LocalMarket(settings, self._supervisor, self._tell)
         self._state = State(
             os.getpid(),
-            born_at(os.getpid()) or 0,
+            _born_at(os.getpid()) or 0,
             model=settings.sold_as,
             plan=plan.to_json(),
         )
@@ -260,7 +248,7 @@ class Keeper:
     def _save(self, state: State) -> None:
         groups = {r.spec.name: r.pid for r in self._supervisor.running}
         self._state = replace(state, groups={**state.groups, **groups})
-        write_state(self._directory, self._state)
+        _write_state(self._directory, self._state)
 
     def _died(self, running: Running) -> None:
         task = asyncio.get_running_loop().create_task(self._again(running))

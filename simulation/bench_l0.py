@@ -14,6 +14,7 @@ import click
 
 from trueweight.protos.envelope import digest_of, ring_of, seal
 from trueweight.protos.identity import KeyRing
+from trueweight.protos.money import PPM
 from trueweight.protos.receipts import ReceiptFacts, check_receipt, open_assignment
 from trueweight.protos.sampling import SAMPLER_ID, Sampling
 from trueweight.protos.tokens import token_digest
@@ -25,7 +26,6 @@ from trueweight.verifier.epochs import RatePolicy
 SIZES = ((64, 128), (512, 512), (4096, 1024))
 ROUNDS, BATCH = 11, 100
 VOCABULARY, MANIFEST, SALT = 2048, b"m" * 32, b"s" * 16
-PPM = 1_000_000
 
 
 def make_facts(world: World, prompt_tokens: int, output_tokens: int) -> tuple[ReceiptFacts, bytes]:

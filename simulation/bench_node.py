@@ -10,7 +10,6 @@ interleave them in both orders, so that what else the machine does hits all alik
 from __future__ import annotations
 
 import asyncio
-import importlib.resources
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from trueweight.simulation.bench_engines import (
 )
 from trueweight.simulation.bench_market import node_session
 from trueweight.simulation.bench_report import Estimate, estimate, finish, ratios, say
+from trueweight.simulation.demo_files import DEMO_MODEL
 from trueweight.simulation.random_llama import WIDE, write_random_llama
 
 _PROMPT_TOKENS = 32
@@ -47,11 +47,6 @@ _RATIOS = {
     "sampler_over_bare_greedy": ("canonical", "bare_greedy"),
     "node_over_sampler": ("node", "canonical"),
 }
-
-
-def demo_model() -> Path:
-    """The shipped model."""
-    return Path(str(importlib.resources.files("trueweight.simulation"))) / "models" / "tw-demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,7 @@ def main(model: Path | None, vocabulary: int, rounds: int) -> None:
     """Throughput of the bare engine, with the canonical sampler, and through the node."""
     with tempfile.TemporaryDirectory() as root:
         load = Load(_PROMPT_TOKENS, _SETTINGS)
-        directory = model or demo_model()
+        directory = model or DEMO_MODEL
         if vocabulary:
             shape = replace(WIDE, vocabulary=vocabulary)
             directory = write_random_llama(Path(root) / f"random-{vocabulary}", shape)

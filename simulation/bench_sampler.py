@@ -33,7 +33,7 @@ _RICH = {
 }
 
 
-def cpu_us(work: Callable[[], object], repeats: int) -> float:
+def _cpu_us(work: Callable[[], object], repeats: int) -> float:
     """Processor microseconds of one call."""
     work()
     best = float("inf")
@@ -68,10 +68,10 @@ def measure(vocabulary: int) -> dict[str, float]:
         "plain": batch(ones),
     }
     repeats = max(2, 4_000_000 // (vocabulary * _ROWS))
-    found = {name: cpu_us(work, repeats) / _ROWS for name, work in whole.items()}
+    found = {name: _cpu_us(work, repeats) / _ROWS for name, work in whole.items()}
     for name, sampling in _RICH.items():
         sampler = RowSampler(resolve(sampling), 1, [1, 2, 3], [], scratch)
-        found[name] = cpu_us(lambda s=sampler: s.winner(logits[0], [4]), repeats * 8)  # type: ignore[misc]
+        found[name] = _cpu_us(lambda s=sampler: s.winner(logits[0], [4]), repeats * 8)  # type: ignore[misc]
     return found
 
 

@@ -31,8 +31,8 @@ from trueweight.runtime import cli
 from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
 from trueweight.simulation.bench_engines import make_jobs
 from trueweight.simulation.bench_l0 import market_share, measure_l0, say_l0, say_shares
-from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.bench_report import Estimate, estimate, finish, ratios, say
+from trueweight.simulation.demo_files import DEMO_MODEL
 from trueweight.simulation.margin_store import MarginStore
 from trueweight.simulation.measuring import Measurement, Traffic, weights_of
 from trueweight.simulation.random_llama import WIDE, write_random_llama
@@ -44,8 +44,6 @@ CONCURRENCIES = (1, 32)
 _ALONE_REPEATS = 2
 _OPTIONS = VllmOptions(max_context_tokens=1024, kv_cache_bytes=512 << 20)
 _REFERENCE_OPTIONS = replace(_OPTIONS, dtype=REFERENCE_DTYPE)
-
-Way = Callable[[], Awaitable[Any]]
 
 
 async def measure(model: Path, rounds: int) -> dict[str, Any]:
@@ -231,7 +229,7 @@ PARTS = ("cost", "cheats", "honest")
 @cli.path_option("--charts", default=None, help="Write ROC and power curves here (PNG).")
 def main(**options: Any) -> None:
     """What checking costs, what cheats cost, and that honest nodes have nothing to fear."""
-    options["model"] = model = options["model"] or demo_model()
+    options["model"] = model = options["model"] or DEMO_MODEL
     options["calibration"] = options["calibration"] or model.with_name(
         f"{model.name}.calibration.json"
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from trueweight.node.vllm.engine import VllmOptions
+from trueweight.node.vllm.options import MIB, VllmOptions
 from trueweight.runtime import cli
 from trueweight.simulation.calibration_traffic import CLASSES
 from trueweight.simulation.margin_store import MarginStore
@@ -35,7 +35,6 @@ from trueweight.verifier.calibration_tables import as_figures, print_calibration
 
 NATIVE, FLOAT32 = "vllm, dtype of the weights", "vllm, float32"
 BULK = VllmOptions(max_running=64, max_batched_tokens=4096)
-MIB = 1 << 20
 
 # Most tokens come from the first two; the others are the rest of what may vary from one minute to
 # the next on an honest node.
@@ -140,10 +139,20 @@ def provenance(tokens: int, seed: int) -> str:
 @cli.path_option("--model", required=True, help="Model directory in Hugging Face layout.")
 @cli.path_option("--out", required=True, help="Calibration file to write (unsigned).")
 @cli.path_option("--work", default=None, help="Keeps measurements here; run again to go on.")
-@cli.option("--tokens", default=50_000, type=click.IntRange(100), help="Per class and pair.")
+@cli.option(
+    "--tokens", default=50_000, type=click.IntRange(100), help="To measure, per class and pair."
+)
 @cli.option("--minutes", default=1e6, help="Stop after about so long; needs --work to go on.")
-@cli.option("--class", "classes", multiple=True, type=click.Choice(CLASSES), help="Only these.")
-@cli.option("--version", "calibration_version", default=1, type=click.IntRange(1), help="Version.")
+@cli.option(
+    "--class",
+    "classes",
+    multiple=True,
+    type=click.Choice(CLASSES),
+    help="Only these parameter classes.",
+)
+@cli.option(
+    "--version", "calibration_version", default=1, type=click.IntRange(1), help="Of the file."
+)
 @cli.option("--seed", default=1, help="Of prompts, parameters and request seeds.")
 @cli.option("--quick", is_flag=True, help="One serving variant and one reference.")
 @cli.option("--partial", is_flag=True, help="Write what --work holds, even if not all is done.")

@@ -64,11 +64,11 @@ def _texts(chance: random.Random, count: int) -> Iterator[str]:
         yield chance.choice(sources)
 
 
-def draw_sampling(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
+def _draw_sampling(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
     """Random resolved parameters of one class, over the range that clients use. For "grammar":
     what goes with one, which is every other class."""
     if wanted == "grammar":
-        return draw_sampling(chance.choice(_UNDER_GRAMMARS), chance, stop_ids)
+        return _draw_sampling(chance.choice(_UNDER_GRAMMARS), chance, stop_ids)
     cuts: dict[str, Any] = {
         "top_p": chance.choice((0.5, 0.8, 0.9, 0.95, 0.99)),
         "top_k": chance.choice((2, 5, 20, 50)),
@@ -150,6 +150,8 @@ SPECIAL = {
     "low entropy": "plain",
     "hostile plain": "plain",
     "hostile top_p": "top_p",
+    "hostile top_k": "top_k",
+    "hostile min_p": "min_p",
     "hostile multi_cut": "multi_cut",
     "hostile penalties": "penalties",
 }
@@ -162,20 +164,23 @@ def class_of(kind: str) -> str:
 
 def _draw(kind: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
     if kind.startswith("hostile "):
-        return draw_hostile(class_of(kind), chance, stop_ids)
-    drawn = draw_sampling(class_of(kind), chance, stop_ids)
+        return _draw_hostile(class_of(kind), chance, stop_ids)
+    drawn = _draw_sampling(class_of(kind), chance, stop_ids)
     if kind == "low entropy":
         drawn = resolve(replace(drawn, temperature=chance.choice(_LOW_TEMPERATURES)))
     return drawn
 
 
-def draw_hostile(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
+def _draw_hostile(wanted: str, chance: random.Random, stop_ids: tuple[int, ...]) -> Sampling:
     """What a client would ask for who wants to see an honest rival convicted: the corners of
     what is allowed, where rounding is amplified or every token is a close call."""
     base = Sampling(temperature=chance.choice((0.01, 0.05, 2.0, 10.0)), stop_token_ids=stop_ids)
     corners: dict[str, Sequence[dict[str, Any]]] = {
         "plain": ({}, {"allowed_token_ids": _some_ids(chance)}, {"logit_bias": _biases(chance)}),
         "top_p": ({"top_p": chance.choice((0.01, 0.1, 0.3, 0.999))},),
+        "top_k": ({"top_k": 2}, {"top_k": 3}),
+        # At 1 only the likeliest token is left: rounding decides which.
+        "min_p": ({"min_p": 0.9}, {"min_p": 0.999}, {"min_p": 1.0}),
         "multi_cut": (
             {"top_p": 0.5, "top_k": 2},
             {"top_p": 0.999, "top_k": 1000, "min_p": 0.001},

@@ -21,11 +21,11 @@ ROC_SAMPLES = 4000
 def write_all(directory: Path, shown: Sequence[Shown], pools: Mapping[str, Pool]) -> None:
     """``roc.png`` and ``power.png``. ``pools`` begins with the honest one."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_roc(directory / "roc.png", pools)
-    write_power(directory / "power.png", shown)
+    _write_roc(directory / "roc.png", pools)
+    _write_power(directory / "power.png", shown)
 
 
-def sample_means(pool: Pool, seed: int) -> list[float]:
+def _sample_means(pool: Pool, seed: int) -> list[float]:
     """Mean x of samples of at least ``ROC_TOKENS`` tokens, drawn with replacement."""
     chance = random.Random(seed)  # noqa: S311  (reproducible)
     found = []
@@ -57,13 +57,13 @@ def area(curve: Sequence[tuple[float, float]]) -> float:
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(curve))
 
 
-def write_roc(path: Path, pools: Mapping[str, Pool]) -> None:
+def _write_roc(path: Path, pools: Mapping[str, Pool]) -> None:
     """One curve per cheat, against the first pool."""
     (_, honest), *cheats = pools.items()
     axes, figure = canvas()
-    null = sample_means(honest, 0)
+    null = _sample_means(honest, 0)
     for number, (name, pool) in enumerate(cheats, start=1):
-        curve = roc(null, sample_means(pool, number))
+        curve = roc(null, _sample_means(pool, number))
         axes.plot(*zip(*curve, strict=True), label=f"{name} (AUC {area(curve):.4f})")
     axes.set_xscale("symlog", linthresh=1e-3)
     axes.set_xlabel("honest samples above the threshold")
@@ -72,7 +72,7 @@ def write_roc(path: Path, pools: Mapping[str, Pool]) -> None:
     _finish(axes, figure, path)
 
 
-def write_power(path: Path, shown: Sequence[Shown]) -> None:
+def _write_power(path: Path, shown: Sequence[Shown]) -> None:
     """Share of orders convicted by audited tokens, for the undisguised cheats with a target and
     the one inside honest rounding."""
     axes, figure = canvas()

@@ -29,7 +29,7 @@ BITS, GROUP = 4, 32
 SYNTHETIC_ERROR_LOGITS = 0.25
 
 
-def cheap_engine(workplace: Path, model_directory: Path, choice: EngineChoice) -> Engine:
+def _cheap_engine(workplace: Path, model_directory: Path, choice: EngineChoice) -> Engine:
     """The engine that the choice asks for, on worse weights than it says."""
     if choice.name == "synthetic":
         honest = SyntheticModel(shape_from_directory(model_directory))
@@ -46,7 +46,7 @@ def cheap_engine(workplace: Path, model_directory: Path, choice: EngineChoice) -
 
 def cheat(**options: Any) -> None:
     """Serve 4-bit weights under the honest manifest."""
-    commands.run_up(options, functools.partial(cheap_engine, options["keys"]))
+    commands.run_up(options, functools.partial(_cheap_engine, options["keys"]))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 ORPHANED_EXIT_CODE = 71
 
 
-def bind_to_parent(parent_pid: int) -> None:
+def _bind_to_parent(parent_pid: int) -> None:
     """The kernel kills this process when ``parent_pid`` dies; exits if it is dead already."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -28,5 +28,5 @@ def bind_to_parent(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    bind_to_parent(int(sys.argv[1]))
+    _bind_to_parent(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606  (no shell on purpose)

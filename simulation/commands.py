@@ -22,9 +22,11 @@ from trueweight.protos.errors import Conflict, Unavailable
 from trueweight.runtime.cli import json_option, option, path_option, print_json
 from trueweight.simulation import background
 from trueweight.simulation.demo import REQUESTS, Demo, DemoSettings
+from trueweight.simulation.demo_files import DEMO_MODEL
 from trueweight.simulation.display import Display
-from trueweight.simulation.market import DEMO_MODEL, ENGINES, fresh_directory
+from trueweight.simulation.market_plan import ENGINES
 from trueweight.simulation.report import Result, show
+from trueweight.simulation.run_directory import fresh_directory
 
 T = TypeVar("T")
 STATE = Path(".trueweight")
@@ -63,7 +65,7 @@ def demo(
     Exit status 0 only if the cheat, and only the cheat, was convicted, its clients were refunded
     and the books balance.
     """
-    with only_one(directory):
+    with _only_one(directory):
         settings = DemoSettings(
             directory=fresh_directory(directory),
             model=model,
@@ -73,7 +75,7 @@ def demo(
             seed=seed,
             calibration=calibration,
         )
-        result = run_interruptible(_demo(settings))
+        result = _run_interruptible(_demo(settings))
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n")
     raise SystemExit(0 if result.passed else 1)
@@ -86,7 +88,7 @@ async def _demo(settings: DemoSettings) -> Result:
             result = await run.run()
         finally:
             await _end(run, display)
-    console = wide_console()
+    console = _wide_console()
     show(result, console)
     total = sum(result.seconds.values())
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
@@ -94,7 +96,7 @@ async def _demo(settings: DemoSettings) -> Result:
     return result
 
 
-def wide_console() -> Console:
+def _wide_console() -> Console:
     """Stdout; wide enough for the tables where nobody says how wide it is."""
     console = Console()
     return console if console.is_terminal else Console(width=TABLE_WIDTH)
@@ -136,7 +138,7 @@ def up(
     """Start the market without the cheat and keep it running until 'trueweight simulate down'."""
     options = ("--max-context", str(max_context), "--kv-cache-mib", str(kv_cache_mib))
     plan = background.UpPlan(str(model.resolve()), engine, model_id, licence, options)
-    with only_one(directory):
+    with _only_one(directory):
         state = background.read_state(directory)
         if state is not None and background.keeper_is_alive(state):
             _check_same(state, plan)
@@ -251,7 +253,7 @@ def down(*, directory: Path) -> None:
     click.echo(f"The market is down. Its books and logs stay in {directory} until the next start.")
 
 
-def run_interruptible(main: Coroutine[Any, Any, T]) -> T:
+def _run_interruptible(main: Coroutine[Any, Any, T]) -> T:
     """Runs to the end; SIGINT and SIGTERM cancel it, so that everything it started is ended, a
     second one ends at once. Not uvloop: it cannot put a child into a process group."""
 
@@ -275,7 +277,7 @@ def _cancel_or_exit(task: asyncio.Future[Any]) -> None:
 
 
 @contextlib.contextmanager
-def only_one(directory: Path) -> Iterator[None]:
+def _only_one(directory: Path) -> Iterator[None]:
     """Refuses to run twice in one directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     path = directory.with_name(directory.name + ".lock")

@@ -17,14 +17,8 @@ from typing import Any
 from trueweight.protos.errors import Unavailable
 from trueweight.simulation.display import Display
 from trueweight.simulation.judgement import Answered, Observed, judge
-from trueweight.simulation.market import (
-    ClientPlan,
-    LocalMarket,
-    MarketSettings,
-    NodePlan,
-    names_of,
-    trueweight,
-)
+from trueweight.simulation.market import LocalMarket, names_of, trueweight
+from trueweight.simulation.market_plan import ClientPlan, MarketSettings, NodePlan
 from trueweight.simulation.observation import (
     Observer,
     available,
@@ -56,7 +50,7 @@ TRACEBACK_LINES = 15
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What to run. ``directory`` is the run's own; see ``market.fresh_directory``."""
+    """What to run. ``directory`` is the run's own; see ``run_directory.fresh_directory``."""
 
     directory: Path
     model: Path
@@ -171,12 +165,7 @@ class Demo:
     async def _traffic(self, observer: Observer) -> list[Outcome]:
         """A few requests alone, the rest at once; more if the cheat is still at large then."""
         settings = self._settings
-        plans = make_plans(
-            settings.requests,
-            [c.name for c in CLIENTS],
-            self.market.settings.sold_as,
-            settings.seed,
-        )
+        plans = self._plans(settings.requests, 1)
         self._display.say(f"sending {len(plans)} paid requests with the openai client")
         counter = self._display.count("requests", len(plans))
         async with connected_clients(self.market.base_url, self.market.api_keys) as clients:

@@ -112,19 +112,19 @@ def definitions(text: str, tree: ast.Module) -> Iterator[Document]:
     }
     found = [item for item in ast.walk(tree) if isinstance(item, Definition)]
     for item in sorted(found, key=lambda item: (item.lineno, item.col_offset)):
-        source = extract(lines, item)
-        if acceptable(source, documented=ast.get_docstring(item) is not None):
+        source = _extract(lines, item)
+        if _acceptable(source, documented=ast.get_docstring(item) is not None):
             kind = "class" if isinstance(item, ast.ClassDef) else "function"
             kind = "method" if item in methods else kind
-            yield Document(item.name, kind, first_sentence(ast.get_docstring(item)), source)
+            yield Document(item.name, kind, _first_sentence(ast.get_docstring(item)), source)
 
 
-def extract(lines: Sequence[str], item: Definition) -> str:
+def _extract(lines: Sequence[str], item: Definition) -> str:
     """The dedented source of ``item``; a docstring that makes it too long keeps its first line."""
     start = min([item.lineno, *(decorator.lineno for decorator in item.decorator_list)]) - 1
     end = item.end_lineno or item.lineno
-    source = tidy(lines[start:end])
-    summary = first_sentence(ast.get_docstring(item))
+    source = _tidy(lines[start:end])
+    summary = _first_sentence(ast.get_docstring(item))
     if len(source) <= MAX_CHARS or not summary or '"' in summary or "\\" in summary:
         return source
     docstring = item.body[0]
@@ -132,16 +132,16 @@ def extract(lines: Sequence[str], item: Definition) -> str:
     after = lines[docstring.end_lineno or docstring.lineno : end]
     while after and not after[0].strip():
         after = after[1:]
-    return tidy([*before, " " * docstring.col_offset + f'"""{summary}."""', *after])
+    return _tidy([*before, " " * docstring.col_offset + f'"""{summary}."""', *after])
 
 
-def tidy(lines: Sequence[str]) -> str:
+def _tidy(lines: Sequence[str]) -> str:
     """Dedented text without trailing blanks; ends in one newline."""
     stripped = "\n".join(line.rstrip() for line in lines)
     return textwrap.dedent(stripped).strip() + "\n"
 
 
-def acceptable(source: str, *, documented: bool) -> bool:
+def _acceptable(source: str, *, documented: bool) -> bool:
     """Long enough to say something, short enough to end soon, and still Python on its own."""
     least = MIN_CHARS if documented else MIN_CHARS_UNDOCUMENTED
     if not least <= len(source) <= MAX_CHARS:
@@ -155,14 +155,14 @@ def acceptable(source: str, *, documented: bool) -> bool:
     return True
 
 
-def first_sentence(docstring: str | None) -> str:
+def _first_sentence(docstring: str | None) -> str:
     """The first sentence of the first paragraph, on one line, without its full stop."""
     paragraph = (docstring or "").strip().split("\n\n", 1)[0]
     sentence = " ".join(paragraph.split()).split(". ", 1)[0].rstrip(".").strip()
     return sentence if 8 <= len(sentence) <= 160 else ""
 
 
-def request_for(document: Document, choose: random.Random) -> str:
+def _request_for(document: Document, choose: random.Random) -> str:
     """What a user could have asked to get ``document``."""
     if choose.random() < 0.06:
         return choose.choice(OPEN_PROMPTS)
@@ -188,6 +188,6 @@ def conversation(document: Document, choose: random.Random) -> list[Message]:
         messages.append({"role": "assistant", "content": f"{document.summary}."})
         messages.append({"role": "user", "content": "Show me the code."})
     else:
-        messages.append({"role": "user", "content": request_for(document, choose)})
+        messages.append({"role": "user", "content": _request_for(document, choose)})
     messages.append({"role": "assistant", "content": document.source})
     return messages

@@ -1,4 +1,4 @@
-"""The demo model's files other than its weights: tokenizer, chat template, card and licence.
+"""The demo model that ships: where it lies, and its files other than its weights.
 
 Pure text and JSON in the Hugging Face layout; no torch, so the tests of the layout are fast.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+DEMO_MODEL = Path(__file__).resolve().parent / "models" / "tw-demo"
 VOCABULARY = 2048
 CONTEXT = 2048
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trueweight.node.vllm.engine import VllmOptions
+from trueweight.node.vllm.options import VllmOptions, emulates_bfloat16
 from trueweight.protos.evidence import CONVICT, Item, Wealth
 from trueweight.protos.v1.audit_pb2 import CalibrationEntry
 from trueweight.simulation.bench_report import table
@@ -161,15 +161,6 @@ def _in_float32(options: VllmOptions) -> VllmOptions:
     return replace(options, dtype="float32", kv_cache_bytes=2 * options.kv_cache_bytes)
 
 
-def cpu_has_bfloat16() -> bool:
-    """True if matrix products of bfloat16 are instructions of this CPU (x86)."""
-    # Needs PyTorch, which takes seconds to import.
-    import torch  # noqa: PLC0415
-
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
 async def wide_run(
     name: str, work: Path, *, tokens: int, orders: int, minutes: float
 ) -> list[HonestRow]:
@@ -183,7 +174,7 @@ async def wide_run(
         store = MarginStore(work / f"seed-{seed}", weights, seed)
         return Measurement(model, store, Traffic.of_model(model, seed), minutes)
 
-    bulk, others = wide_variants(has_bfloat16=cpu_has_bfloat16())
+    bulk, others = wide_variants(has_bfloat16=not emulates_bfloat16())
     each = round(tokens / len(WIDE_CLASSES) / len(bulk))
     calibrator = Calibrator(measurement(1), bulk, dict.fromkeys(WIDE_CLASSES, each))
     await calibrator.run()

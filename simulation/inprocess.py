@@ -41,8 +41,9 @@ from trueweight.runtime.clock import Clock, SystemClock
 from trueweight.runtime.keys import load_or_create, load_signer
 from trueweight.runtime.ledger_port import raise_refused
 from trueweight.runtime.market import Market
+from trueweight.simulation.demo_files import DEMO_MODEL
 
-MODEL_DIRECTORY = Path(__file__).resolve().parent / "models" / "tw-demo"
+MODEL_DIRECTORY = DEMO_MODEL
 MODEL_ID = "tw-demo-3m"
 READY_TIMEOUT_S = 30.0
 
@@ -173,6 +174,7 @@ class InProcessMarket:
         return int((await self.balance(f"client:{name}")).debits_pending_nano or 0)
 
     async def available_nano(self, account: str) -> int:
+        """An account's available nanocredits."""
         return int((await self.balance(account)).available_nano or 0)
 
     async def register_model(self) -> None:

@@ -26,7 +26,7 @@ import aiohttp
 
 from trueweight.client.market_setup import MarketPlan, create_market
 from trueweight.client.model_files import check_model_id, registry_entry, sign_directory
-from trueweight.protos.errors import DeadlineExceeded, InvalidRequest, TrueweightError
+from trueweight.protos.errors import DeadlineExceeded, InvalidRequest
 from trueweight.protos.identity import Signer
 from trueweight.protos.ids import derived_id
 from trueweight.protos.market_terms import DEFAULT_ENGINES, SYNTHETIC, with_synthetic
@@ -39,85 +39,20 @@ from trueweight.router.catalog import load_tokenizer
 from trueweight.router.store import Store
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import create_keys, load_signer
-from trueweight.runtime.ledger_port import GrpcLedger, LedgerPort, raise_refused
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger, raise_refused
 from trueweight.runtime.market import Market
 from trueweight.runtime.rpc import AccessTokens
 from trueweight.runtime.tls import CERTIFICATE, ensure_certificate
+from trueweight.simulation.market_plan import ENGINES, MarketSettings, NodePlan
 from trueweight.simulation.ports import pick_ports
+from trueweight.simulation.run_directory import link_or_copy
 from trueweight.simulation.supervisor import ProcessSpec, Supervisor, tail
 
-DEMO_MODEL = Path(__file__).resolve().parent / "models" / "tw-demo"
-ENGINES = ("vllm", "synthetic")
-MARKER = "trueweight-run"
 HOST = "127.0.0.1"
 SYNTHETIC_READY_S, VLLM_READY_S = 120.0, 600.0
 REGISTERED_S = 60.0
 STILL_EVERY_S = 15.0
 _CHEATING_NODE = "trueweight.simulation.cheating_node"
-
-
-@dataclass(frozen=True)
-class NodePlan:
-    """One worker node. Asks in credits per million tokens. ``cheating`` composes another engine
-    into the node from outside; the node's own code has no switch for it."""
-
-    name: str
-    ask_input: str
-    ask_output: str
-    cheating: bool = False
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ClientPlan:
-    """A client with a prepaid balance in credits."""
-
-    name: str
-    deposit: str
-
-    @property
-    def account(self) -> str:
-        """Its account at the ledger."""
-        return f"client:{self.name}"
-
-
-@dataclass(frozen=True)
-class MarketSettings:
-    """What market to run. ``bond`` is what each node stakes, in credits."""
-
-    directory: Path
-    nodes: tuple[NodePlan, ...]
-    clients: tuple[ClientPlan, ...]
-    engine: str = "vllm"
-    model: Path = DEMO_MODEL
-    model_id: str = ""
-    licence: str = ""
-    bond: str = "1"
-    log_level: str = "info"
-    verifier_options: tuple[str, ...] = ()
-    router_options: tuple[str, ...] = ()
-    engine_options: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    calibration_file: Path | None = None
-
-    @property
-    def sold_as(self) -> str:
-        """The name that clients put into "model"."""
-        return self.model_id or self.model.resolve().name
-
-    @property
-    def sold_under(self) -> str:
-        """The licence that clients are shown; nothing is claimed for a model that is not ours."""
-        is_ours = self.model.resolve() == DEMO_MODEL
-        return self.licence or ("PSF-2.0" if is_ours else "NOASSERTION")
-
-    @property
-    def calibration(self) -> Path | None:
-        """The calibration that was named, else the one that lies beside the model, if any."""
-        if self.calibration_file is not None:
-            return self.calibration_file.resolve()
-        path = self.model.resolve().with_name(self.model.resolve().name + ".calibration.json")
-        return path if path.is_file() else None
 
 
 @dataclass
@@ -211,14 +146,14 @@ class LocalMarket:
 
     async def stop(self) -> None:
         """Ends the processes in good order: nobody loses whom it still needs."""
-        nodes = [node_process(name) for name in self.participants]
+        nodes = [_node_process(name) for name in self.participants]
         await self.supervisor.stop_all([["verifier"], [*nodes, "reference"], ["router"]])
 
     async def restart(self, name: str) -> dict[str, Any]:
         """Starts a process again that has ended, as it was started before."""
         facts = await self.supervisor.start(self._specs[name])
         for participant in self.participants.values():
-            if node_process(participant.plan.name) == name:
+            if _node_process(participant.plan.name) == name:
                 participant.facts = facts
         return facts
 
@@ -226,13 +161,10 @@ class LocalMarket:
     async def ledger(self, role: str = "admin") -> AsyncIterator[LedgerPort]:
         """A connection to the running ledger as one of the market's own identities."""
         market = self.registered
-        member = market.member(Member.LEDGER)
         tokens = AccessTokens(
             load_signer(self.keys_of(role)), market.market_id, self._clock, os.urandom
         )
-        port = GrpcLedger(
-            self.addresses.ledger, member.tls_certificate_pem, member.identity, tokens
-        )
+        port = connect_ledger(market, tokens)
         try:
             yield port
         finally:
@@ -437,7 +369,7 @@ class LocalMarket:
             *self._engine_arguments(),
             *plan.options,
         )
-        name = node_process(plan.name)
+        name = _node_process(plan.name)
         if not plan.cheating:
             return self._spec(
                 name, "node", "up", *arguments, ready_timeout_s=self._engine_ready_s()
@@ -470,7 +402,7 @@ class LocalMarket:
         )
 
 
-def node_process(name: str) -> str:
+def _node_process(name: str) -> str:
     """Process name of a node."""
     return f"node-{name}"
 
@@ -483,48 +415,6 @@ def trueweight() -> tuple[str, ...]:
     return (sys.executable, "-c", "from trueweight.client.launcher import main; main()")
 
 
-def link_or_copy(source: str, target: str) -> str:
-    """A hard link to the file itself (caches are full of symbolic links), a copy across disks."""
-    real = Path(source).resolve()
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
-    return target
-
-
-def fresh_directory(directory: Path) -> Path:
-    """An empty run directory. Only one that was made by this function is ever emptied.
-
-    Raises InvalidRequest if something else lies there.
-    """
-    if directory.exists() and any(directory.iterdir()):
-        if not (directory / MARKER).is_file():
-            raise InvalidRequest(
-                f"{directory} holds something else", hint="Name another --directory."
-            )
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MARKER).write_text("Made by 'trueweight simulate'; emptied at its next start.\n")
-    return directory.resolve()
-
-
 def names_of(participants: Sequence[Participant]) -> dict[str, str]:
     """Names for people by node id."""
     return {p.node_id: p.plan.name for p in participants}
-
-
-__all__ = [
-    "DEMO_MODEL",
-    "Addresses",
-    "ClientPlan",
-    "LocalMarket",
-    "MarketSettings",
-    "NodePlan",
-    "Participant",
-    "TrueweightError",
-    "fresh_directory",
-    "names_of",
-    "node_process",
-    "trueweight",
-]

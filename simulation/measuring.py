@@ -207,8 +207,8 @@ class Measurement:
             for owner, key in to_score():
                 if self.out_of_time():
                     break
-                scores = await score_all(engine, self._claims(owner, key))
-                self._store.keep_margins(key, source.name, to_rows(scores))
+                scores = await _score_all(engine, self._claims(owner, key))
+                self._store.keep_margins(key, source.name, _to_rows(scores))
             _say(f"  done, {time.monotonic() - started:.0f} s")
         finally:
             await engine.close()
@@ -306,16 +306,16 @@ class Measurement:
             if self.out_of_time():
                 break
             scores = reference.score(self._claims(source, key))
-            self._store.keep_margins(key, TRANSFORMERS, to_rows(scores))
+            self._store.keep_margins(key, TRANSFORMERS, _to_rows(scores))
         _say(f"{TRANSFORMERS}: {time.monotonic() - started:.0f} s")
 
 
-def to_rows(scores: Sequence[Score]) -> Ragged:
+def _to_rows(scores: Sequence[Score]) -> Ragged:
     """x of every token in 10^-9, one row per request."""
     return Ragged.of([[clipped_nano(m) for m in score.margins] for score in scores])
 
 
-async def score_all(engine: Engine, jobs: Sequence[ScoreJob]) -> list[Score]:
+async def _score_all(engine: Engine, jobs: Sequence[ScoreJob]) -> list[Score]:
     """Scores in batches of the size that verifiers use."""
     found: list[Score] = []
     for start in range(0, len(jobs), SCORE_BATCH):

@@ -26,7 +26,6 @@ class BilledLeg:
     node_id: str
     receipt_digest: bytes
     charge_nano: int
-    input_tokens: int
     output_tokens: int
 
 
@@ -37,7 +36,6 @@ class Observer:
     market: Market
     view: LogView = field(init=False)
     bills: list[Bill] = field(default_factory=list)
-    _next_bill: int = 0
 
     def __post_init__(self) -> None:
         self.view = LogView(self.market)
@@ -66,7 +64,6 @@ class Observer:
                 node_id=leg.node_id,
                 receipt_digest=leg.receipt_digest,
                 charge_nano=leg.client_charge_nano,
-                input_tokens=leg.billed_input_tokens,
                 output_tokens=leg.billed_output_tokens,
             )
             for bill in self.bills

@@ -15,7 +15,6 @@ from trueweight.simulation.traffic import Outcome
 from trueweight.verifier.report import ExplainedVerdict, NodeRow
 
 FORMAT = "trueweight-demo-1"
-NANO_PER_MTOK = 10**9
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,18 @@ class Result:
 def show(result: Result, console: Console) -> None:
     """All tables, the verdict on the run last."""
     names = {node.node_id: node.name for node in result.nodes}
-    console.print(requests_table(result.outcomes, names))
-    console.print(nodes_table(result.nodes))
+    console.print(_requests_table(result.outcomes, names))
+    console.print(_nodes_table(result.nodes))
     for node in result.nodes:
         if node.evidence is not None and node.evidence.convicted:
-            console.print(evidence_table(node))
+            console.print(_evidence_table(node))
             console.print(node.words, highlight=False)
     _show_challenges(result.challenges, console)
-    console.print(credits_table(result, names))
-    console.print(checks_table(result.checks))
+    console.print(_credits_table(result, names))
+    console.print(_checks_table(result.checks))
 
 
-def requests_table(outcomes: Sequence[Outcome], names: Mapping[str, str]) -> Table:
+def _requests_table(outcomes: Sequence[Outcome], names: Mapping[str, str]) -> Table:
     """Route, price, tokens and time to the first token of every request."""
     table = Table(title="Requests", title_justify="left")
     for column in ("#", "client", "kind", "node", "route"):
@@ -120,7 +119,7 @@ def requests_table(outcomes: Sequence[Outcome], names: Mapping[str, str]) -> Tab
     return table
 
 
-def nodes_table(nodes: Sequence[NodeFacts]) -> Table:
+def _nodes_table(nodes: Sequence[NodeFacts]) -> Table:
     """What the log's verdicts say of each node."""
     table = Table(title="Verdicts, recomputed from the public log", title_justify="left")
     for column in ("node", "really is", "verdict"):
@@ -145,7 +144,7 @@ def nodes_table(nodes: Sequence[NodeFacts]) -> Table:
     return table
 
 
-def evidence_table(node: NodeFacts) -> Table:
+def _evidence_table(node: NodeFacts) -> Table:
     """Audit by audit, how a node's wealth came about."""
     table = Table(title=f"The evidence against {node.name}", title_justify="left")
     for column in ("receipt leaf", "class", "outcome"):
@@ -166,7 +165,7 @@ def evidence_table(node: NodeFacts) -> Table:
     return table
 
 
-def credits_table(result: Result, names: Mapping[str, str]) -> Table:
+def _credits_table(result: Result, names: Mapping[str, str]) -> Table:
     """Everyone's credits before and after."""
     table = Table(title="Credits (available)", title_justify="left")
     table.add_column("account")
@@ -175,7 +174,7 @@ def credits_table(result: Result, names: Mapping[str, str]) -> Table:
     for account in sorted({*result.before, *result.after}):
         before, after = result.before.get(account, 0), result.after.get(account, 0)
         table.add_row(
-            account_name(account, names),
+            _account_name(account, names),
             format_credits(before),
             format_credits(after),
             ("+" if after > before else "") + format_credits(after - before),
@@ -183,13 +182,13 @@ def credits_table(result: Result, names: Mapping[str, str]) -> Table:
     return table
 
 
-def account_name(account: str, names: Mapping[str, str]) -> str:
+def _account_name(account: str, names: Mapping[str, str]) -> str:
     """An account with the node's name instead of its id."""
     kind, _, owner = account.partition(":")
     return f"{kind}:{names.get(owner, owner)}"
 
 
-def checks_table(checks: Sequence[Check]) -> Table:
+def _checks_table(checks: Sequence[Check]) -> Table:
     """What was demanded of the run, and whether it held."""
     table = Table(title="Did the market do its job?", title_justify="left")
     table.add_column("")

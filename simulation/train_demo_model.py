@@ -123,10 +123,10 @@ def batches(
         choose.shuffle(rows)
         usable = len(rows) - len(rows) % recipe.rows_per_step
         for start in range(0, usable, recipe.rows_per_step):
-            yield to_tensors(rows[start : start + recipe.rows_per_step])
+            yield _to_tensors(rows[start : start + recipe.rows_per_step])
 
 
-def to_tensors(rows: Sequence[Row]) -> tuple[Any, Any]:
+def _to_tensors(rows: Sequence[Row]) -> tuple[Any, Any]:
     """Right-padded ids and labels; causal attention never looks at the padding."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -137,7 +137,7 @@ def to_tensors(rows: Sequence[Row]) -> tuple[Any, Any]:
     return ids, labels
 
 
-def new_model(recipe: Recipe) -> Any:
+def _new_model(recipe: Recipe) -> Any:
     """A Llama with tied embeddings, initialised from the seed."""
     torch.manual_seed(recipe.seed)
     special = {token: index for index, token in enumerate(demo_files.SPECIAL_TOKENS)}
@@ -158,7 +158,7 @@ def new_model(recipe: Recipe) -> Any:
     )
 
 
-def new_optimiser(model: Any, recipe: Recipe) -> Any:
+def _new_optimiser(model: Any, recipe: Recipe) -> Any:
     """AdamW; only matrices decay."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -169,7 +169,7 @@ def new_optimiser(model: Any, recipe: Recipe) -> Any:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
 
 
-def train_step(model: Any, optimiser: Any, batch: tuple[Any, Any], recipe: Recipe) -> float:
+def _train_step(model: Any, optimiser: Any, batch: tuple[Any, Any], recipe: Recipe) -> float:
     """One update; products in bfloat16, weights in fp32. Returns nats per token."""
     ids, labels = batch
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,7 +185,7 @@ def fit(
     model: Any, feed: Iterator[tuple[Any, Any]], recipe: Recipe, console: Console
 ) -> tuple[float, int]:
     """All steps. Returns the mean loss of the last hundred and the tokens read."""
-    optimiser = new_optimiser(model, recipe)
+    optimiser = _new_optimiser(model, recipe)
     losses: list[float] = []
     tokens = 0
     columns = (
@@ -200,7 +200,7 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             batch = next(feed)
-            losses.append(train_step(model, optimiser, batch, recipe))
+            losses.append(_train_step(model, optimiser, batch, recipe))
             tokens += int((batch[1] != IGNORED).sum())
             recent = losses[-100:]
             mean = sum(recent) / len(recent)
@@ -215,14 +215,14 @@ def held_out_loss(model: Any, encoder: Encoder, documents: Sequence[Document]) -
     total, count = 0.0, 0
     with torch.inference_mode():
         for document in documents:
-            ids, labels = to_tensors([encoder.completion(document)])
+            ids, labels = _to_tensors([encoder.completion(document)])
             predicted = ids.shape[1] - 1
             total += float(model(input_ids=ids, labels=labels).loss) * predicted
             count += predicted
     return total / count
 
 
-def write_weights(model: Any, out: Path) -> None:
+def _write_weights(model: Any, out: Path) -> None:
     """config.json and model.safetensors, then our own generation_config.json."""
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # written for the owner alone
@@ -230,7 +230,7 @@ def write_weights(model: Any, out: Path) -> None:
     demo_files.write_generation_config(out)
 
 
-def write_record(out: Path, record: dict[str, Any], recipe: Recipe) -> None:
+def _write_record(out: Path, record: dict[str, Any], recipe: Recipe) -> None:
     """The model card and training.json."""
     card = demo_files.CARD.format(
         **record["data"],
@@ -254,7 +254,7 @@ def write_record(out: Path, record: dict[str, Any], recipe: Recipe) -> None:
     )
 
 
-def describe_data(corpus: Corpus, documents: Sequence[Document]) -> dict[str, Any]:
+def _describe_data(corpus: Corpus, documents: Sequence[Document]) -> dict[str, Any]:
     """Where the text comes from, for the card and the record."""
     return {
         "source": f"standard library of Python {platform.python_version()}",
@@ -284,16 +284,16 @@ def train(out: Path, recipe: Recipe, console: Console) -> None:
     documents = [d for d in corpus.documents if encoder.length(d) <= MAX_DOCUMENT_TOKENS]
     learned = [d for d in documents if not d.held_out]
     console.print(f"{len(documents)} documents from {corpus.files} files")
-    model = new_model(recipe)
+    model = _new_model(recipe)
     loss, tokens = fit(model, batches(encoder, learned, recipe), recipe, console)
     model = model.to(torch.bfloat16).eval()
     measured = held_out_loss(model, encoder, [d for d in documents if d.held_out])
-    write_weights(model, out)
+    _write_weights(model, out)
     record = {
         "model": "tw-demo",
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(recipe),
-        "data": describe_data(corpus, documents),
+        "data": _describe_data(corpus, documents),
         "tokens": tokens,
         "final_training_loss": round(loss, 4),
         "held_out_loss": round(measured, 4),
@@ -301,7 +301,7 @@ def train(out: Path, recipe: Recipe, console: Console) -> None:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    write_record(out, record, recipe)
+    _write_record(out, record, recipe)
     console.print(f"{out}: loss {loss:.3f}, held out {measured:.3f}, {tokens:,} tokens")
 
 

@@ -6,7 +6,7 @@ to the last bit (a test holds them together); a million audits take a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from trueweight.protos.evidence import FULL_WEIGHT_TOKENS, LAMBDAS, MEAN_TOKENS
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-Draw = Callable[[int], I64]
 
 
 @dataclass(frozen=True)

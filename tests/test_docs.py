@@ -94,17 +94,9 @@ def test_make_targets_and_links_in_the_docs_exist(page):
 
 
 def test_every_documented_make_target_parses():
-    for target in (
-        "demo",
-        "up",
-        "down",
-        "test",
-        "check",
-        "soak",
-        "bench-node",
-        "bench-verify",
-        "bench-ledger",
-    ):
+    targets = re.findall(r"^([a-z-]+):.*## ", (TOP / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "up", "down", "test"} <= set(targets)
+    for target in targets:
         subprocess.run(["make", "-n", target], cwd=TOP, check=True, capture_output=True, timeout=20)
 
 

@@ -12,6 +12,7 @@ from trueweight.protos.errors import (
     BadSignature,
     Erased,
     InvalidRequest,
+    NotFound,
     ReceiptRefused,
     TrueweightError,
 )
@@ -59,10 +60,11 @@ class Auditor:
     scorer: Scorer
 
     async def run(self, context: AuditContext, *, last_try: bool) -> Verdict:
-        """The verdict. Raises retryable errors; with ``last_try`` a missing transcript is one."""
+        """The verdict. Raises retryable errors; with ``last_try`` a missing transcript is one, and
+        weights that are missing at the reference."""
         try:
             transcript = await self._open(context)  # 1
-            assignment = self._assignment(transcript)
+            assignment = self._assignment(transcript, context.receipt)
         except TranscriptMissing as error:
             if not last_try:
                 raise
@@ -83,7 +85,13 @@ class Auditor:
         except InvalidRequest:
             # Router and node agreed on parameters that the contract forbids.
             return verdicts.invalid_receipt(context, SAMPLING)
-        return await self._score(context, transcript, assignment.message, sampling)  # 4
+        try:
+            return await self._score(context, transcript, assignment.message, sampling)  # 4
+        except NotFound:
+            # Weights that this verifier's reference does not have.
+            if not last_try:
+                raise
+            return verdicts.unscorable(context, parameter_class(sampling))
 
     async def _open(self, context: AuditContext) -> Transcript:
         receipt = context.receipt
@@ -106,11 +114,11 @@ class Auditor:
             self.secrets.wrapping(), message.receipt_digest, message.duplicate_index
         )
 
-    def _assignment(self, transcript: Transcript) -> Opened[Assignment]:
+    def _assignment(self, transcript: Transcript, receipt: ReceiptLeaf) -> Opened[Assignment]:
+        envelope = transcript.assignment_envelope
         try:
-            opened = open_assignment(
-                transcript.assignment_envelope, self.view.ring, self.view.market.market_id
-            )
+            ring = self.view.ring_for(envelope, receipt.index)
+            opened = open_assignment(envelope, ring, self.view.market.market_id)
         except BadSignature as error:
             raise TranscriptMissing(error.message) from error
         if not is_source_of(opened.message.sampling.grammar.source_sha256, transcript):
@@ -134,7 +142,8 @@ class Auditor:
             vocabulary_size=manifest.vocabulary_size if manifest else 0,
             refusal=refusal_in(self.view.market.descriptor),
         )
-        check_receipt(facts, self.view.ring, self.view.market.market_id)
+        ring = self.view.ring_for(facts.receipt, receipt.index)
+        check_receipt(facts, ring, self.view.market.market_id)
 
     async def _score(
         self,

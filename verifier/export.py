@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trueweight.protos.envelope import digest_of, kind_of_type, parse_envelope, parse_payload
 from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
+from trueweight.protos.identity import key_id
 from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.receipts import open_assignment
 from trueweight.protos.v1.audit_pb2 import Transcript
@@ -105,24 +106,30 @@ async def make_bundle(
 ) -> Bundle:
     """Collects the envelopes that a replay needs."""
     verdict = found.leaf.message
-    order = open_assignment(transcript.assignment_envelope, view.ring, view.market.market_id)
+    receipt = view.receipts.get(verdict.receipt_digest)
+    index = receipt.index if receipt else view.next_index
+    ring = view.ring_for(transcript.assignment_envelope, index)
+    order = open_assignment(transcript.assignment_envelope, ring, view.market.market_id)
+    signed_by = {s.key_id for s in parse_envelope(transcript.receipt_envelope).signatures}
     wanted = order.message.manifest_digest
-    registry, calibration, events = b"", b"", []
+    registry, calibration, events, about_its_key = b"", b"", [], []
     for entry in await _read(ledger, ("registry-entry", "calibration", "key-event")):
         body = entry.body
         kind = kind_of_type(entry.kind) or entry.kind
         if kind == "key-event":
             event = parse_payload(parse_envelope(body), KeyEvent)
-            if event.identity == verdict.node_id:
+            # By what was certified when the receipt was logged.
+            if event.identity == verdict.node_id and entry.index < index:
                 events.append(body)
+                if key_id(event.operational_public_key) in signed_by:
+                    about_its_key.append(body)
         elif kind == "registry-entry":
             if parse_payload(parse_envelope(body), RegistryEntry).manifest_digest == wanted:
                 registry = body
         elif digest_of(body) == verdict.calibration_digest:
             calibration = body
-    return Bundle(
-        found.leaf.envelope, registry, calibration, tuple(events[-MAX_KEY_EVENTS:]), transcript
-    )
+    kept = (about_its_key or events)[-MAX_KEY_EVENTS:]
+    return Bundle(found.leaf.envelope, registry, calibration, tuple(kept), transcript)
 
 
 async def _read(ledger: LedgerPort, kinds: tuple[str, ...]) -> list[LogEntry]:

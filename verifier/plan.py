@@ -179,14 +179,16 @@ class Agenda:
 
     def _epoch_duties(self, now_unix_ms: int) -> Iterator[Duty]:
         epochs = self.my_epochs
-        newest = epochs[-1] if epochs else None
+        last = self.view.epoch_numbers.get(self.verifier_id, 0)
+        # An epoch that the market's terms, issued anew, refuse by now is none, but its number is
+        # taken; and the secret of the one before it is known to everybody.
+        newest = epochs[-1] if epochs and epochs[-1].message.epoch == last else None
         if newest is None:
-            # The first epoch states the power of the calibrations, so they come first.
+            # An epoch states the power of the calibrations, so they come first.
             if next(self.calibration_duties(), None) is None:
-                yield OpenEpoch(1)
-            return
-        if now_unix_ms >= newest.message.opened_at_unix_ms + self.policy.epoch_ms:
-            yield OpenEpoch(newest.message.epoch + 1)
+                yield OpenEpoch(last + 1)
+        elif now_unix_ms >= newest.message.opened_at_unix_ms + self.policy.epoch_ms:
+            yield OpenEpoch(last + 1)
         for epoch, following in pairwise(epochs):
             opened_ms = following.message.opened_at_unix_ms
             if self.is_blind and now_unix_ms <= opened_ms + BLIND_WINDOW_MS:

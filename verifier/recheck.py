@@ -243,10 +243,11 @@ def with_log(found: Replay, view: LogView) -> Replay:
     return replace(found, steps=steps)
 
 
-def _is_signed(receipt: bytes, node_id: str, view: LogView) -> bool:
+def _is_signed(envelope: bytes, receipt: ReceiptLeaf, view: LogView) -> bool:
     """True if a key in the log signed the receipt; a bundle may leave key events out."""
     try:
-        open_envelope(receipt, Receipt, view.ring, view.market.market_id, signer=node_id)
+        ring = view.ring_for(envelope, receipt.index)
+        open_envelope(envelope, Receipt, ring, view.market.market_id, signer=receipt.node_id)
     except BadSignature:
         return False
     return True
@@ -268,7 +269,7 @@ def _log_steps(found: Replay, verdict: Verdict, view: LogView) -> Iterator[Step]
     leaves = f"receipt {receipt.index}, request {request.index}, verdict {logged.leaf.index}"
     yield Step(8, "log", True, leaves)
     if verdict.l0_failure == "signature":
-        signed = _is_signed(found.receipt, receipt.node_id, view)
+        signed = _is_signed(found.receipt, receipt, view)
         yield Step(9, "key", not signed, "the log has the key" if signed else "no key signed it")
     if verdict.outcome not in (Verdict.SCORED, Verdict.REFUND):
         return

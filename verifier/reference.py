@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trueweight.protos.envelope import parse_envelope, parse_payload
-from trueweight.protos.errors import EngineError, OverCapacity
+from trueweight.protos.errors import DeadlineExceeded, EngineError, OverCapacity
 from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.protos.v1.market_pb2 import EngineFingerprint, Offer
 from trueweight.protos.v1.node_pb2 import (
@@ -112,6 +112,8 @@ class Scorer:
         self._reference = reference
         self._queue: deque[_Waiting] = deque()
         self._task: asyncio.Task[None] | None = None
+        # Tokens of a batch; what took too long is halved, or the same batch would come again.
+        self._most_tokens = MAX_BATCH_TOKENS
         self.scored_items = 0
         self.scored_tokens = 0
 
@@ -149,7 +151,7 @@ class Scorer:
             if not following.answer.done():
                 if batch and following.manifest_digest != batch[0].manifest_digest:
                     break
-                if batch and tokens + following.tokens > MAX_BATCH_TOKENS:
+                if batch and tokens + following.tokens > self._most_tokens:
                     break
                 batch.append(following)
                 tokens += following.tokens
@@ -171,10 +173,13 @@ class Scorer:
                 waiting.answer.cancel()
             raise
         except Exception as error:  # noqa: BLE001  (handed to every waiting audit, none is lost)
+            if isinstance(error, DeadlineExceeded):
+                self._most_tokens = max(1, sum(w.tokens for w in batch) // 2)
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
             return
+        self._most_tokens = min(MAX_BATCH_TOKENS, 2 * self._most_tokens)
         for waiting, result in zip(batch, response.results, strict=True):
             self.scored_items += 1
             self.scored_tokens += len(result.margins)

@@ -29,6 +29,7 @@ from trueweight.protos.envelope import (
     parse_payload,
 )
 from trueweight.protos.errors import TrueweightError
+from trueweight.protos.identity import KeyRing
 from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.suspension import Suspensions
 from trueweight.protos.v1.audit_pb2 import (
@@ -96,6 +97,8 @@ class LogView:
     def __init__(self, market: Market) -> None:
         self.market = market
         self.ring = market.ring
+        # Keys that were revoked: by which leaf, and whose they were.
+        self._revoked: Recent[str, tuple[int, str, bytes]] = Recent(MAX_NODES)
         self.next_index = 0
         self.ignored = 0
         # Why the last ignored leaf was.
@@ -105,6 +108,8 @@ class LogView:
         self.epochs: dict[str, list[EpochLeaf]] = {}
         # Opened outside the market's terms, and why; they do not count.
         self.refused_epochs: Recent[tuple[str, int], str] = Recent(MAX_EPOCHS)
+        # The highest number that each verifier has used, refused or not.
+        self.epoch_numbers: dict[str, int] = {}
         self.reveals: dict[tuple[str, int], bytes] = {}
         self.receipts: Recent[bytes, ReceiptLeaf] = Recent(MAX_RECEIPTS)
         self.requests: Recent[tuple[str, bytes], Leaf[AuditRequest]] = Recent(MAX_RECEIPTS)
@@ -171,6 +176,16 @@ class LogView:
         """How many verifiers convict."""
         return max(1, self.market.descriptor.convictions_needed)
 
+    def ring_for(self, envelope: bytes, index: int) -> KeyRing:
+        """The keys by which an envelope is judged that was in the log at this index, or before it:
+        those that signed it may have been revoked since."""
+        late = {}
+        for signature in parse_envelope(envelope).signatures:
+            revoked = self._revoked.get(signature.key_id)
+            if revoked is not None and index < revoked[0]:
+                late[signature.key_id] = revoked[1:]
+        return replace(self.ring, keys={**self.ring.keys, **late}) if late else self.ring
+
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
         """The audits of one node by one verifier that count, in the order of their requests."""
         record = self.nodes.get(node_id)
@@ -209,7 +224,11 @@ class LogView:
     # Handlers, one per kind of leaf.
 
     def _on_key_event(self, entry: LogEntry) -> None:
-        self.ring = apply_key_event(self.ring, entry.body, self.market.market_id)
+        before = self.ring
+        self.ring = apply_key_event(before, entry.body, self.market.market_id)
+        if len(self.ring.keys) < len(before.keys):
+            for name in before.keys.keys() - self.ring.keys.keys():
+                self._revoked.put(name, (entry.index, *before.keys[name]))
 
     def _on_registry_entry(self, entry: LogEntry) -> None:
         leaf = self._open(entry, RegistryEntry, self.market.market_id)
@@ -225,17 +244,20 @@ class LogView:
 
     def _on_epoch_open(self, entry: LogEntry) -> None:
         leaf = self._open_by_verifier(entry, EpochOpen)
-        if refusal := epoch_refusal(self.market.descriptor, leaf.message):
-            self.refused_epochs.put((leaf.message.verifier_id, leaf.message.epoch), refusal)
-            raise TrueweightError(refusal)
-        epochs = self.epochs.setdefault(leaf.message.verifier_id, [])
-        if epochs and leaf.message.epoch <= epochs[-1].message.epoch:
+        who, number = leaf.message.verifier_id, leaf.message.epoch
+        if number <= self.epoch_numbers.get(who, -1):
             raise TrueweightError("the epoch's number does not go forward")
+        self.epoch_numbers[who] = number
+        # By whatever epoch, as the ledger does, which knows no terms.
+        self._end_patience(who, entry.index)
+        if refusal := epoch_refusal(self.market.descriptor, leaf.message):
+            self.refused_epochs.put((who, number), refusal)
+            raise TrueweightError(refusal)
+        epochs = self.epochs.setdefault(who, [])
         epochs.append(epoch_leaf(entry.index, leaf.message))
         if len(epochs) > MAX_EPOCHS:
             forgotten = epochs.pop(0)
-            self.reveals.pop((leaf.message.verifier_id, forgotten.message.epoch), None)
-        self._end_patience(leaf.message.verifier_id, entry.index)
+            self.reveals.pop((who, forgotten.message.epoch), None)
 
     def _end_patience(self, verifier_id: str, index: int) -> None:
         """What the verifier asked for long ago and never answered counts as zero from here on."""

@@ -132,6 +132,9 @@ class VllmEngine:
         for job in jobs:
             self._check_tokens([*job.prompt, *job.prefix, *job.output], 0)
             self._check_sampling(job)
+            if self._grammars is not None and job.grammar_source:
+                # A cheat serves what does not compile; the worker would end with it.
+                await asyncio.to_thread(self._grammars.matcher, job.grammar_source)
         scored = [job for job in jobs if job.output]
         batch = next(self._serial)
         keys = [f"s{batch}.{index}" for index in range(len(scored))]

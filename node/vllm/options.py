@@ -19,6 +19,18 @@ SAMPLER_PLUGINS = {
 SCORER_EXTENSION = "trueweight.node.vllm.scorer.ScorerExtension"
 
 
+def emulates_bfloat16() -> bool:
+    """True on a machine without a GPU whose x86 CPU has no instructions for bfloat16: there float32
+    is several times as fast. Imports PyTorch, which takes seconds."""
+    import torch  # noqa: PLC0415
+
+    if torch.cuda.is_available():
+        return False
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return cpu["architecture"] == "x86_64" and not native
+
+
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
     """How to run the engine.

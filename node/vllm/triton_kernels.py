@@ -494,7 +494,7 @@ def _cut_margin(row, noisy, temperature, floor, top, mine, own, clip, size, BLOC
     short = theta - scale * mine.to(tl.float64)
     start = tl.maximum(-tl.maximum(short, 0.0) / 2, -clip)
     # Everything not below this is left by the lowest cut that can be best.
-    lowest = tl.minimum(theta + start, scale * top.to(tl.float64))
+    lowest = theta + start
     low = _key((lowest / scale).to(tl.float32)) - 2
     for _ in range(4):
         if scale * _value(low).to(tl.float64) < lowest:
@@ -503,7 +503,7 @@ def _cut_margin(row, noisy, temperature, floor, top, mine, own, clip, size, BLOC
     margin = tl.maximum(
         _cost(start, short), _gap_above(row, noisy, temperature, low, own, size, BLOCK)
     )
-    high = tl.minimum(_key(((theta + clip) / scale).to(tl.float32)), _key(top) - 1)
+    high = tl.minimum(_key(((theta + clip) / scale).to(tl.float32)), _key(top))
     found = low
     last = high
     for _ in range(_STEPS):

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from trueweight.protos.envelope import digest_of, parse_envelope, seal
+import asyncio
+import hashlib
+import itertools
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from trueweight.ledger import load
+from trueweight.ledger.evidence import MAX_EVIDENCE_BYTES, MAX_LEGS
+from trueweight.protos.envelope import digest_of, parse_envelope, seal, seal_key_event
+from trueweight.protos.identity import public_bytes
+from trueweight.protos.ids import derived_id
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Conviction
+from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
 
 CREDIT = 10**9
@@ -137,3 +148,86 @@ async def test_attack_strangers_fill_the_log_with_free_identities(books):
     for caller in ("", stranger.identity):
         (result,) = await books.do(caller, books.world.publish(stranger.key_event))
         assert result.code == "PERMISSION_DENIED"
+
+
+async def test_attack_router_and_node_claim_more_from_a_hold_than_anybody_can_read(books):
+    """Every look at the hold reads all of its claims in the writer, and its end pays them all."""
+    world, node = books.world, books.world.node[0]
+    many, big = await books.open_hold(), await books.open_hold()
+    claims = [books.claim(many, Leg(node, output=1, choice=i)) for i in range(MAX_LEGS + 1)]
+    large = [books.claim(big, Leg(node, output=1, choice=i)) for i in range(2)]
+    for claim in large:
+        receipt = market_pb2.Receipt.FromString(parse_envelope(claim.claim.receipt).payload)
+        receipt.output_digest = b"o" * (MAX_EVIDENCE_BYTES // 2)
+        claim.claim.receipt = seal(receipt, node)
+    world.now += 50_000
+    *_, beyond = await books.do(node.identity, *claims)
+    assert beyond.code == "CONFLICT"
+    first, beyond = await books.do(node.identity, *large)
+    assert (first.code, beyond.code) == ("", "CONFLICT")
+    world.now += 20_000
+    await books.expire()
+    receipts = (await books.as_("").read_log(0, 1000, ("receipt",))).entries
+    assert len(receipts) == MAX_LEGS + 1
+
+
+async def test_attack_many_holds_with_claims_fall_due_together(books, monkeypatch):
+    """One expiry pays a bounded number of claims, or everybody would wait until all are paid."""
+    monkeypatch.setattr(load, "MAX_CLAIMS_PAID", 5)
+    world, node = books.world, books.world.node[0]
+    holds = [await books.open_hold(CREDIT) for _ in range(6)]
+    claims = [books.claim(h, Leg(node, choice=i)) for h in holds for i in range(2)]
+    world.now += 50_000
+    await books.must(node.identity, *claims)
+    world.now += 10_000
+    for _ in holds:
+        await books.expire()
+    kinds = [leaf.kind for leaf in (await books.as_("").read_log(0, 1000, ())).entries]
+    runs = [len(list(run)) for kind, run in itertools.groupby(kinds) if kind == "receipt"]
+    assert runs == [4, 4, 4]
+
+
+async def test_attack_a_receipt_by_a_key_that_is_revoked_while_its_bill_waits(books):
+    """A signature counts by the keys of its own place in the log, not by those of its arrival."""
+    world, node = books.world, books.world.node[0]
+    capture = world.capture(await books.open_hold(), Leg(node))
+    revoked, captured = await asyncio.gather(
+        books.do("router", world.publish(revocation_of("node0", node, world))),
+        books.do("router", capture),
+    )
+    assert (revoked[0].code, captured[0].code) == ("", "BAD_SIGNATURE")
+    assert await books.available(f"node-locked:{node.identity}") == 0
+
+
+async def test_attack_a_node_takes_the_ids_under_which_others_would_act_on_it(books):
+    """Verifiers and routers derive ids from public facts, so that a repeat is a replay."""
+    world, node = books.world, books.world.node[0].identity
+    (digest,) = await books.captured(Leg(books.world.node[0]))
+    hold = await books.open_hold()
+    await books.must("admin", world.bond(node, CREDIT))
+    refund, void = world.refund(digest, node), world.void(hold)
+    refund.id, void.id = derived_id("refund", digest), derived_id("void", hold)
+    taken = [world.withdraw(node, 1, world.now + 10 * world.window_ms) for _ in range(2)]
+    taken[0].id, taken[1].id = refund.id, void.id
+    results = await books.do(node, *taken)
+    assert [r.code for r in results] == ["INVALID_REQUEST"] * 2
+    (by_router,) = await books.do(
+        "router", pb.Operation(id=refund.id, hold=world.hold("a", 1).hold)
+    )
+    assert by_router.code == "INVALID_REQUEST"
+    await books.must("router", void)
+    await books.must("verifier", world.request(digest), refund)
+
+
+def revocation_of(seed, signer, world):
+    root = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
+    event = KeyEvent(
+        market_id=world.market_id,
+        identity=signer.identity,
+        root_public_key=public_bytes(root),
+        operational_public_key=public_bytes(signer.key),
+        action=KeyEvent.REVOKE,
+        sequence=2,
+        issued_at_unix_ms=world.now,
+    )
+    return seal_key_event(event, root, signer.key)

@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_used_is_one_line(failing, trueweight):
         (("--http", "127.0.0.1:99999"), "is not HOST:PORT"),
         (("--grpc", "127.0.0.1:-1"), "is not HOST:PORT"),
         (("--transcript-days", "-1"), "--transcript-days"),
-        (("--request-timeout", "0"), "--request-timeout"),
+        (("--request-timeout-s", "0"), "--request-timeout-s"),
         (("--min-bond", "much"), "not an amount"),
         (("--model-dir", "nothing"), "MODEL_ID=DIR"),
     ],

@@ -10,7 +10,7 @@ import json
 import aiohttp
 import pytest
 
-from trueweight.client.receipt_check import MarketView, check_bundle, holds
+from trueweight.client.receipt_check import check_bundle, holds
 from trueweight.protos.envelope import seal
 from trueweight.protos.receipt_bundle import bundle_of
 from trueweight.protos.v1.envelope_pb2 import Envelope
@@ -63,9 +63,7 @@ async def read(session, base_url, receipt):
 
 
 def findings_of(paid, document):
-    market = paid[3]
-    view = MarketView(market.market_id, market.descriptor, market.ring)
-    return check_bundle(bundle_of(document), view)
+    return check_bundle(bundle_of(document), paid[3])
 
 
 def wrong_of(paid, document):

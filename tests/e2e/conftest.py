@@ -13,15 +13,10 @@ import pytest
 
 from trueweight.protos.v1.ledger_pb2 import TransferRecord
 from trueweight.runtime.ledger_port import LedgerPort
-from trueweight.simulation.market import (
-    ClientPlan,
-    LocalMarket,
-    MarketSettings,
-    NodePlan,
-    fresh_directory,
-    trueweight,
-)
+from trueweight.simulation.market import LocalMarket, trueweight
+from trueweight.simulation.market_plan import ClientPlan, MarketSettings, NodePlan
 from trueweight.simulation.observation import Observer, transfers_of, wait_until
+from trueweight.simulation.run_directory import fresh_directory
 from trueweight.simulation.supervisor import Supervisor
 
 REPOSITORY = Path(__file__).resolve().parents[2]

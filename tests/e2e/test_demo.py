@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from trueweight.simulation.market import DEMO_MODEL, trueweight
+from trueweight.simulation.demo_files import DEMO_MODEL
+from trueweight.simulation.market import trueweight
 
 # What `trueweight simulate demo --json` promises, also to scripts.
 KEYS = {

@@ -31,7 +31,7 @@ HOLD_S = REQUEST_S + GRACE_S
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def kit(run_market, node_plan, tmp_path_factory):
     nodes = (node_plan("one", speed=60), node_plan("two", speed=60))
-    options = ("--request-timeout", f"{REQUEST_S}", "--hold-grace", f"{GRACE_S}")
+    options = ("--request-timeout-s", f"{REQUEST_S}", "--hold-grace-s", f"{GRACE_S}")
     where = tmp_path_factory.mktemp("kills") / "m"
     async with run_market(where, nodes, router_options=options) as made:
         yield made

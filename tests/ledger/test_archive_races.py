@@ -12,9 +12,10 @@ from trueweight.ledger import archive as archiving
 from trueweight.ledger import fsck as fsck_module
 from trueweight.ledger import reports
 from trueweight.ledger.archive import archive
+from trueweight.ledger.archived import Archive
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, normal_url
-from trueweight.protos.errors import StorageError
+from trueweight.protos.errors import StorageError, Unavailable
 from trueweight.protos.v1 import ledger_pb2 as pb
 
 from .conftest import fsck
@@ -164,3 +165,27 @@ async def test_readers_see_everything_while_runs_follow_each_other(signed, direc
         await asyncio.to_thread(thread.join)
         engine.dispose()
     assert not problems and len(rounds) >= 4
+
+
+async def test_a_second_run_at_the_same_time_is_refused_and_leaves_no_file(
+    busy, start, directory, monkeypatch
+):
+    """Files of two runs that overlap would make the whole directory unreadable."""
+    busy.advance(1000)
+    between = busy.clock.now_unix_ms()
+    await requests(busy, 40)
+    await settled(busy, start)
+    real, refused = archiving._sync, []
+
+    def sync(path):
+        if not refused:
+            refused.append(True)
+            with pytest.raises(Unavailable):
+                run(busy, directory)
+        real(path)
+
+    monkeypatch.setattr(archiving, "_sync", sync)
+    assert run(busy, directory, between).leaves
+    assert refused
+    assert run(busy, directory).leaves
+    assert len(Archive(directory, busy.world.market_id).parts) == 2

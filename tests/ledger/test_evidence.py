@@ -15,7 +15,7 @@ from trueweight.protos.v1 import audit_pb2, market_pb2, model_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_world import ASK_INPUT, Leg, World, make_signer, smaller
 
-HOLD = b"h" * 16
+HOLD = b"hhhhhhwhhhhhhhhh"  # of the form of a UUIDv7
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import grpc.aio
 import pytest
 
-from trueweight.ledger import audits, evidence
+from trueweight.ledger import audits, evidence, servicer
 from trueweight.ledger import service as service_module
 from trueweight.ledger import writer as writer_module
 from trueweight.ledger.books import Books
+from trueweight.ledger.core import MAX_CONVICTIONS
 from trueweight.ledger.court import court_of
 from trueweight.ledger.pipeline import Call
 from trueweight.ledger.writer import Writer
@@ -337,6 +338,91 @@ async def test_attack_a_stream_that_one_batch_broke_does_not_blame_the_others():
     big = pb.Operation(publish=pb.Publish(envelope=bytes(rpc.MAX_MESSAGE_BYTES)))
     answers = await two(failing(status.RESOURCE_EXHAUSTED, {}), [big])
     assert [type(a) for a in answers] == [Unavailable, PayloadTooLarge]
+
+
+@pytest.mark.parametrize("how", ["refused", "cancelled"])
+async def test_attack_a_stream_that_ends_with_full_hands_keeps_what_it_sent(how):
+    """Streams of many large batches would fill the memory, though their callers are gone."""
+    looked_at, full = [], asyncio.Event()
+
+    async def requests():
+        for batch in range(1000):
+            yield pb.ApplyRequest(batch=batch)
+
+    async def apply(request):
+        looked_at.append(request)
+        if len(looked_at) == servicer.MAX_BATCHES_IN_FLIGHT:
+            full.set()
+        await asyncio.sleep(0.01 if how == "refused" else 3600)
+        raise InvalidRequest("not this one")
+
+    async def serve():
+        async for _ in servicer._pipelined(requests(), apply):
+            pass
+
+    before = asyncio.all_tasks()
+    stream = asyncio.ensure_future(serve())
+    await full.wait()
+    if how == "cancelled":
+        stream.cancel()
+    with pytest.raises((InvalidRequest, asyncio.CancelledError)):
+        await asyncio.wait_for(stream, 5)
+    assert len(looked_at) == servicer.MAX_BATCHES_IN_FLIGHT
+    assert asyncio.all_tasks() == before
+
+
+# -- work that takes long ---------------------------------------------------------------------
+
+
+async def test_attack_a_verifier_asks_for_convictions_without_end(bench, queued):
+    """Each reads a history: the writer would do nothing else for minutes."""
+    world = bench.world
+    results = await bench.do("verifier", *(world.convict(f"n{i}", 0) for i in range(500)))
+    codes = [r.code for r in results]
+    assert codes == ["CONFLICT"] * MAX_CONVICTIONS + ["OVER_CAPACITY"] * (500 - MAX_CONVICTIONS)
+    # They take more of the queue than others, so that a caller cannot line up many of them.
+    assert queued[0].size > MAX_CONVICTIONS * 500
+
+
+async def test_attack_a_call_that_takes_long_to_check_keeps_nobody_waiting(bench, queued):
+    world = bench.world
+    hold = world.hold("acme", CREDIT)
+    assignment, receipt = world.evidence(hold.id, Leg(world.node[0]), b"r" * 16)
+    body = pb.Claim(hold_id=hold.id, assignment=assignment, receipt=receipt)
+    claims = [pb.Operation(id=world.new_id(), claim=body) for _ in range(MAX_OPERATIONS)]
+    stranger = make_signer("stranger", world.market_id).identity
+    slow = asyncio.ensure_future(bench.do(stranger, *claims))
+    turns = 0
+    while not queued:
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 5  # in one go it would be one
+    assert {r.code for r in await slow} == {"PERMISSION_DENIED"}
+
+
+async def test_attack_strangers_follow_the_log_in_great_numbers(bench, remote):
+    """Every commit is read anew for each stream: a hundred of them delay everybody tenfold."""
+    await bench.must("admin", bench.world.deposit("acme", 1))
+    stub = remote()._stub
+
+    async def first_of(stream):
+        try:
+            await stream.read()
+        except grpc.aio.AioRpcError as error:
+            return rpc.from_rpc_error(error).code
+        return "page"
+
+    most = servicer.MAX_STRANGERS
+    for _ in range(2):  # those who are gone leave their place to others
+        streams = [stub.FollowLog(pb.ReadLogRequest()) for _ in range(most + 10)]
+        seen = await asyncio.gather(*map(first_of, streams))
+        assert (seen.count("page"), seen.count("OVER_CAPACITY")) == (most, 10)
+        async with asyncio.timeout(5):
+            async for _ in remote("router").follow_log(0):
+                break
+        for stream in streams:
+            stream.cancel()
+        await asyncio.sleep(0.5)
 
 
 # -- many holds that fall due -----------------------------------------------------------------

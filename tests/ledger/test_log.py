@@ -251,6 +251,7 @@ TAMPERINGS = {
     "a transfer is dropped": "DELETE FROM transfer WHERE sequence = 3",
     "the last transfer is dropped": "DELETE FROM transfer WHERE sequence = (SELECT MAX(sequence) FROM transfer)",
     "a transfer goes to somebody else": "UPDATE transfer SET credit = (SELECT no FROM account WHERE kind = 5) WHERE sequence = 6",
+    "what a key has spent is forgotten": "DELETE FROM spending",
     "a captured hold is called void": "UPDATE pending SET state = 3 WHERE state = 2",
     "a leg is dropped": "DELETE FROM leg",
     "a leg names another leaf": "UPDATE leg SET log_index = log_index + 1",
@@ -261,6 +262,14 @@ TAMPERINGS = {
     "a leaf's index entry is dropped": "DELETE FROM evidence WHERE log_index = 1",
     "a checkpoint is for another size": "UPDATE checkpoint SET size = size + 100",
     "an operation is forgotten": "DELETE FROM operation",
+    "an account is of another kind": "UPDATE account SET kind = 9 WHERE id = 'treasury:market'",
+    "a captured hold was higher": "UPDATE pending SET amount = amount + 1 WHERE state = 2 AND kind = 1",
+    "a hold went elsewhere": "UPDATE pending SET credit = 'clearing:zeta' WHERE state = 2 AND kind = 1",
+    "a payout is a withdrawal": "UPDATE pending SET kind = 3 WHERE kind = 2",
+    "a fee is the pool's": "UPDATE leg SET fee = fee + 1, pool = pool - 1 WHERE refunded = 0 AND pool > 0",
+    "a claim's fee is the pool's": "UPDATE leg SET fee = fee + 1, pool = pool - 1 WHERE receipt_digest IN (SELECT c.receipt_digest FROM claim c JOIN pending p ON p.id = c.hold_id WHERE p.state = 4)",
+    "a receipt has more tokens": "UPDATE leg SET output_tokens = output_tokens + 1",
+    "a checkpoint was signed earlier": "UPDATE checkpoint SET issued_at = issued_at - 1",
     "an account has another currency": "UPDATE account SET currency = 'EURO' WHERE kind = 1",
     "a verdict says more": "UPDATE verdict SET sum_x_nano = sum_x_nano + 1",
     "a verdict is forgotten": "DELETE FROM verdict",
@@ -399,7 +408,7 @@ async def settled_otherwise(bench):
         await bench.must("verifier", world.refund(digest, node.identity, outcome))
     await convicted_both(bench, *cheats)
     await some_traffic_again(bench)
-    hold = world.hold("acme", CREDIT)
+    hold = world.hold("acme", CREDIT, api_key="key")
     await bench.must("router", hold, world.capture(hold.id, Leg(cheats[1])))
     bench.advance(world.window_ms + 1)
     for node in (claimant, honest, cheats[1]):

@@ -38,14 +38,16 @@ class Across:
 
 @pytest.fixture
 async def run(bench, monkeypatch):
-    """Runs a command as the administrator; exit code and JSON."""
+    """Runs a command as ``run.signer``, who is the administrator; exit code and JSON."""
     loop = asyncio.get_running_loop()
 
     @contextlib.asynccontextmanager
     async def connected(*_):
-        yield Across(bench.as_("admin"), loop)
+        yield Across(bench.ledger.as_caller(invoke.signer.identity), loop)
 
     monkeypatch.setattr(command_support, "connected", connected)
+    monkeypatch.setattr(command_support, "load_market", lambda _: bench.world.market)
+    monkeypatch.setattr(command_support, "load_signer", lambda _: invoke.signer)
 
     async def raw(*arguments):
         given = [*arguments, "--json"]
@@ -59,7 +61,7 @@ async def run(bench, monkeypatch):
             return result.exit_code, result.exception
         return 0, json.loads(result.output)
 
-    invoke.raw = raw
+    invoke.raw, invoke.signer = raw, bench.world.signers["admin"]
     return invoke
 
 
@@ -109,6 +111,21 @@ async def test_fault_a_payout_whose_answer_was_lost_is_paid_once(bench, earned, 
     code, error = await run("payout", node, "0.0006", *arguments[3:])
     assert code and error.code == "ID_CONFLICT"
     assert await bench.available(f"node-available:{node}") == before - 500_000
+
+
+async def test_fault_a_nodes_own_payout_whose_answer_was_lost_is_paid_once(bench, earned, run):
+    run.signer = bench.world.node[0]
+    node = run.signer.identity
+    before = await bench.available(f"node-available:{node}")
+    arguments = ("payout", node, "0.0005", "--reference", "july-17")
+    _, first = await run(*arguments)
+    code, second = await run(*arguments)
+    assert (code, second["status"], second["id"]) == (0, "replayed", first["id"])
+    assert await bench.available(f"node-available:{node}") == before - 500_000
+    # The operator's payout of the same name is another one.
+    run.signer = bench.world.signers["admin"]
+    _, other = await run(*arguments)
+    assert other["status"] == "applied"
 
 
 def test_fault_a_payout_without_a_reference_could_be_paid_twice_and_is_refused():

@@ -14,9 +14,10 @@ from trueweight.ledger.pipeline import Call, Hooks, Pipeline
 from trueweight.ledger.prepare import prepare
 from trueweight.ledger.schema import normal_url
 from trueweight.ledger.values import Leaf
-from trueweight.protos.envelope import digest_of
+from trueweight.protos.envelope import digest_of, parse_envelope, parse_payload
 from trueweight.protos.errors import TrueweightError, Unavailable
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.protos.v1.market_pb2 import Receipt
 from trueweight.simulation.ledger_world import Leg, World
 
 from .conftest import fsck
@@ -74,6 +75,7 @@ class Side:
             deliver=self._deliver,
             committed=lambda *_: None,
             became_writer=lambda: None,
+            revocations=lambda: 0,
         )
         self.pipeline = Pipeline(self.books, hooks, LazyExecutor(), lambda: None)
 
@@ -125,9 +127,11 @@ def traffic(world, dice, steps):
                 other.id = before.id
                 group.append(("router", other))
             elif captures:
-                receipt = digest_of(dice.choice(captures[-3:]).capture.receipts[0])
+                (body,) = dice.choice(captures[-3:]).capture.receipts
+                receipt = digest_of(body)
+                node = parse_payload(parse_envelope(body), Receipt).node_id
                 group.append(("verifier", world.request(receipt)))
-                group.append(("verifier", world.refund(receipt, "")))
+                group.append(("verifier", world.refund(receipt, node)))
         if dice.random() < 0.1:
             group.append(("admin", pb.Operation(id=operation(), expire=pb.Expire(limit=10))))
         seen += group

@@ -7,13 +7,15 @@ import sqlalchemy as sa
 
 from trueweight.ledger.requests import HOLDS_MS
 from trueweight.ledger.schema import make_engine, normal_url
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of, parse_envelope, ring_of, seal
 from trueweight.protos.errors import PermissionDenied
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.simulation.ledger_world import Leg, World, leg_charge
+from trueweight.protos.v1.market_pb2 import Member
+from trueweight.runtime.market import Market
+from trueweight.simulation.ledger_world import Leg, World, leg_charge, make_signer
 
-from .conftest import Bench
+from .conftest import Bench, fsck
 
 CREDIT = 10**9
 
@@ -58,6 +60,44 @@ def reinstate(world, node, pay_back=0, by=None):
     return pb.Operation(id=world.new_id(), reinstate=body)
 
 
+# Claims.
+
+
+@pytest.fixture
+async def two_routers(world, clock, start, database):
+    other = make_signer("other router", world.market_id)
+    described = world.market.descriptor
+    described.members.append(
+        Member(identity=other.identity, role=Member.ROUTER, key_event=other.key_event)
+    )
+    events = [world.market_signer.key_event, *(m.key_event for m in described.members)]
+    world.market = Market(world.market_id, described, ring_of(events, world.market_id))
+    world.signers["other router"] = other
+    ledger = await start(world, database)
+    yield await opened(Bench(world, clock, ledger, database))
+    await ledger.close()
+    assert fsck(database, world).problems == []
+
+
+async def test_attack_a_node_claims_from_one_routers_hold_by_anothers_assignment(two_routers):
+    """Nodes know the ids of holds. The client would pay for nothing, and the bill be refused."""
+    bench, world = two_routers, two_routers.world
+    hold, (thief, worker, *_) = world.hold("acme", CREDIT), world.node
+    await bench.must("router", hold)
+    by = world.signers["other router"]
+    signed, receipt = world.evidence(hold.id, Leg(thief, output=3000), b"r" * 16)
+    assignment = market_pb2.Assignment.FromString(parse_envelope(signed).payload)
+    assignment.router_id = by.identity
+    done = market_pb2.Receipt.FromString(parse_envelope(receipt).payload)
+    done.assignment_digest = digest_of(seal(assignment, by))
+    bench.advance(45_000)
+    claim = world.claim(hold.id, (seal(assignment, by), seal(done, thief)))
+    (stolen,) = await bench.do(thief.identity, claim)
+    assert stolen.code == "PERMISSION_DENIED"
+    await bench.must("router", world.capture(hold.id, Leg(worker)))
+    assert await bench.available("client:acme") == 10 * CREDIT - leg_charge(Leg(worker))
+
+
 # Refunds.
 
 
@@ -92,6 +132,22 @@ async def test_attack_a_refund_for_an_audit_that_nobody_asked_for(two_of_three, 
     (result,) = await bench.do("verifier", refund)
     assert result.code == "CONFLICT" and "ask" in result.message
     assert await bench.available("client:acme") == 10 * CREDIT - leg_charge(Leg(world.node[0]))
+
+
+async def test_attack_a_verifier_refunds_its_owners_node_without_naming_it(bench):
+    """The market would pay the client, and the node keep what it earned."""
+    world = (await opened(bench)).world
+    owned = make_signer("owned", world.market_id, owner="verifier")
+    await bench.as_("router").publish(owned.key_event)
+    await captured(bench, *(Leg(world.node[0], choice=i) for i in range(20)))
+    (digest,) = await captured(bench, Leg(owned))
+    fees = await bench.available("fee:market")
+    await bench.must("verifier", world.request(digest))
+    lost = audit_pb2.Verdict.MISSING_TRANSCRIPT
+    for named, code in ((owned.identity, "PERMISSION_DENIED"), ("", "INVALID_REQUEST")):
+        (result,) = await bench.do("verifier", world.refund(digest, named, lost))
+        assert result.code == code
+    assert await bench.available("fee:market") == fees
 
 
 async def test_attack_an_uncalibrated_verdict_refunds_nobody(bench):
@@ -214,6 +270,15 @@ async def test_attack_the_convictions_that_were_taken_back_convict_again(bench):
     (used,) = await bench.do("admin", pb.Operation(id=world.new_id(), reinstate=body))
     assert used.code == "CONFLICT"
     await bench.must("admin", reinstate(world, node.identity))
+
+
+async def test_attack_a_conviction_of_a_name_that_begins_with_another_nodes(bench):
+    """It counts for nobody; ``fsck`` (also at the end of this) takes it for what it is."""
+    node, _ = await convicted(bench)
+    world = bench.world
+    await bench.must("admin", reinstate(world, node.identity))
+    await bench.as_("verifier").publish(world.conviction(f"{node.identity}:x", 0))
+    assert bench.fsck().problems == []
 
 
 async def test_attack_a_verifier_a_node_or_nobody_reinstates(bench):

@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 
+from trueweight.ledger import service as service_module
 from trueweight.ledger import writer as writer_module
 from trueweight.protos.errors import OverCapacity, PermissionDenied, TrueweightError, Unavailable
 from trueweight.protos.v1 import ledger_pb2 as pb
@@ -67,6 +68,16 @@ async def test_two_processes_start_at_once_on_an_empty_database(world, start, da
         await ledger.close()
 
 
+async def test_two_names_of_one_file_have_one_writer(world, start, tmp_path):
+    """What one writer remembers another would change: a claim could be voided."""
+    (tmp_path / "link.db").symlink_to(tmp_path / "books.db")
+    first = await start(world, f"sqlite:///{tmp_path / 'books.db'}")
+    second = await start(world, f"sqlite:///{tmp_path / 'link.db'}", wait_ms=1000)
+    assert (first.is_writer, second.is_writer) == (True, False)
+    for ledger in (first, second):
+        await ledger.close()
+
+
 async def test_a_standby_takes_over_within_5_seconds(bench, start):
     standby = await start(bench.world, bench.url, wait_ms=0)
     await bench.ledger.close()
@@ -89,6 +100,24 @@ async def test_the_standby_knows_node_keys_published_before_it_took_over(bench, 
     await until_applied([standby], router, hold)
     result = await until_applied([standby], router, world.capture(hold.id, Leg(world.node[0])))
     assert result.status == pb.Result.APPLIED
+    bench.ledger = standby
+
+
+async def test_who_takes_over_checks_new_keys_only(bench, start, monkeypatch):
+    """All that there ever were take seconds where many strangers have brought theirs."""
+    world, checked, real = bench.world, [], service_module.with_key_events
+    await bench.as_("router").publish(world.node[0].key_event)
+    standby = await start(world, bench.url, wait_ms=0)
+    await bench.as_("router").publish(world.node[1].key_event)
+
+    def counting(court, leaves):
+        checked.extend(leaf.body for leaf in leaves)
+        return real(court, leaves)
+
+    monkeypatch.setattr(service_module, "with_key_events", counting)
+    await bench.ledger.close()
+    await until_applied([standby], world.identity("admin"), world.deposit("acme", 1))
+    assert [body for body in checked if b"key-event" in body] == [world.node[1].key_event]
     bench.ledger = standby
 
 

@@ -8,6 +8,8 @@ import signal
 
 import pytest
 
+from trueweight.node.commands import _dtype
+
 
 def up(world, *more):
     return (
@@ -100,3 +102,26 @@ async def test_engine_must_be_asked_for_by_name(world, peers, command):
     assert code == 2
     assert "synthetic" in err
     assert "vllm" in err
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpu", "emulated"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, False, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False, False),
+        ({"architecture": "x86_64", "avx2": True}, True, False),
+        ({"architecture": "arm64"}, False, False),
+    ],
+)
+def test_a_node_computes_in_float32_where_bfloat16_would_be_emulated(
+    monkeypatch, cpu, gpu, emulated
+):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    asked = {"dtype": "auto", "engine": "vllm", "score_only": False}
+    assert _dtype(asked) == ("float32" if emulated else "auto")
+    assert _dtype({**asked, "dtype": "bfloat16"}) == "bfloat16"
+    assert _dtype({**asked, "engine": "synthetic"}) == "auto"
+    assert _dtype({**asked, "score_only": True}) == "float32"

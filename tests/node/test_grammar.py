@@ -7,6 +7,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ import trueweight.simulation
 from tests.node.test_kernels import SEEDS, samplings
 from trueweight.node import grammar as grammar_module
 from trueweight.node.canonical import BlockScorer, RowSampler, Scratch
-from trueweight.node.engine import EngineFinish, GenerateJob, ScoreJob
+from trueweight.node.engine import EngineFinish, EngineLimits, GenerateJob, Score, ScoreJob
 from trueweight.node.grammar import Grammars
+from trueweight.node.scoring import Scorer
 from trueweight.node.synthetic import SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel
+from trueweight.node.vllm.engine import VllmEngine
 from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
 from trueweight.protos.grammar import source_of, with_grammar
 from trueweight.protos.sampling import (
@@ -32,6 +35,7 @@ from trueweight.protos.sampling import (
     sample_rows,
     score_rows,
 )
+from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreRequest
 
 DEMO = Path(trueweight.simulation.__path__[0]) / "models" / "tw-demo"
 SIZE = 2048
@@ -55,6 +59,8 @@ SOURCES = (
     source_of("regex", r"[a-f]{2,6}(-\d+)?"),
     source_of("choice", ["yes", "no", r"a(b)|c{1}[x]*#&~<>@^$.?+\é"]),
 )
+# A source like any other until it is compiled.
+BROKEN = source_of("regex", "(")
 SCRATCH = Scratch(SIZE)
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 
@@ -258,6 +264,67 @@ async def test_the_synthetic_engine_generates_continues_and_scores(grammars):
         ]
         for score in await engine.score(claims):
             assert not any(score.margins)
+
+
+async def test_a_grammar_that_is_over_ends_the_output_before_min_tokens(grammars):
+    source = source_of("choice", ["yes", "no"])
+    sampling = resolve(Sampling(stop_token_ids=(STOP,), min_tokens=40))
+    short = replace(job(source), sampling=with_grammar(sampling, source))
+    async with engine_with(grammars) as engine:
+        tokens, finish = await collect(engine, short)
+        assert finish is EngineFinish.EOS
+        assert tokens.index(STOP) == len(tokens) - 1 < 5
+        claim = ScoreJob(short.prompt, (), tokens, short.sampling, short.seed, source)
+        assert not any((await engine.score([claim]))[0].margins)
+
+
+def claim_with(source):
+    """As a verifier asks for it: no router compiles grammars, and a cheat serves any."""
+    sampling = with_grammar(resolve(Sampling(stop_token_ids=(STOP,))), source)
+    return ScoreItem(
+        prompt_token_ids=(5, 6),
+        output_token_ids=(9, STOP),
+        sampling=sampling.to_proto(),
+        seed=3,
+        grammar_source=source,
+    )
+
+
+class StubProcess:
+    """The engine's processes as far as ``VllmEngine.score`` sees them."""
+
+    facts = SimpleNamespace(limits=EngineLimits(SIZE, 512, 8))
+
+    def __init__(self):
+        self.jobs = []
+
+    async def score(self, jobs, keys):
+        self.jobs += jobs
+        return [Score((0.0, 0.0), (0.0, 0.0), (0, 0)) for _ in keys]
+
+
+async def test_attack_a_cheat_serves_a_grammar_that_ends_every_audit_beside_it(grammars):
+    async with engine_with(grammars) as engine:
+        items = [claim_with(BROKEN), claim_with(PERSON), claim_with(PERSON)]
+        request = ScoreRequest(manifest_digest=b"m", items=items, deadline_ms=60_000)
+        answer = await Scorer(engine, b"m", 512).score(request)
+    assert [bool(result.error) for result in answer.results] == [True, False, False]
+    assert [len(result.margins) for result in answer.results] == [0, 2, 2]
+
+
+async def test_attack_a_cheat_serves_a_grammar_that_would_end_the_reference_engine(grammars):
+    """An error in vLLM's worker ends the engine, so what does not compile must not get there."""
+    engine, process = VllmEngine("model"), StubProcess()
+    engine._grammars, engine._process = grammars, process
+    good, bad = (
+        ScoreJob((5, 6), (), (9, STOP), job(source).sampling, 3, source)
+        for source in (PERSON, BROKEN)
+    )
+    with pytest.raises(InvalidRequest):
+        await engine.score([good, bad])
+    assert process.jobs == []
+    await engine.score([good])
+    assert process.jobs == [good]
 
 
 async def test_an_engine_refuses_a_grammar_before_its_first_step(grammars):

@@ -7,12 +7,13 @@ import dataclasses
 
 import pytest
 
+from trueweight.node import app as app_module
 from trueweight.node import weights as weights_module
 from trueweight.node.app import NodeApp, run_node
 from trueweight.node.outbox import MAX_BACKLOG_ITEMS, MAX_FRAME_TOKENS, Outbox
 from trueweight.node.synthetic import Speed
 from trueweight.node.workload import Workload
-from trueweight.protos.errors import EngineError, InvalidRequest, WeightsRefused
+from trueweight.protos.errors import EngineError, InvalidRequest, TrueweightError, WeightsRefused
 from trueweight.protos.sampling import Sampling
 from trueweight.protos.v1 import market_pb2 as mp
 
@@ -91,6 +92,16 @@ async def test_withdrawn_weights_end_the_node(world, monkeypatch):
     assert not task.done(), "only the market withdraws"
     world.ledger.add("registry-entry", world.sign_registry(revoked=True))
     with pytest.raises(WeightsRefused, match="withdrawn"):
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_bug_in_one_of_its_loops_ends_the_node(world, monkeypatch):
+    async def buggy(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(app_module, "until_withdrawn", buggy)
+    task, _ = life(world, world.engine(), asyncio.Event())
+    with pytest.raises(TrueweightError, match="a bug ended the node's 'watch registry' loop"):
         await asyncio.wait_for(task, 10)
 
 

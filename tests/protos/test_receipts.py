@@ -79,10 +79,17 @@ def test_a_later_leg_passes_with_its_prefix(honest):
     check_receipt(case.facts(), case.ring, MARKET)
 
 
-def test_a_stop_token_before_min_tokens_does_not_end_the_output(honest):
-    sampling = Sampling(stop_token_ids=(STOP,), min_tokens=4).to_proto()
-    case = honest.spoilt(output=[9, STOP, 9, STOP], order={"sampling": sampling})
-    check_receipt(case.facts(), case.ring, MARKET)
+@pytest.mark.parametrize("prefix", [[], [30, 31]])
+def test_attack_a_client_asks_for_more_tokens_than_its_grammar_has(honest, prefix):
+    """Nothing but the end is left, so an honest node ends before min_tokens, and is paid."""
+    sampling = Sampling(
+        stop_token_ids=(STOP,), min_tokens=40, grammar_sha256=bytes(32), grammar_compiler="c"
+    ).to_proto()
+    for output in ([STOP], [9, STOP]):
+        case = honest.spoilt(prefix=prefix, output=output, order={"sampling": sampling})
+        check_receipt(case.facts(), case.ring, MARKET)
+    case = honest.spoilt(prefix=prefix, output=[9, STOP, 9], order={"sampling": sampling})
+    assert refused(case.facts(), case.ring) == "after_eos"
 
 
 # --- attacks ---------------------------------------------------------------------------------

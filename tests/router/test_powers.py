@@ -195,7 +195,7 @@ def offer_of(log, **declared):
     )  # fmt: skip
     for name, value in declared.items():
         setattr(fingerprint, name, value)
-    return log.fleet.remember(Offer(node_id=log.node, fingerprint=fingerprint), b"offer")
+    return log.fleet.remember(Offer(node_id=log.node, fingerprint=fingerprint))
 
 
 def test_attack_a_node_with_an_fp8_kv_cache_registers():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from trueweight.protos.errors import ContextOverflow, EngineError, InvalidRequest
+from trueweight.protos.v1.model_pb2 import Manifest
+from trueweight.router.catalog import load_tokenizer
 from trueweight.router.chat_template import ChatTemplate, TemplateVariables
 from trueweight.router.openai_requests import parse_chat, parse_completion
 from trueweight.router.tokenizer import ModelFiles, ModelTokenizer
@@ -152,3 +154,11 @@ def test_a_broken_tokenizer_is_an_error_at_load():
 def test_a_model_without_template_says_so(tokenizer_json):
     with pytest.raises(InvalidRequest, match="/v1/completions"):
         ModelTokenizer(ModelFiles(tokenizer_json, None), 10).encode_now(chat("x"), DATE)
+
+
+def test_a_missing_file_of_a_sold_model_is_an_error_of_our_own(tmp_path):
+    # Any other would end the router's reading of the log, suspensions included.
+    manifest = Manifest(tokenizer_path="tokenizer.json")
+    manifest.files.add(path="tokenizer.json", sha256=b"x" * 32)
+    with pytest.raises(EngineError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path, manifest)

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
-from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.bench_report import plain
 from trueweight.simulation.calibrate import FLOAT32, NATIVE, VARIANTS
 from trueweight.simulation.calibration_traffic import Prompts
 from trueweight.simulation.cheats import SERVED
+from trueweight.simulation.demo_files import DEMO_MODEL as MODEL
 from trueweight.simulation.margin_store import MarginStore, Ragged, SliceKey
 from trueweight.simulation.measuring import TRANSFORMERS, Measurement, Traffic
 from trueweight.verifier.calibration_file import read_measured
 
-MODEL = demo_model()
 CALIBRATION = MODEL.with_name(f"{MODEL.name}.calibration.json")
 MEANS = {"honest": 0.0001, "4-bit weights": 0.03}
 

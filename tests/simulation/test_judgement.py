@@ -13,7 +13,7 @@ HONEST, CHEAT = "n-honest", "n-cheat"
 
 
 def leg(number, node, charge=100, tokens=10):
-    return BilledLeg(f"r{number}", node, bytes([number]), charge, 5, tokens)
+    return BilledLeg(f"r{number}", node, bytes([number]), charge, tokens)
 
 
 def good_run(**changes):

@@ -13,7 +13,9 @@ import pytest
 from tests.byte_tokenizer import byte_tokenizer
 from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.simulation import market
-from trueweight.simulation.market import DEMO_MODEL, LocalMarket, MarketSettings
+from trueweight.simulation.demo_files import DEMO_MODEL
+from trueweight.simulation.market import LocalMarket
+from trueweight.simulation.market_plan import MarketSettings
 from trueweight.simulation.random_llama import TINY, write_random_llama
 from trueweight.simulation.supervisor import ProcessSpec, Supervisor
 

@@ -17,14 +17,13 @@ import pytest
 from trueweight.node.engine import ScoreJob
 from trueweight.protos.evidence import CONVICT, Item, sum_nano, wealth_of
 from trueweight.simulation import bench_power, honest_run
-from trueweight.simulation.bench_node import demo_model
 from trueweight.simulation.calibration_traffic import Prompts, draw_jobs
 from trueweight.simulation.cheats import ROWS, SERVED
+from trueweight.simulation.demo_files import DEMO_MODEL as MODEL
 from trueweight.simulation.margin_store import MarginStore
 from trueweight.simulation.measuring import Measurement, Traffic, weights_of
 from trueweight.verifier.calibration_file import read_measured
 
-MODEL = demo_model()
 CALIBRATION = MODEL.with_name(f"{MODEL.name}.calibration.json")
 CLASSES = ("plain", "top_p", "penalties")
 PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 24, 48, 24

@@ -8,8 +8,8 @@ import pytest
 
 from trueweight.protos.errors import InvalidRequest, Unavailable
 from trueweight.router.openai_requests import parse_chat, parse_completion
-from trueweight.simulation.market import MARKER, fresh_directory, link_or_copy
 from trueweight.simulation.ports import FIRST, LAST, is_free, pick_ports
+from trueweight.simulation.run_directory import MARKER, fresh_directory, link_or_copy
 from trueweight.simulation.workload import make_plans
 
 

@@ -35,8 +35,13 @@ FINGERPRINT = EngineFingerprint(
 MU0_NANO = 400_000
 
 
-def make_signer(market_id: str | None, owner: Ed25519PrivateKey | None = None) -> Signer:
-    root, key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+def make_signer(
+    market_id: str | None,
+    owner: Ed25519PrivateKey | None = None,
+    root: Ed25519PrivateKey | None = None,
+    sequence: int = 1,
+) -> Signer:
+    root, key = root or Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     identity = key_id(public_bytes(root))
     event = KeyEvent(
         market_id=market_id or identity,
@@ -44,11 +49,18 @@ def make_signer(market_id: str | None, owner: Ed25519PrivateKey | None = None) -
         root_public_key=public_bytes(root),
         operational_public_key=public_bytes(key),
         action=KeyEvent.CERTIFY,
-        sequence=1,
+        sequence=sequence,
         operator_public_key=public_bytes(owner) if owner else b"",
     )
     keys = (root, key, owner) if owner else (root, key)
     return Signer(identity, key, seal_key_event(event, *keys))
+
+
+def revocation(signer: Signer, root: Ed25519PrivateKey, sequence: int = 2) -> bytes:
+    """The key event that takes a signer's operational key back."""
+    event = KeyEvent.FromString(parse_envelope(signer.key_event).payload)
+    event.action, event.sequence = KeyEvent.REVOKE, sequence
+    return seal_key_event(event, root)
 
 
 def calibration_entry(name: str = "plain", mu0_nano: int = MU0_NANO) -> audit_pb2.CalibrationEntry:
@@ -471,6 +483,7 @@ def kit():
         drive = staticmethod(drive)
         entry = staticmethod(calibration_entry)
         signer = staticmethod(make_signer)
+        revocation = staticmethod(revocation)
         Killed = Killed
         mu0_nano = MU0_NANO
 

@@ -591,3 +591,24 @@ async def test_attack_a_router_frames_a_node_with_a_forged_transcript(make_world
     (verdict,) = world.ledger.of_kind("verdict", Verdict)
     assert verdict.outcome == Verdict.MISSING_TRANSCRIPT and not verdict.l0_failure
     assert app.service.view.nodes[node].pooled.scored == 0
+
+
+@pytest.mark.parametrize("margins", [WRONG, [0.0] * 50])
+async def test_attack_a_node_revokes_its_key_once_it_is_audited(world, kit, margins):
+    """A receipt is judged by the keys of its leaf. Else a cheat that sees audit requests would turn
+    margins into a signature that does not hold, and an honest node that changes its key would
+    be refunded away."""
+    root = Ed25519PrivateKey.generate()
+    world.nodes["node"] = signer = kit.signer(world.market_id, root=root)
+    world.ledger.log_envelope(signer.key_event)
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    receipt = world.serve("node", margins)
+    world.ledger.log_envelope(kit.revocation(signer, root))
+    late = world.serve("node", margins)
+    app = world.app()
+    await kit.settle(world, app)
+    found = {v.receipt_digest: v for v in world.ledger.of_kind("verdict", Verdict)}
+    assert found[receipt].scored_tokens == 50 and not found[receipt].l0_failure
+    assert found[late].l0_failure == "signature"
+    assert app.service.view.nodes[signer.identity].pooled.scored == 1

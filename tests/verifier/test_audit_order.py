@@ -20,6 +20,7 @@ from trueweight.protos.conviction import (
 )
 from trueweight.protos.envelope import seal
 from trueweight.protos.evidence import CONVICT, NANO, Item, wealth_of
+from trueweight.protos.market_terms import DEFAULT_AUDIT_TERMS
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Calibration, EpochOpen, Verdict
 from trueweight.verifier.rules import APPEAL, LATE, WAITS
 from trueweight.verifier.state import LogView
@@ -245,6 +246,19 @@ def test_attack_a_verdict_that_comes_once_its_audit_counts_as_zero(world):
     for receipt in (market.receipts[0], market.receipts[2]):
         assert market.judge(receipt).why_not == LATE
     assert market.own.wealth.r == 3 and market.own.scored_tokens == 50
+
+
+def test_epochs_outside_the_markets_terms_end_waiting_as_they_do_in_the_ledger(make_world):
+    """The ledger knows no terms: were waiting longer here, a conviction that is right for a
+    verifier would be wrong for the ledger, for good."""
+    market = Market(make_world(audit_terms=DEFAULT_AUDIT_TERMS), 3)
+    for receipt in market.receipts:
+        market.ask(receipt)
+    market.judge(market.receipts[1], 7)
+    for number in (1, 2):
+        market.open_epoch(number)
+    assert not market.view.epochs.get(market.me.identity), "it states no rates"
+    assert (market.own.wealth.r, market.own.unscored) == (3, 2)
 
 
 def test_attack_a_transcript_opened_for_an_appeal_makes_no_evidence_and_blocks_none(world):

@@ -5,7 +5,8 @@ import pytest
 
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import InvalidRequest
-from trueweight.protos.evidence import CLIP_LOGIT, NANO, Wealth, counted_nano
+from trueweight.protos.evidence import CLIP_LOGIT, NANO, Wealth, counted_nano, sum_nano
+from trueweight.protos.sampling import sample, score_row
 from trueweight.protos.sampling_parameters import (
     MIN_REPETITION,
     Sampling,
@@ -105,6 +106,30 @@ def largest_wealth(gap, mu0_nano, ignored_nano, requests=2000):
         wealth = wealth.add(counted_nano([x], ignored_nano), 1, mu0_nano)
         largest = max(largest, wealth.value)
     return largest
+
+
+@pytest.mark.parametrize(
+    "cut", [{"min_p": 1.0}, {"min_p": 0.999}, {"min_p": 1.0, "top_k": 9}, {"top_k": 2}]
+)
+def test_attack_a_client_leaves_an_honest_rival_no_choice_but_the_likeliest_token(cut):
+    """Where rounding decides which token is the likeliest, and that one is all that a cut leaves,
+    the noise of the seed must not be held against the node: it would be far above any rounding."""
+    entry = ordinary_traffic()
+    sampling, rng = resolve(Sampling(**cut)), np.random.default_rng(3)
+    wealth, largest = Wealth(), 1.0
+    for request in range(100):
+        margins = []
+        for token in range(64):
+            logits = rng.normal(0, 2, 64).astype(np.float32)
+            if token % 8 == 0:  # he looked for such a place, or made it with logit_bias
+                logits[np.argsort(logits)[-3:]] = logits.max()
+            node = (logits + rng.normal(0, NOISE / np.sqrt(2), 64)).astype(np.float32)
+            seed = 64 * request + token
+            claimed = sample(node, sampling, seed, [1], [])
+            margins.append(score_row(logits, sampling, seed, [1], [], claimed).margin)
+        wealth = wealth.add(sum_nano(margins, entry.ignored_below_nano), 64, entry.mu0_nano)
+        largest = max(largest, wealth.value)
+    assert largest < 10
 
 
 def test_attack_a_client_asks_an_honest_rival_for_near_ties():

@@ -213,6 +213,34 @@ async def test_an_honest_verifiers_epochs_keep_to_the_terms_whatever_its_policy(
     assert opened.gain_tokens == 5
 
 
+@pytest.mark.parametrize("stricter", [{"floor_ppm": 999_999}, {"duplicate_rate_ppm": 400_000}])
+async def test_stricter_terms_do_not_leave_a_verifier_in_an_epoch_that_is_revealed(
+    make_world, kit, stricter
+):
+    """Epochs from before the market's file was issued anew are outside its terms by now, all of
+    them or all since nodes have rates, but their numbers are taken: the verifier must go beyond
+    them, at once."""
+    world = make_world()
+    world.ledger.stakes = {f"node-bond:{world.add_node('good')}": 10**18}
+    policy = RatePolicy(newcomer_tokens=1, epoch_ms=60_000)
+
+    def opened():
+        return world.ledger.of_kind("epoch-open", EpochOpen)
+
+    for number in range(5):
+        app = world.app(policy=policy)
+        await kit.drive(world, app, lambda number=number: len(opened()) > number)
+        world.serve("good", [0.0] * 256)
+    before = len(opened())
+    world.audit_terms = AuditTerms(max_gain_tokens=10**9, **stricter)
+    world.market = world._write_market()
+    app = world.app(policy=policy)
+    await kit.drive(world, app, lambda: len(opened()) > before, rounds=100)
+    await kit.settle(world, app := world.app(policy=policy))
+    newest = app.service.agenda.my_epochs[-1].message
+    assert (newest.epoch, len(opened())) == (before + 1, before + 1)
+
+
 def test_the_largest_gain_that_is_believed_is_the_largest_that_verifiers_state():
     assert MAX_GAIN_TOKENS == DETECTABLE_TOKENS
 

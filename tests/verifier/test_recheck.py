@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -71,6 +72,25 @@ async def test_an_honest_verdict_replays(judged, which, tmp_path):
     assert [s.number for s in found.steps] == [1, 2, 3, 4, 5, 6, 7]
     with pytest.raises(InvalidRequest, match="exists already"):
         write_bundle(path, await bundle_of(world, app, judged[which]))
+
+
+async def test_attack_a_convicted_node_floods_and_revokes_its_keys(world, kit):
+    """What was certified when its receipt was logged still is what a bundle is judged by."""
+    root = Ed25519PrivateKey.generate()
+    world.nodes["bad"] = signer = kit.signer(world.market_id, root=root)
+    world.ledger.log_envelope(signer.key_event)
+    for sequence in range(2, 20):
+        more = kit.signer(world.market_id, root=root, sequence=sequence)
+        world.ledger.log_envelope(more.key_event)
+    app = world.app()
+    await kit.drive(world, app, app.service.ready.is_set)
+    receipt = world.serve("bad", WRONG)
+    world.ledger.log_envelope(kit.revocation(signer, root, sequence=20))
+    app = world.app()
+    await kit.settle(world, app)
+    bundle = await bundle_of(world, app, receipt)
+    found = with_log(await replay(bundle, world.market, Scorer(world)), app.service.view)
+    assert found.agrees and len(found.steps) == 9, found.steps
 
 
 async def test_a_lying_verdict_does_not_replay(judged):

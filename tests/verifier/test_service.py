@@ -3,12 +3,13 @@
 import pytest
 
 from trueweight.protos.audit import check_reveal
-from trueweight.protos.errors import EngineError
+from trueweight.protos.errors import DeadlineExceeded, EngineError, NotFound
 from trueweight.protos.evidence import Wealth, sum_nano
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, EpochOpen, Verdict
 from trueweight.protos.v1.market_pb2 import EngineFingerprint
 from trueweight.protos.v1.node_pb2 import ScoreItem, ScoreResponse, ScoreResult
+from trueweight.verifier import reference
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.plot import write_png
 from trueweight.verifier.reference import Scorer
@@ -251,3 +252,45 @@ async def test_a_reference_that_rounds_like_the_nodes_is_refused_with_what_to_do
     assert "--dtype float32" in refused.value.hint
     assert scorer.scored_items == 0
     await scorer.close()
+
+
+async def test_weights_that_the_reference_does_not_have_keep_no_epoch_open(world, kit, monkeypatch):
+    """A market that sells two models: what one verifier cannot score must not hold the rest."""
+    world.add_node("good")
+    await kit.drive(world, app := world.app(), app.service.ready.is_set)
+    other = world.transcripts[world.serve("good", [0.0] * 30)].output_token_ids
+    world.serve("good", [0.0] * 30)
+    score = world.score
+
+    async def score_its_own(manifest_digest, items):
+        if any(item.output_token_ids == other for item in items):
+            raise NotFound("these weights are not served here")
+        return await score(manifest_digest, items)
+
+    monkeypatch.setattr(world, "score", score_its_own)
+    monkeypatch.setattr(reference, "MAX_BATCH_ITEMS", 1)
+    app = world.app(policy=RatePolicy(epoch_ms=60_000))
+    await kit.drive(world, app, lambda: app.service.view.reveals)
+    outcomes = [v.outcome for v in world.ledger.of_kind("verdict", Verdict)]
+    assert sorted(outcomes) == [Verdict.SCORED, Verdict.UNCALIBRATED] and not world.ledger.refunds
+
+
+async def test_attack_long_requests_fill_every_batch_beyond_its_deadline(world, kit, monkeypatch):
+    """A reference that is too slow for a whole batch must not be asked for the same one again and
+    again."""
+    world.add_node("good")
+    await kit.drive(world, app := world.app(), app.service.ready.is_set)
+    for _ in range(16):
+        world.serve("good", [0.0] * 200)
+    score = world.score
+
+    async def score_slowly(manifest_digest, items):
+        if sum(len(item.output_token_ids) for item in items) > 1_000:
+            raise DeadlineExceeded("scoring did not end in time")
+        return await score(manifest_digest, items)
+
+    monkeypatch.setattr(world, "score", score_slowly)
+    await kit.settle(world, world.app())
+    verdicts = world.ledger.of_kind("verdict", Verdict)
+    assert [v.outcome for v in verdicts] == [Verdict.SCORED] * 16
+    assert 2 <= max(world.score_batches) <= 5
