@@ -17,6 +17,8 @@ from trueweight.verifier.duties import ReleaseEarnings
 
 log = logging.getLogger(__name__)
 
+# Not an envelope, so what is signed here can never pass for one.
+_IDS = b"trueweight: ids of my operations"
 REWARD_PPM = 50_000
 MAX_REWARD_PPM = 100_000
 
@@ -26,6 +28,12 @@ class Publisher:
 
     def __init__(self, ledger: LedgerPort, signer: Signer) -> None:
         self._ledger, self._signer = ledger, signer
+        # Ed25519 is deterministic, so ids are the same after a crash, but nobody else knows them:
+        # whoever could foresee one could take it first, and so silence this verifier.
+        self._secret = signer.key.sign(_IDS)
+
+    def _id(self, about: str, *parts: bytes) -> bytes:
+        return derived_id(about, self._secret, *parts)
 
     async def publish(self, message: Message, about: str, *parts: bytes) -> None:
         """Publishes one statement about (``about``, ``parts``); a second one about the same thing
@@ -35,7 +43,7 @@ class Publisher:
     async def publish_with(self, make: Callable[[], Message], about: str, *parts: bytes) -> None:
         """The same for a statement that is made at the last moment."""
         operation = Operation(
-            id=derived_id(about, self._signer.identity.encode(), *parts),
+            id=self._id(about, *parts),
             publish=Publish(envelope=seal(make(), self._signer)),
         )
         await self._apply(operation, tolerated=(IdConflict,))
@@ -43,7 +51,7 @@ class Publisher:
     async def refund(self, receipt_digest: bytes, reason: str, verdict_envelope: bytes) -> int:
         """Refunds one receipt; nanocredits moved, 0 if it was refunded before."""
         body = Refund(receipt_digest=receipt_digest, reason=reason, verdict=verdict_envelope)
-        operation = Operation(id=derived_id("refund", receipt_digest), refund=body)
+        operation = Operation(id=self._id("refund", receipt_digest), refund=body)
         # Conflict: another verifier's refund, or the conviction's, came first. NotFound: the
         # receipt was never charged (a claim that was not captured).
         return await self._apply(operation, tolerated=(Conflict, NotFound))
@@ -54,8 +62,7 @@ class Publisher:
         """Forfeits and refunds by one's own conviction; nanocredits moved, 0 if the node was
         convicted before."""
         body = Convict(conviction=conviction_envelope, reward_ppm=min(reward_ppm, MAX_REWARD_PPM))
-        me = self._signer.identity.encode()
-        operation = Operation(id=derived_id("convict", me, *about), convict=body)
+        operation = Operation(id=self._id("convict", *about), convict=body)
         return await self._apply(operation, tolerated=(Conflict,))
 
     async def release(self, duty: ReleaseEarnings, amount_nano: int) -> int:
@@ -66,6 +73,7 @@ class Publisher:
                 node_id=duty.node_id, amount_nano=amount, below_log_index=duty.below_index
             )
             about = (duty.node_id.encode(), duty.epoch.to_bytes(8, "big"), bytes([amount > 0]))
+            # The same for all verifiers: each would release as much again.
             operation = Operation(id=derived_id("release", *about), release=body)
             try:
                 return await self._apply(operation, tolerated=(IdConflict,))

@@ -1,20 +1,24 @@
 """What the fold makes of one verifier's word, and how far a verifier releases."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
 from trueweight.protos.envelope import seal
 from trueweight.protos.errors import Conflict
 from trueweight.protos.evidence import Wealth
+from trueweight.protos.ids import derived_id
 from trueweight.protos.market_terms import DEFAULT_AUDIT_TERMS, MAX_GAIN_TOKENS
 from trueweight.protos.v1.audit_pb2 import Conviction, EpochOpen, Verdict
+from trueweight.protos.v1.ledger_pb2 import Result
 from trueweight.protos.v1.market_pb2 import AuditTerms, Reinstatement, Suspension
 from trueweight.verifier.appeal import Appeal, Retried
 from trueweight.verifier.appeal_commands import check_lift, lifted
 from trueweight.verifier.deterrence import DETECTABLE_TOKENS
 from trueweight.verifier.epochs import RatePolicy
 from trueweight.verifier.owed import accounts
+from trueweight.verifier.publishing import Publisher
 from trueweight.verifier.report import explain, state_of, status_rows
 from trueweight.verifier.rewards import payable
 from trueweight.verifier.state import LogView
@@ -274,3 +278,36 @@ async def test_who_may_not_see_balances_is_told_that_the_stake_is_unknown(world,
     await kit.settle(world, app)
     (row,) = status_rows(app.service.view, None)
     assert (row.at_stake_nano, row.cap_nano, row.deterred) == (None, None, None)
+
+
+async def test_attack_a_rival_takes_the_ids_of_a_verifiers_statements_before_it(make_world):
+    """Ids are the same after a crash, and a secret: in the ledger whoever comes first has one."""
+    world = make_world(verifier_count=2)
+
+    class Recorder:
+        def __init__(self):
+            self.ids = []
+
+        async def apply(self, operations):
+            self.ids += [operation.id for operation in operations]
+            return [Result(status=Result.APPLIED) for _ in operations]
+
+    async def ids_of(signer):
+        publisher = Publisher(ledger := Recorder(), signer)
+        await publisher.publish(EpochOpen(epoch=1), "epoch-open", b"1")
+        await publisher.refund(b"r" * 32, "", b"")
+        await publisher.convict(b"", (b"node",), 0)
+        return ledger.ids
+
+    me, rival = world.verifiers
+    mine = await ids_of(me)
+    assert mine == await ids_of(me)
+    assert not set(mine) & set(await ids_of(rival))
+    public = (b"1", b"node", b"r" * 32, me.identity.encode())
+    foreseen = {
+        derived_id(about, *parts)
+        for about in ("epoch-open", "refund", "convict")
+        for length in (1, 2)
+        for parts in permutations(public, length)
+    }
+    assert not set(mine) & foreseen
