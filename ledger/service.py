@@ -52,6 +52,8 @@ APPLY_TIMEOUT_MS = 15_000
 FOLLOW_WAIT_S = 0.5
 _READ_TIMEOUT_S = 15.0
 _SWITCH_INTERVAL_S = 0.001
+# A call is checked again after a key was revoked, which costs somebody a key each time.
+_MAX_CHECKS = 16
 # Who may look into any account.
 _SEES_ALL = frozenset({"router", "verifier", "admin", "market", "ledger", "operator"})
 
@@ -135,7 +137,7 @@ class Ledger:
             )
         if not operations:
             return []
-        while True:
+        for _ in range(_MAX_CHECKS):
             court = self._court
             prepared = bounded(await self._checkers.prepare(operations, caller, court))
             if not court.roles_of(caller) and all(map(is_hopeless, prepared)):
@@ -144,8 +146,11 @@ class Ledger:
             try:
                 outcomes = await self.apply_prepared(prepared, court)
             except KeysChanged:
-                continue  # each time costs somebody a key
+                continue
             return [result_of(outcome) for outcome in outcomes]
+        raise Unavailable(
+            "keys are revoked faster than operations are checked", hint="Send the same again."
+        )
 
     async def apply_prepared(
         self, prepared: Sequence[Prepared], court: Court | None = None
