@@ -15,7 +15,7 @@ from trueweight.node.config import NodeConfig, pick_router
 from trueweight.node.describe import Description, describe
 from trueweight.node.engine import Engine
 from trueweight.node.engines import ENGINE_NAMES, RUNNERS, EngineChoice, make_engine
-from trueweight.node.vllm.options import emulates_bfloat16
+from trueweight.node.vllm.options import usual_dtype
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.protos.money import format_credits, parse_credits
@@ -203,8 +203,7 @@ def _dtype(options: dict[str, Any]) -> str:
         return asked
     if options["score_only"]:
         return REFERENCE_DTYPE
-    # Emulated, it is rounded no better than float32 and takes several times as long.
-    return "float32" if emulates_bfloat16() else asked
+    return usual_dtype()
 
 
 def _choice(options: dict[str, Any]) -> EngineChoice:

@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from trueweight.node.engine import GenerateJob
-from trueweight.node.vllm.engine import VllmEngine, VllmOptions
+from trueweight.node.vllm.engine import VllmEngine
+from trueweight.node.vllm.options import VllmOptions, usual_dtype
 from trueweight.runtime import cli
 from trueweight.simulation.bench_engines import (
     Leg,
@@ -59,7 +60,7 @@ class Load:
 
 async def measure(model: Path, rounds: int, load: Load) -> dict[str, Any]:
     """All figures. The node starts and ends the canonical engine."""
-    options = VllmOptions(max_context_tokens=1024)
+    options = VllmOptions(max_context_tokens=1024, dtype=usual_dtype())
     engine = VllmEngine(model, options)
     with tempfile.TemporaryDirectory() as root:
         # The bare engine first: it is built on this thread, and meanwhile no session lives.
@@ -136,7 +137,12 @@ def main(model: Path | None, vocabulary: int, rounds: int) -> None:
             directory = write_random_llama(Path(root) / f"random-{vocabulary}", shape)
             load = Load(_WIDE_PROMPT_TOKENS, _WIDE_SETTINGS)
         figures = asyncio.run(measure(directory, rounds, load))
-    about = {"model": directory.name, "rounds": rounds, "settings": str(load.settings)}
+    about = {
+        "model": directory.name,
+        "dtype": usual_dtype(),
+        "rounds": rounds,
+        "settings": str(load.settings),
+    }
     finish("node", figures, about)
 
 

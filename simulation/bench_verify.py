@@ -25,7 +25,8 @@ from typing import Any
 import click
 
 from trueweight.node.engine import GenerateJob, ScoreJob
-from trueweight.node.vllm.engine import VllmEngine, VllmOptions
+from trueweight.node.vllm.engine import VllmEngine
+from trueweight.node.vllm.options import VllmOptions, usual_dtype
 from trueweight.protos.evidence import REFERENCE_DTYPE
 from trueweight.runtime import cli
 from trueweight.simulation import bench_power, charts, honest_run, structural_cheats
@@ -43,13 +44,13 @@ OUTPUT_TOKENS = 128
 CONCURRENCIES = (1, 32)
 _ALONE_REPEATS = 2
 _OPTIONS = VllmOptions(max_context_tokens=1024, kv_cache_bytes=512 << 20)
-_REFERENCE_OPTIONS = replace(_OPTIONS, dtype=REFERENCE_DTYPE)
 
 
 async def measure(model: Path, rounds: int) -> dict[str, Any]:
     """Figures of one model, by concurrency."""
     async with AsyncExitStack() as stack:
-        engines = [VllmEngine(model, options) for options in (_OPTIONS, _REFERENCE_OPTIONS)]
+        dtypes = (usual_dtype(), REFERENCE_DTYPE)
+        engines = [VllmEngine(model, replace(_OPTIONS, dtype=dtype)) for dtype in dtypes]
         for engine in engines:
             await engine.start()
             stack.push_async_callback(engine.close)

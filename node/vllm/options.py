@@ -31,6 +31,12 @@ def emulates_bfloat16() -> bool:
     return cpu["architecture"] == "x86_64" and not native
 
 
+def usual_dtype() -> str:
+    """What a node computes in unless told otherwise: the weights' own ("auto"), but "float32" where
+    bfloat16 would be emulated. That is rounded no better and takes several times as long."""
+    return "float32" if emulates_bfloat16() else "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class VllmOptions:
     """How to run the engine.
