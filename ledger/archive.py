@@ -8,11 +8,10 @@ Merkle tiles before anything is deleted; a run that was killed is simply run aga
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from trueweight.ledger.tiles import WIDTH
 from trueweight.protos.errors import StorageError, Unavailable
 from trueweight.protos.merkle import HASH_BYTES, leaf_hash
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.runtime.locks import only_one
 
 # Rows deleted in one transaction: the writer waits no longer than that takes.
 BATCH = 2_000
@@ -53,24 +53,10 @@ def archive(engine: sa.Engine, directory: Path, older_than_unix_ms: int) -> Arch
     """Moves what was merged before a time, as far as it is checkpointed and in full tiles. Raises
     Unavailable while another run writes to the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    # Files of two runs that overlap would make the whole directory unreadable.
+    taken = Unavailable(f"another run writes to the archive at {directory}", hint="Let it finish.")
+    with only_one(directory, taken):
         return _archive(engine, directory, older_than_unix_ms)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Files of two runs that overlap would make the whole directory unreadable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unavailable(
-                f"another run writes to the archive at {directory}", hint="Let it finish."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _archive(engine: sa.Engine, directory: Path, older_than_unix_ms: int) -> Archived:

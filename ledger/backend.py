@@ -7,7 +7,6 @@ transaction, in batches, because a round trip per row is 6 to 40 times slower.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import sqlite3
@@ -21,6 +20,7 @@ from psycopg.abc import PQGen
 
 from trueweight.ledger.schema import BUSY_MS, TCP_OPTIONS, sqlite_path, use_wal
 from trueweight.protos.errors import StorageError, Unavailable
+from trueweight.runtime.locks import take_lock
 
 Row = tuple[Any, ...]
 T = TypeVar("T")
@@ -134,14 +134,8 @@ class SqliteBackend:
     def acquire(self) -> bool:
         if self._lock is not None:
             return True
-        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        self._lock = descriptor
-        return True
+        self._lock = take_lock(self._lock_path)
+        return self._lock is not None
 
     def confirm(self) -> None:
         # The lock belongs to the file, not to its name: another process may have locked a new one.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from trueweight.ledger.connect import connected
 from trueweight.ledger.court import court_of
 from trueweight.ledger.prepare import DERIVES_IDS
-from trueweight.protos.ids import derived_id, uuid7
+from trueweight.protos.ids import as_uuid7, derived_id, uuid7
 from trueweight.protos.money import format_credits
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.cli import (
@@ -136,8 +136,7 @@ def reference_id(market: Path, keys: Path, tag: str, *parts: bytes) -> bytes:
     known, signer = load_market(market), load_signer(keys)
     if court_of(known).roles_of(signer.identity) & DERIVES_IDS:
         return derived_id(tag, *parts)
-    id_ = derived_id(tag, signer.identity.encode(), *parts)
-    return id_[:6] + bytes([0x70 | id_[6] & 0x0F]) + id_[7:]
+    return as_uuid7(derived_id(tag, signer.identity.encode(), *parts))
 
 
 def new_id() -> bytes:

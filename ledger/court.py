@@ -41,5 +41,5 @@ def with_key_events(court: Court, leaves: Iterable[Leaf]) -> Court:
                 ring = apply_key_event(ring, leaf.body, court.terms.market_id)
             except TrueweightError:
                 continue  # two events of one identity in one group: the later one lost
-            revocations += len(ring.keys) < len(before.keys)
+            revocations += bool(ring.lost_since(before))
     return court if ring is court.ring else replace(court, ring=ring, revocations=revocations)

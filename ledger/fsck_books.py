@@ -75,6 +75,7 @@ class _Fold:
 
     kinds: dict[int, int]
     names: dict[int, str]
+    numbers: dict[str, int]
     counters: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(_no_counters))
     open: dict[bytes, _First] = field(default_factory=dict)
     # Resolved holds would be too many to keep.
@@ -119,6 +120,7 @@ def check_books(
         fold = _Fold(
             {no: row.kind for no, row in accounts.items()},
             {no: row.id for no, row in accounts.items()},
+            {row.id: no for no, row in accounts.items()},
         )
         _fold_all(connection, archive, findings, fold, progress)
         _check_accounts(findings, fold, accounts)
@@ -174,7 +176,7 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
         elif phase == PENDING:
             debit[0] += amount
             credit[2] += amount
-            first = (debit_no, credit_no, amount, _KIND_OF_REASON.get(reason, 0))
+            first = _first(debit_no, credit_no, amount, reason)
             fold.open[transfer_id(bytes(operation), ordinal)] = first
         else:
             held = fold.open.pop(bytes(pending or b""), None)
@@ -190,6 +192,10 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
                 fold.settled[bytes(operation)] = fold.names.get(credit_no, "?")
         if debit[3] - debit[1] - debit[0] < 0 and debit_no in inside:
             findings.add(f"transfer {sequence} overdraws {fold.names.get(debit_no, debit_no)}")
+
+
+def _first(debit_no: int, credit_no: int, amount: int, reason: int) -> _First:
+    return debit_no, credit_no, amount, _KIND_OF_REASON.get(reason, 0)
 
 
 def _resolution(pending: bytes, first: _First, state: int, posted: int) -> bytes:
@@ -245,10 +251,9 @@ def _pending_rows(
     connection: sa.Connection, fold: _Fold
 ) -> Iterator[tuple[bytes, _First, int, int]]:
     """Id, what its transfer must have held, state and what was posted."""
-    numbers = {name: no for no, name in fold.names.items()}
     rows = stream(connection, "SELECT id, debit, credit, amount, kind, state, posted FROM pending")
     for id_, debit, credit, amount, kind, state, posted in rows:
-        sides = numbers.get(debit, -1), numbers.get(credit, -1)
+        sides = fold.numbers.get(debit, -1), fold.numbers.get(credit, -1)
         yield bytes(id_), (*sides, amount, kind), state, posted
 
 
@@ -262,8 +267,7 @@ def _name_resolved(
         connection, archive, TRANSFER_COLUMNS[:-1]
     ):
         if phase == PENDING:
-            first = (debit, credit, amount, _KIND_OF_REASON.get(reason, 0))
-            held[transfer_id(bytes(operation), ordinal)] = first
+            held[transfer_id(bytes(operation), ordinal)] = _first(debit, credit, amount, reason)
         elif pending is not None:
             id_ = bytes(pending)
             said[id_] = (held.pop(id_, None), _STATE_OF_PHASE.get(phase, 0), amount)
@@ -286,11 +290,10 @@ def _check_legs(connection: sa.Connection, findings: Findings, fold: _Fold) -> N
     for account, amount in earned.items():
         if amount:
             findings.add(f"{account} earned {amount} without receipts")
-    numbers = {name: no for no, name in fold.names.items()}
     for client, fee, pool in connection.execute(
         sa.text("SELECT client, SUM(fee), SUM(pool) FROM leg GROUP BY client")
     ):
-        clearing = numbers.get(clearing_of(client), -1)
+        clearing = fold.numbers.get(clearing_of(client), -1)
         shares = fold.shares[clearing, _FEE], fold.shares[clearing, _POOL]
         if shares != (int(fee), int(pool)):
             findings.add(f"the receipts of {client} are not what the market got of them")

@@ -16,7 +16,7 @@ from trueweight.ledger.archived import (
     transfers_of,
 )
 from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
-from trueweight.ledger.findings import Findings, Progress, kept_rows, plain, snapshot, stream
+from trueweight.ledger.findings import Findings, Progress, kept_rows, snapshot, stream
 from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
 from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
 from trueweight.ledger.fsck_verdicts import Verdicts
@@ -168,10 +168,7 @@ class _Kept:
         self._findings, self._transfers = findings, transfers
         # When the leaves that are checked were merged.
         self.merged_at = 0
-        self._legs = stream(
-            connection,
-            f"SELECT {', '.join(_LegRow._fields)} FROM leg ORDER BY log_index",  # noqa: S608
-        )
+        self._legs = kept_rows(connection, "leg", _LegRow._fields)
         self._evidence = stream(
             connection, "SELECT log_index, digest FROM evidence ORDER BY log_index"
         )
@@ -219,7 +216,7 @@ class _Kept:
         found = True
         if kind == RECEIPT:
             row = next(self._legs, None)
-            self._leg = _LegRow(*plain(row)) if row is not None else None
+            self._leg = _LegRow(*row) if row is not None else None
             if self._leg is None or self._leg[:2] != (place, digest):
                 found = False
             else:

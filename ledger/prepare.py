@@ -16,7 +16,7 @@ from trueweight.ledger.evidence import Court
 from trueweight.ledger.values import Prepared
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.errors import InvalidRequest, PermissionDenied, TrueweightError
-from trueweight.protos.ids import ID_BYTES, derived_id
+from trueweight.protos.ids import ID_BYTES, derived_id, is_uuid7
 from trueweight.protos.money import MAX_NANO
 from trueweight.protos.v1 import ledger_pb2 as pb
 
@@ -120,7 +120,7 @@ def _check_id(id_: bytes, kind: str, body: Any, roles: frozenset[str]) -> None:
     """Ids that are no UUIDv7 are derived from public facts, so that a repeat is a replay. Others
     must not take them first: a node that has the ids of its refunds, verdicts and conviction would
     never be refunded, judged or convicted."""
-    if id_[6] >> 4 == 7 or roles & DERIVES_IDS:
+    if is_uuid7(id_) or roles & DERIVES_IDS:
         return
     fact = {"claim": "receipt", "publish": "envelope", "void_hold": "hold_id"}.get(kind)
     if fact is not None:

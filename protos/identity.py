@@ -76,6 +76,12 @@ class KeyRing:
         entry = self.keys.get(operational_key_id)
         return entry[0] if entry else None
 
+    def lost_since(self, before: KeyRing) -> Mapping[str, tuple[str, bytes]]:
+        """The keys that counted in an earlier ring, one event ago, and do not any more."""
+        if len(self.keys) >= len(before.keys):
+            return {}
+        return {name: before.keys[name] for name in before.keys.keys() - self.keys.keys()}
+
     def verify(self, operational_key_id: str, signature: bytes, message: bytes) -> str:
         """The identity whose key made this signature. Raises BadSignature."""
         entry = self.keys.get(operational_key_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from trueweight.protos.errors import Conflict, Unavailable
 from trueweight.runtime.cli import json_option, option, path_option, print_json
+from trueweight.runtime.locks import only_one
 from trueweight.simulation import background
 from trueweight.simulation.demo import REQUESTS, Demo, DemoSettings
 from trueweight.simulation.demo_files import DEMO_MODEL
@@ -280,12 +280,8 @@ def _cancel_or_exit(task: asyncio.Future[Any]) -> None:
 def _only_one(directory: Path) -> Iterator[None]:
     """Refuses to run twice in one directory."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    path = directory.with_name(directory.name + ".lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"another run uses {directory}", hint="Wait for it, or name another --directory."
-            ) from None
+    taken = Conflict(
+        f"another run uses {directory}", hint="Wait for it, or name another --directory."
+    )
+    with only_one(directory.with_name(directory.name + ".lock"), taken):
         yield

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trueweight.protos.identity import Signer
-from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import rpc
 from trueweight.runtime.clock import Clock, SystemClock
-from trueweight.runtime.ledger_port import GrpcLedger, LedgerPort
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger
 from trueweight.runtime.market import Market
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.calibration_file import Measured
@@ -104,12 +103,6 @@ class VerifierConfig:
     cheats: tuple[Cheat, ...] = KNOWN_CHEATS
     # Of what a conviction forfeits, for the verifier that applies it.
     reward_ppm: int = REWARD_PPM
-
-
-def connect_ledger(market: Market, tokens: rpc.AccessTokens | None = None) -> GrpcLedger:
-    """The market's ledger over gRPC; without tokens only its public log."""
-    member = market.member(Member.LEDGER)
-    return GrpcLedger(member.endpoint, member.tls_certificate_pem, member.identity, tokens)
 
 
 def access_tokens(market: Market, signer: Signer, clock: Clock) -> rpc.AccessTokens:

@@ -16,8 +16,9 @@ from trueweight.protos.v1.market_pb2 import Member, Suspension
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
+from trueweight.runtime.ledger_port import connect_ledger
 from trueweight.runtime.market import Market
-from trueweight.verifier.app import access_tokens, connect_ledger
+from trueweight.verifier.app import access_tokens
 from trueweight.verifier.appeal import Appeal, missing_requests, rerun
 from trueweight.verifier.audit import Auditor
 from trueweight.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, read_bundle, write_bundle

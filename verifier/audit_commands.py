@@ -12,9 +12,9 @@ from trueweight.protos.v1.ledger_pb2 import Result
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger
 from trueweight.runtime.market import Market
-from trueweight.verifier.app import access_tokens, connect_ledger
+from trueweight.verifier.app import access_tokens
 from trueweight.verifier.command_support import ledger_option, market_of, read_log, read_view
 from trueweight.verifier.owed import LATE, MISSING, STATUSES, accounts
 from trueweight.verifier.rewards import Payable, payable, reward

@@ -8,9 +8,8 @@ from typing import Any
 
 from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
 from trueweight.runtime import cli
-from trueweight.runtime.ledger_port import LedgerPort
+from trueweight.runtime.ledger_port import LedgerPort, connect_ledger
 from trueweight.runtime.market import Market, load_market
-from trueweight.verifier.app import connect_ledger
 from trueweight.verifier.state import KINDS, LogView
 
 

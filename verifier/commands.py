@@ -18,9 +18,10 @@ from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import EVENT, load_or_create, load_signer
+from trueweight.runtime.ledger_port import connect_ledger
 from trueweight.runtime.market import Market, load_market
 from trueweight.verifier import report
-from trueweight.verifier.app import VerifierConfig, access_tokens, connect_ledger, run_verifier
+from trueweight.verifier.app import VerifierConfig, access_tokens, run_verifier
 from trueweight.verifier.appeal_commands import appeal, bundle, recheck
 from trueweight.verifier.audit_commands import owed, pay
 from trueweight.verifier.balances import read_stakes

@@ -226,9 +226,8 @@ class LogView:
     def _on_key_event(self, entry: LogEntry) -> None:
         before = self.ring
         self.ring = apply_key_event(before, entry.body, self.market.market_id)
-        if len(self.ring.keys) < len(before.keys):
-            for name in before.keys.keys() - self.ring.keys.keys():
-                self._revoked.put(name, (entry.index, *before.keys[name]))
+        for name, key in self.ring.lost_since(before).items():
+            self._revoked.put(name, (entry.index, *key))
 
     def _on_registry_entry(self, entry: LogEntry) -> None:
         leaf = self._open(entry, RegistryEntry, self.market.market_id)
