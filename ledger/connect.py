@@ -7,11 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from trueweight.protos.errors import NotFound
-from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.keys import load_signer
-from trueweight.runtime.ledger_port import GrpcLedger
+from trueweight.runtime.ledger_port import GrpcLedger, connect_ledger
 from trueweight.runtime.market import load_market
 from trueweight.runtime.rpc import AccessTokens
 
@@ -22,14 +20,8 @@ async def connected(
 ) -> AsyncIterator[GrpcLedger]:
     """A client of the market's ledger, as the identity of a key directory."""
     market = load_market(market_path)
-    member = market.member(Member.LEDGER)
-    address = endpoint or member.endpoint
-    if not address:
-        raise NotFound(
-            "the market descriptor names no ledger endpoint", hint="Give it with --ledger."
-        )
     tokens = AccessTokens(load_signer(keys), market.market_id, SystemClock(), os.urandom)
-    client = GrpcLedger(address, member.tls_certificate_pem, member.identity, tokens)
+    client = connect_ledger(market, tokens, endpoint or "")
     try:
         yield client
     finally:

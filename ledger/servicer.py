@@ -21,6 +21,7 @@ from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1 import log_pb2
 from trueweight.protos.v1.ledger_pb2_grpc import LedgerServicer, add_LedgerServicer_to_server
 from trueweight.runtime import rpc
+from trueweight.runtime.ledger_port import MAX_REQUEST_BYTES
 
 # Batches of one stream that may be in the writer's queue at once.
 MAX_BATCHES_IN_FLIGHT = 8
@@ -203,7 +204,7 @@ class LedgerServer:
     """A gRPC server around one ledger."""
 
     def __init__(self, ledger: Ledger, gate: rpc.Authenticator, address: str, keys: Path) -> None:
-        self._server = rpc.make_server()
+        self._server = rpc.make_server(max_request_bytes=MAX_REQUEST_BYTES)
         self.endpoint = rpc.listen(self._server, address, keys)
         add_LedgerServicer_to_server(LedgerRpc(ledger, gate), self._server)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from nacl.bindings import crypto_sign_open
 from nacl.exceptions import CryptoError
+from rpds import HashTrieMap
 
 from trueweight.protos.errors import BadSignature, Conflict
 
@@ -54,13 +54,14 @@ class Signer:
 class KeyRing:
     """Operational keys by key id, with the identity each belongs to.
 
-    A value: adding an event returns a new ring. Events must arrive in order of ``sequence``.
+    A value: adding an event returns a new ring, which shares all but the change with the old one.
+    Events must arrive in order of ``sequence``.
     """
 
-    keys: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
-    sequences: Mapping[str, int] = field(default_factory=dict)
+    keys: HashTrieMap[str, tuple[str, bytes]] = field(default_factory=HashTrieMap)
+    sequences: HashTrieMap[str, int] = field(default_factory=HashTrieMap)
     # Every operator that an identity ever declared, by identity.
-    operators: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    operators: HashTrieMap[str, frozenset[str]] = field(default_factory=HashTrieMap)
 
     def owners_of(self, identity: str) -> frozenset[str]:
         """The identity itself and every operator it ever declared."""
@@ -76,11 +77,11 @@ class KeyRing:
         entry = self.keys.get(operational_key_id)
         return entry[0] if entry else None
 
-    def lost_since(self, before: KeyRing) -> Mapping[str, tuple[str, bytes]]:
+    def lost_since(self, before: KeyRing) -> dict[str, tuple[str, bytes]]:
         """The keys that counted in an earlier ring, one event ago, and do not any more."""
         if len(self.keys) >= len(before.keys):
             return {}
-        return {name: before.keys[name] for name in before.keys.keys() - self.keys.keys()}
+        return {name: entry for name, entry in before.keys.items() if name not in self.keys}
 
     def verify(self, operational_key_id: str, signature: bytes, message: bytes) -> str:
         """The identity whose key made this signature. Raises BadSignature."""
@@ -94,21 +95,21 @@ class KeyRing:
         """A ring that also knows this operational key."""
         return replace(
             self,
-            keys={**self.keys, key_id(public_key): (identity, public_key)},
-            sequences={**self.sequences, identity: sequence},
+            keys=self.keys.insert(key_id(public_key), (identity, public_key)),
+            sequences=self.sequences.insert(identity, sequence),
         )
 
     def without_key(self, identity: str, public_key: bytes, sequence: int) -> KeyRing:
         """A ring that no longer accepts this operational key."""
-        keys = {k: v for k, v in self.keys.items() if k != key_id(public_key)}
-        return replace(self, keys=keys, sequences={**self.sequences, identity: sequence})
+        keys = self.keys.discard(key_id(public_key))
+        return replace(self, keys=keys, sequences=self.sequences.insert(identity, sequence))
 
     def with_operator(self, identity: str, operator: str) -> KeyRing:
         """A ring that also knows this owner. Raises Conflict beyond eight of one identity."""
         known = self.operators.get(identity, frozenset()) | {operator}
         if len(known) > MAX_OPERATORS:
             raise Conflict(f"an identity declares at most {MAX_OPERATORS} operators")
-        return replace(self, operators={**self.operators, identity: known})
+        return replace(self, operators=self.operators.insert(identity, known))
 
 
 def check_signature(public_key: bytes, signature: bytes, message: bytes) -> None:

@@ -41,6 +41,12 @@ T = TypeVar("T")
 # Of one call.
 MAX_OPERATIONS = 1024
 MAX_BATCH = 256
+# Of one message to the ledger.
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+# Of one call: every operation has a few bytes around it.
+_MAX_CALL_BYTES = MAX_REQUEST_BYTES - 16 * MAX_OPERATIONS
+# Of several calls in one message.
+_MAX_BATCH_BYTES = MAX_REQUEST_BYTES // 4
 _MAX_QUEUE = 8192
 _DEFAULT_TIMEOUT_MS = 15_000
 _RECONNECT_S = (0.1, 0.3, 1.0, 2.0)
@@ -226,6 +232,7 @@ def connect_ledger(
 class _Waiting:
     operations: list[pb.Operation]
     answer: asyncio.Future[list[pb.Result]]
+    bytes: int
 
 
 class _Batcher:
@@ -262,7 +269,10 @@ class _Batcher:
             )
         if self._queued_operations + len(operations) > _MAX_QUEUE:
             raise OverCapacity("too many ledger operations are waiting", hint="Try again later.")
-        waiting = _Waiting(operations, asyncio.get_running_loop().create_future())
+        size = sum(operation.ByteSize() for operation in operations)
+        if size > _MAX_CALL_BYTES:
+            raise PayloadTooLarge("the operations do not fit into one message", hint="Send fewer.")
+        waiting = _Waiting(operations, asyncio.get_running_loop().create_future(), size)
         self._queue.append(waiting)
         self._queued_operations += len(operations)
         self._wake.set()
@@ -308,15 +318,17 @@ class _Batcher:
     def _take(self) -> pb.ApplyRequest:
         request = pb.ApplyRequest(batch=self._next_batch)
         taken: list[_Waiting] = []
+        left, left_bytes = MAX_BATCH, _MAX_BATCH_BYTES
         while self._queue:
             size = len(self._queue[0].operations)
-            if taken and len(request.operations) + size > MAX_BATCH:
+            if taken and (size > left or self._queue[0].bytes > left_bytes):
                 break
             waiting = self._queue.popleft()
             self._queued_operations -= size
             if waiting.answer.done():
                 continue  # the caller gave up before it was sent
             request.operations.extend(waiting.operations)
+            left, left_bytes = left - size, left_bytes - waiting.bytes
             taken.append(waiting)
         self._flying[self._next_batch] = taken
         self._next_batch += 1
@@ -353,7 +365,7 @@ class _Batcher:
         self._flying.clear()
         for waiting in failed:
             if not waiting.answer.done():
-                waiting.answer.set_exception(_as_seen_by(waiting, error))
+                waiting.answer.set_exception(_as_seen_here(error))
         self._wake.set()
 
 
@@ -365,13 +377,11 @@ def _full(response: pb.ApplyResponse) -> Callable[[], TrueweightError] | None:
     return lambda: OverCapacity(first.message, hint=first.hint)
 
 
-def _as_seen_by(waiting: _Waiting, error: TrueweightError) -> TrueweightError:
-    """What a lost stream means for one call: usually that nobody knows what became of it, because
+def _as_seen_here(error: TrueweightError) -> TrueweightError:
+    """What a lost stream means for its calls: usually that nobody knows what became of it, because
     the fault may be another call's."""
     if isinstance(error, Unauthenticated | Unavailable | DeadlineExceeded):
         return error  # a stream that was not let in has done nothing
-    if sum(o.ByteSize() for o in waiting.operations) > rpc.MAX_MESSAGE_BYTES:
-        return PayloadTooLarge("the operations do not fit into one message", hint="Send fewer.")
     return Unavailable(
         f"the ledger ended the stream: {error.message}", hint="Send the same operations again."
     )

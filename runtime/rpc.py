@@ -32,7 +32,8 @@ from trueweight.runtime.tls import PINNED_NAME, channel_credentials, server_cred
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-_MAX_CONCURRENT_STREAMS = 4096
+# Of one connection. Each may send a message, which is read whole before anybody knows whose it is.
+_MAX_CONCURRENT_STREAMS = 1024
 TLS_HANDSHAKE_MS = 10_000
 TOKEN_LIFETIME_MS = 5 * 60_000
 TOKEN_SKEW_MS = 60_000
@@ -45,10 +46,6 @@ _KEEPALIVE: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
-_SIZES = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
 
 T = TypeVar("T")
 
@@ -60,11 +57,12 @@ class Caller:
     identity: str | None = None
 
 
-def make_server() -> grpc.aio.Server:
+def make_server(*, max_request_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
     """A server with bounded messages and streams; add services, then ``listen``."""
     return grpc.aio.server(
         options=[
-            *_SIZES,
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             *_KEEPALIVE,
             ("grpc.max_concurrent_streams", _MAX_CONCURRENT_STREAMS),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -104,7 +102,8 @@ def make_channel(endpoint: str, pinned_pem: str) -> grpc.aio.Channel:
         endpoint,
         channel_credentials(pinned_pem),
         options=[
-            *_SIZES,
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             *_KEEPALIVE,
             ("grpc.ssl_target_name_override", PINNED_NAME),
             ("grpc.initial_reconnect_backoff_ms", 200),

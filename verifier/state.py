@@ -179,12 +179,12 @@ class LogView:
     def ring_for(self, envelope: bytes, index: int) -> KeyRing:
         """The keys by which an envelope is judged that was in the log at this index, or before it:
         those that signed it may have been revoked since."""
-        late = {}
+        keys = self.ring.keys
         for signature in parse_envelope(envelope).signatures:
             revoked = self._revoked.get(signature.key_id)
             if revoked is not None and index < revoked[0]:
-                late[signature.key_id] = revoked[1:]
-        return replace(self.ring, keys={**self.ring.keys, **late}) if late else self.ring
+                keys = keys.insert(signature.key_id, revoked[1:])
+        return replace(self.ring, keys=keys)
 
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
         """The audits of one node by one verifier that count, in the order of their requests."""

@@ -334,10 +334,35 @@ async def test_attack_a_stream_that_one_batch_broke_does_not_blame_the_others():
     flying = []
     answers = await two(failing(status.UNAUTHENTICATED, {"code": "UNAUTHENTICATED"}), batch)
     assert all(type(a) is Unauthenticated for a in answers)
-    flying = []
-    big = pb.Operation(publish=pb.Publish(envelope=bytes(rpc.MAX_MESSAGE_BYTES)))
-    answers = await two(failing(status.RESOURCE_EXHAUSTED, {}), [big])
-    assert [type(a) for a in answers] == [Unavailable, PayloadTooLarge]
+
+
+async def test_attack_large_calls_break_the_stream_of_their_neighbours(bench, remote):
+    """Each fits into a message, all together do not; one that does not fit is refused at once."""
+    world = bench.world
+    await bench.must("admin", world.deposit("acme", CREDIT))
+    router = remote("router")
+    publish = pb.Publish(envelope=bytes(evidence.MAX_EVIDENCE_BYTES))
+    large = pb.Operation(id=world.new_id(), publish=publish)
+    fit = ledger_port.MAX_REQUEST_BYTES // evidence.MAX_EVIDENCE_BYTES
+    calls, holds = [[large] * (fit // 4)] * 12, [world.hold("acme", 1) for _ in range(20)]
+    answers = await asyncio.gather(
+        *(router.apply(call) for call in calls),
+        *(router.apply([hold]) for hold in holds),
+        router.apply([large] * fit),
+        return_exceptions=True,
+    )
+    assert isinstance(answers.pop(), PayloadTooLarge)
+    assert [answer[0].status for answer in answers[len(calls) :]] == [pb.Result.APPLIED] * 20
+    refused = {result.code for answer in answers[: len(calls)] for result in answer}
+    assert refused == {"BAD_SIGNATURE"}
+
+
+async def test_attack_strangers_fill_the_memory_with_requests_that_are_too_large(bench, remote):
+    stranger = remote("stranger")
+    request = pb.BalanceRequest(accounts=["x" * ledger_port.MAX_REQUEST_BYTES])
+    with pytest.raises(TrueweightError, match=r"(?i)larger than max"):
+        await stranger._call(stranger._stub.GetBalance, request)
+    await stranger.read_log(0)
 
 
 @pytest.mark.parametrize("how", ["refused", "cancelled"])

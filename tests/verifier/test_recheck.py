@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rpds import HashTrieMap
 
 from trueweight.protos.envelope import digest_of, seal
 from trueweight.protos.errors import BadSignature, InvalidRequest, NotFound
@@ -201,7 +202,8 @@ async def test_attack_a_bundle_leaves_out_the_key_that_signed_the_receipt(judged
     found = with_log(Replay((step,), verdict, receipt=receipt), view)
     assert [s.name for s in found.steps if not s.passed] == ["key"]
     node = world.nodes["good"].identity
-    view.ring = replace(view.ring, keys={k: v for k, v in view.ring.keys.items() if v[0] != node})
+    others = {k: v for k, v in view.ring.keys.items() if v[0] != node}
+    view.ring = replace(view.ring, keys=HashTrieMap(others))
     assert with_log(Replay((step,), verdict, receipt=receipt), view).agrees
 
 
