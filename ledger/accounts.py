@@ -106,6 +106,11 @@ def external(rail: str) -> str:
     return f"external:{rail}"
 
 
+def paid_out_of(node_id: str, account: str) -> str:
+    """The account that a payout names, or its node's available earnings."""
+    return account or node_available(node_id)
+
+
 def check_amount(amount: int, what: str = "the amount") -> int:
     """A positive amount that fits, or InvalidRequest."""
     if not 0 < amount <= MAX_NANO:

@@ -215,14 +215,19 @@ def step_row(message: Message, digest: bytes, envelope: bytes) -> StepRow | None
     return None
 
 
+def check_added_up(case: Case) -> None:
+    """Raises Unavailable if some of the audits are not added up yet."""
+    if case.is_behind:
+        raise Unavailable(
+            f"{case.evidence.wealth.r} audits of this node by a verifier are added up, not all",
+            hint="Ask again: each call goes on from there.",
+        )
+
+
 def check_statement(statement: Conviction, case: Case) -> None:
     """Raises Conflict if the verdicts do not carry a conviction, InvalidRequest if this one says
     something else than they add up to."""
-    if case.is_behind:
-        raise Unavailable(
-            f"{case.evidence.wealth.r} audits of this verifier and node are added up, not yet all",
-            hint="Ask again: each call goes on from there.",
-        )
+    check_added_up(case)
     if not case.is_carried:
         raise Conflict(
             "the logged verdicts do not add up to a conviction",

@@ -11,7 +11,7 @@ from trueweight.ledger import budget
 from trueweight.ledger.accounts import EXTERNAL, Account, kind_of
 from trueweight.ledger.audits import StepRow, VerdictRow
 from trueweight.ledger.commitments import CommitmentRow
-from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement, facts_digest
 from trueweight.ledger.requests import RequestRow
 from trueweight.ledger.values import (
     CAPTURED,
@@ -111,6 +111,7 @@ class Book:
         self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self._operation = b""
         self._movements: list[bytes] = []
+        self._facts: list[tuple[str, str]] = []
 
     # -- undo ---------------------------------------------------------------------------------
 
@@ -152,13 +153,15 @@ class Book:
         """Transfers made from here on belong to this operation."""
         self._operation = operation_id
         self._movements = []
+        self._facts = []
 
     def finish(self) -> None:
         """Puts the operation's transfers into the log."""
         movements = self._movements
         if movements:
             first = self._next_sequence + len(self.transfers) - len(movements)
-            for body in encode_batches(self._operation, first, self.now, movements):
+            facts = facts_digest(self._facts)
+            for body in encode_batches(self._operation, first, self.now, movements, facts):
                 self.leaves.append(Leaf(TRANSFER, body, b""))
 
     @property
@@ -209,7 +212,12 @@ class Book:
         """Takes a unique reference, or Conflict if it was taken before."""
         if self.reference(kind, key) is not None:
             raise Conflict(complaint)
+        self.take_reference(kind, key)
+
+    def take_reference(self, kind: str, key: str) -> None:
+        """Takes a reference that is free."""
         self.put(self.references, (kind, key), self._operation)
+        self._facts.append((kind, key))
 
     # -- moving money -------------------------------------------------------------------------
 
@@ -246,6 +254,14 @@ class Book:
         """Notes what should have been moved and could not be. Nothing happens for 0."""
         if amount > 0:
             self.debts.append(Debt(self._operation, creditor, amount))
+
+    def summed_debts(self) -> dict[tuple[bytes, str], int]:
+        """What is owed since this book, by operation and creditor."""
+        total: dict[tuple[bytes, str], int] = {}
+        for debt in self.debts:
+            key = (debt.operation_id, debt.creditor)
+            total[key] = total.get(key, 0) + debt.amount
+        return total
 
     def reserve(self, pending: Pending, reason: str) -> None:
         """The first phase. Raises InsufficientFunds."""

@@ -175,6 +175,7 @@ class Books:
         node_id = self._next_restitution()
         if node_id is None:
             if self._cache.earnings.behind:
+                self._cache.earnings.start_group()
                 self._cache.earnings.go_on(self._side)
             return None
         done = self.apply([[restitution.step_of(node_id, new_id, SYSTEM)]], now_unix_ms)
@@ -196,6 +197,7 @@ class Books:
         outcomes: list[Outcome] = []
         leaves: list[Leaf] = []
         first = numbers = self._current()
+        self._cache.earnings.start_group()
         with _Transaction(self):
             for segment in _segments(calls):
                 operations = [operation for chain in segment for operation in chain]

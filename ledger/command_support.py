@@ -121,13 +121,13 @@ def with_ledger(
     return run_async(run())
 
 
-def deposit_id(rail: str, reference: str) -> tuple[bytes, str]:
-    """Operation id and reference. The same reference gives the same id, so that a command that is
-    run again after a lost answer is a replay."""
+def deposit_id(kind: str, rail: str, reference: str) -> tuple[bytes, str]:
+    """Operation id and reference. The same reference gives the same id for one kind of deposit, so
+    that a command that is run again after a lost answer is a replay."""
     if not reference:
         id_ = new_id()
         return id_, id_.hex()
-    return derived_id("deposit", rail.encode(), reference.encode()), reference
+    return derived_id(kind, rail.encode(), reference.encode()), reference
 
 
 def reference_id(market: Path, keys: Path, tag: str, *parts: bytes) -> bytes:

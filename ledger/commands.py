@@ -28,6 +28,7 @@ from trueweight.ledger.connect import connected
 from trueweight.ledger.money_commands import (
     debts,
     limit,
+    pay_debt,
     payout,
     reward,
     settle,
@@ -273,7 +274,7 @@ def export(*, database: str, archive: Path | None, form: str, out: Path) -> None
 def deposit(*, account: str, credits: str, rail: str, reference: str) -> pb.Operation:
     """Credit ACCOUNT (client:NAME) with CREDITS."""
     amount = parse_credits(credits)
-    id_, reference = deposit_id(rail, reference)
+    id_, reference = deposit_id("deposit", rail, reference)
     return pb.Operation(
         id=id_,
         deposit=pb.Deposit(account=account, amount_nano=amount, rail=rail, reference=reference),
@@ -288,7 +289,7 @@ def deposit(*, account: str, credits: str, rail: str, reference: str) -> pb.Oper
 def bond(*, node_id: str, credits: str, rail: str, reference: str) -> pb.Operation:
     """Deposit CREDITS as bond of NODE_ID."""
     amount = parse_credits(credits)
-    id_, reference = deposit_id(rail, reference)
+    id_, reference = deposit_id("bond-deposit", rail, reference)
     return pb.Operation(
         id=id_,
         bond_deposit=pb.BondDeposit(
@@ -300,7 +301,7 @@ def bond(*, node_id: str, credits: str, rail: str, reference: str) -> pb.Operati
 @ledger.command()
 @click.argument("node_id")
 @click.argument("credits", default="0")
-@option("--below-log-index", type=int, default=None, help="Default: the log's end.")
+@option("--below-log-index", type=click.IntRange(0), default=None, help="Default: the log's end.")
 @one_operation
 def release(
     *,
@@ -360,5 +361,5 @@ def witness(
     run_async(serve_until_signal(follow))
 
 
-for _command in (payout, withdraw_bond, settle, limit, reward, debts, reinstate):
+for _command in (payout, withdraw_bond, settle, limit, reward, debts, pay_debt, reinstate):
     ledger.add_command(_command)

@@ -22,10 +22,11 @@ from trueweight.protos.errors import (
 
 # These read a part of the books that is not known from their ids: each is a group of its own.
 ALONE = frozenset({"convict", "release", "expire", "reinstate", restitution.KIND})
-# What a conviction takes of the writer's queue, in operations, and how many one call may ask for:
-# each reads up to 20,000 rows of a node's history for each verifier.
+# A conviction reads up to 20,000 rows of a node's history for each verifier: what it takes of the
+# writer's queue, in operations. And how many of a kind one call, which is never split, may ask for:
+# each of the others costs a dozen statements.
 CONVICTION_WEIGHT = 512
-MAX_CONVICTIONS = 8
+MOST_IN_CALL = {"convict": 8, "release": 256, "reinstate": 64}
 NO_INDEX = -1
 
 
@@ -55,14 +56,16 @@ def stands_alone(chain: Sequence[Prepared]) -> bool:
 
 
 def bounded(operations: Sequence[Prepared]) -> list[Prepared]:
-    """The operations of a call; convictions beyond ``MAX_CONVICTIONS`` are refused."""
-    left, found = MAX_CONVICTIONS, []
+    """The operations of a call; those beyond ``MOST_IN_CALL`` of their kind are refused."""
+    left, found = dict(MOST_IN_CALL), []
     for operation in operations:
-        if is_heavy(operation):
-            left -= 1
-            if left < 0:
+        if operation.kind in left and operation.error is None:
+            left[operation.kind] -= 1
+            if left[operation.kind] < 0:
                 error = OverCapacity(
-                    f"a call asks for at most {MAX_CONVICTIONS} convictions", hint="Send it again."
+                    f"a call asks for at most {MOST_IN_CALL[operation.kind]} of this kind "
+                    f"({operation.kind})",
+                    hint="Send it again.",
                 )
                 operation = operation._replace(error=error)  # noqa: PLW2901
         found.append(operation)
@@ -158,6 +161,7 @@ _HANDLERS: dict[str, Handler] = {
     "void_hold": _moves(movements.void_hold),
     "payout_start": _moves(movements.payout_start),
     "payout_settle": _moves(movements.payout_settle),
+    "pay_debt": _moves(movements.pay_debt),
     "bond_withdraw": _settles(movements.bond_withdraw),
     "reward": _moves(movements.reward),
     "set_spending_limit": _moves(movements.set_spending_limit),

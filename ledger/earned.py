@@ -17,7 +17,9 @@ from typing import NamedTuple
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.values import Leg
 
-# Captures that are looked at, one attempt after the other: most releases need few.
+# Captures that are looked at, one attempt after the other: most releases need few. A group looks at
+# more than the first step only once: whoever asks for sums that lie far apart would keep everybody
+# waiting.
 STEPS = (256, 10_000)
 MAX_NODES = 10_000
 _NET = "node + subsidy - refunded_node"
@@ -52,6 +54,11 @@ class Earnings:
 
     sums: dict[Key, Sum] = field(default_factory=dict)
     behind: dict[Key, Goal] = field(default_factory=dict)
+    may_look_at_many: bool = True
+
+    def start_group(self) -> None:
+        """A new group may look at many captures once."""
+        self.may_look_at_many = True
 
     def read(self, backend: Backend, key: Key, goal: Goal) -> int | None:
         """What was earned; None: ask again. Nothing may be in flight."""
@@ -68,7 +75,8 @@ class Earnings:
         """Moves a sum (any that is behind) towards its goal; True when it is there."""
         key = key or next(iter(self.behind))
         known, goal = self.sums[key], self.behind[key]
-        for most in STEPS:
+        for most in STEPS if self.may_look_at_many else STEPS[:1]:
+            self.may_look_at_many = self.may_look_at_many and most == STEPS[0]
             move = _back if goal.below < known.below else _forth
             if move(backend, key.node_id, known, goal, most):
                 del self.behind[key]

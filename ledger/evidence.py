@@ -248,8 +248,8 @@ def _check_leg(
         raise BadSignature("a leg's receipt is not the one that the bill names")
     if leg.billed_output_tokens > min(receipt.output_tokens, assignment.max_tokens):  # d
         raise InvalidRequest("more output is billed than the node signed for")
-    if leg.billed_input_tokens > assignment.prompt_len:
-        raise InvalidRequest("more input is billed than the prompt has")
+    if leg.billed_input_tokens > min(receipt.prompt_tokens, assignment.prompt_len):
+        raise InvalidRequest("more input is billed than the node signed for, or the prompt has")
     _check_arithmetic(leg, assignment, court.terms)  # e
     return LegFacts(
         receipt_envelope,

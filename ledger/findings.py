@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
+log = logging.getLogger(__name__)
 MAX_FINDINGS = 100
 _STEP = 5_000
 Progress = Callable[[str, int, int], None]
+# What becomes of a check that meets a value which no ledger writes, such as a text for a number.
+NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# SQLite has no error of its own for what a row holds.
+_SQLITE_NONSENSE = ("integer overflow", "Could not decode to UTF-8")
 
 
 @dataclass
@@ -58,6 +65,30 @@ class Tally:
         self.sum -= hash(self.key + row)
 
 
+@contextmanager
+def to_the_end(findings: Findings, what: str) -> Iterator[None]:
+    """A check that ends early because of what some row holds has found something. Whoever changes
+    a database may put anything into it (into SQLite, a text for a number too)."""
+    try:
+        yield
+    except NONSENSE as error:
+        _cut_short(findings, what, f"{type(error).__name__}: {error}")
+    except sa.exc.DBAPIError as error:
+        if not _is_about_a_row(error):
+            raise
+        _cut_short(findings, what, str(error.orig).partition("\n")[0])
+
+
+def _cut_short(findings: Findings, what: str, why: str) -> None:
+    log.debug("a check of %s ended early", what, exc_info=True)
+    findings.add(f"{what} hold something that no ledger writes, and are not checked further: {why}")
+
+
+def _is_about_a_row(error: sa.exc.DBAPIError) -> bool:
+    text = str(error.orig)
+    return isinstance(error, sa.exc.DataError) or any(said in text for said in _SQLITE_NONSENSE)
+
+
 def snapshot(engine: sa.Engine) -> sa.Connection:
     """A connection that sees one moment, however long the reading takes."""
     connection = engine.connect()
@@ -72,6 +103,18 @@ def stream(connection: sa.Connection, sql: str) -> Iterator[Any]:
     streaming = connection.execution_options(stream_results=True, yield_per=_STEP)
     for part in streaming.execute(sa.text(sql)).partitions(_STEP):
         yield from part
+
+
+def count(connection: sa.Connection, sql: str) -> int:
+    """What a query counts."""
+    return int(connection.execute(sa.text(sql)).scalar_one())
+
+
+def exact(number: Any) -> int:
+    """What a query adds up. Raises ValueError for what cannot be a sum of integers."""
+    if isinstance(number, float):
+        raise ValueError(f"{number} is no integer")
+    return int(number)
 
 
 def kept_rows(

@@ -5,6 +5,8 @@ at once. Findings are sentences; none means that every stored number follows fro
 and that no leaf was changed, dropped, added or moved. With a market key, the signatures of the
 checkpoints are checked as well: only they tell a consistent forgery of the whole database from the
 truth.
+
+Rows may hold anything: what a check cannot work with is a finding too, never an error.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger.archived import Archive, archive_at
-from trueweight.ledger.findings import Findings, Progress
+from trueweight.ledger.findings import Findings, Progress, to_the_end
 from trueweight.ledger.fsck_books import check_books
 from trueweight.ledger.fsck_log import check_log
 from trueweight.ledger.schema import make_engine
@@ -39,9 +41,12 @@ def check(
     """All checks. ``ledger_keys`` are public keys that may have signed checkpoints; None skips
     their signatures. What was archived is checked as if it had never left."""
     findings = Findings()
-    with engine.connect() as connection:
+    transfers = 0
+    with to_the_end(findings, "the books"), engine.connect() as connection:
         archive_at(connection, archive)
         transfers = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
+    if not findings.clean:
+        return findings
     if transfers < _WORTH_A_PROCESS:
         findings.include(check_books(engine, archive, progress))
         findings.include(check_log(engine, market_id, ledger_keys, progress, archive))

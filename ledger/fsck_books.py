@@ -11,18 +11,31 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger.accounts import (
-    CLIENT,
+    CURRENCY,
     EXTERNAL,
-    NODE_BOND,
     NODE_LOCKED,
+    TREASURY,
     clearing_of,
     kind_of,
     owner_of,
 )
 from trueweight.ledger.archived import TRANSFER_COLUMNS, Archive, archive_at, transfers_of
-from trueweight.ledger.findings import Findings, Progress, Tally, snapshot, stream
-from trueweight.ledger.fsck_restitution import check_restitutions
-from trueweight.ledger.fsck_rows import Refunds, check_claims, check_references, check_refunds
+from trueweight.ledger.findings import (
+    Findings,
+    Progress,
+    Tally,
+    count,
+    exact,
+    snapshot,
+    stream,
+    to_the_end,
+)
+from trueweight.ledger.fsck_claims import check_claims
+from trueweight.ledger.fsck_earnings import check_earnings
+from trueweight.ledger.fsck_references import Taken, check_references
+from trueweight.ledger.fsck_refunds import Refunds, Side, check_refunds
+from trueweight.ledger.fsck_restitution import Aside, check_restitutions
+from trueweight.ledger.fsck_spending import check_spending
 from trueweight.ledger.values import (
     EXPIRE,
     HOLD,
@@ -38,6 +51,7 @@ from trueweight.ledger.values import (
     transfer_id,
 )
 from trueweight.protos.errors import InvalidRequest
+from trueweight.protos.money import MAX_NANO
 
 _STATE_OF_PHASE = {POST: 2, VOID: 3, EXPIRE: 4}
 _KIND_OF_REASON = {
@@ -48,11 +62,12 @@ _KIND_OF_REASON = {
 _EARNED = (REASON_NO["earning"], REASON_NO["subsidy"])
 _FEE, _POOL = REASON_NO["fee"], REASON_NO["pool"]
 _FORFEIT, _REINSTATE = REASON_NO["forfeit"], REASON_NO["reinstate"]
-_REFUND, _REWARD = REASON_NO["refund"], REASON_NO["reward"]
+_REFUND, _REWARD, _TREASURY = REASON_NO["refund"], REASON_NO["reward"], REASON_NO["treasury"]
+_DEBT = REASON_NO["debt"]
 _RAIL = (REASON_NO["deposit"], REASON_NO["bond-deposit"])
 _PAYOUT = frozenset((REASON_NO["payout"], REASON_NO["bond-withdrawal"]))
 # Reasons for which a row must stand beside the money.
-_NOTED = frozenset((_FORFEIT, _REINSTATE, _REFUND, _REWARD, *_RAIL))
+_NOTED = frozenset((_FORFEIT, _REINSTATE, _REFUND, _REWARD, _TREASURY, _DEBT, *_RAIL))
 # Transfers between two reports of progress.
 _PART = 8_192
 # Kinds of account that a reason must name on a side, because no index would find it there.
@@ -60,6 +75,12 @@ _DEBITED, _CREDITED = (
     {REASON_NO[reason]: kinds for reason in reasons} for reasons, kinds in NOT_INDEXED.values()
 )
 
+
+# Weights and tokens of a receipt are kept together, or not at all in old books.
+_HALF_KEPT = """
+SELECT COUNT(*) FROM leg WHERE (output_tokens IS NULL) <> (manifest_digest IS NULL)
+OR refunded IS NULL OR refunded_node IS NULL
+"""
 
 # A first phase: numbers of both accounts, amount, and what it is for.
 _First = tuple[int, int, int, int]
@@ -86,27 +107,31 @@ class _Fold:
     # What convictions took from an account and reinstatements have not paid back.
     forfeited: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     refunds: Refunds = field(default_factory=Refunds)
-    # Operations by the unique fact that each of them took: a deposit over a rail, a reward.
-    facts: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
-    # Operations that settled payouts, and the accounts of their rails.
-    settled: dict[bytes, str] = field(default_factory=dict)
+    aside: Aside = field(default_factory=Aside)
+    taken: Taken = field(default_factory=Taken)
+    # Operations that were archived and are not known any more.
+    forgotten: int = 0
     next: int = 1
 
     def note(self, reason: int, operation: bytes, sides: tuple[int, int], amount: int) -> None:
         """A transfer for one of ``_NOTED``."""
-        debit, credit = (self.names.get(no, "?") for no in sides)
+        debit, credit = (Side(self.kinds.get(no, 0), self.names.get(no, "?")) for no in sides)
         if reason == _FORFEIT:
             self.forfeited[sides[0]] += amount
+            self.refunds.note_conviction(operation)
         elif reason == _REINSTATE:
             self.forfeited[sides[1]] -= amount
-        elif reason == _REFUND and self.kinds.get(sides[1]) == CLIENT:
-            self.refunds.paid[credit] += amount
-            if self.kinds.get(sides[0]) in (NODE_LOCKED, NODE_BOND):
-                self.refunds.by_node[owner_of(debit)] += amount
+        elif reason == _REFUND:
+            self.refunds.note(operation, debit, credit, amount)
+        elif reason == _TREASURY and debit.kind == credit.kind == TREASURY:
+            self.aside.note(operation, debit.name, credit.name, amount)
         elif reason == _REWARD:
-            self.facts[f"reward:{owner_of(credit)}"].add(operation)
+            self.taken.facts[f"reward:{owner_of(credit.name)}"].add(operation)
+        elif reason == _DEBT:
+            self.taken.facts["debt"].add(operation)
+            self.taken.debts[operation] = credit.name, amount
         elif reason in _RAIL:
-            self.facts[f"rail:{owner_of(debit)}"].add(operation)
+            self.taken.facts[f"rail:{owner_of(debit.name)}"].add(operation)
 
 
 def check_books(
@@ -114,7 +139,7 @@ def check_books(
 ) -> Findings:
     """All that needs no leaf."""
     findings = Findings()
-    with snapshot(engine) as connection:
+    with to_the_end(findings, "the balances"), snapshot(engine) as connection:
         archive = archive_at(connection, archive)
         accounts = {r[0]: r for r in connection.execute(sa.text("SELECT * FROM account"))}
         fold = _Fold(
@@ -122,17 +147,19 @@ def check_books(
             {no: row.id for no, row in accounts.items()},
             {row.id: no for no, row in accounts.items()},
         )
+        fold.refunds.expect_debts(connection)
         _fold_all(connection, archive, findings, fold, progress)
         _check_accounts(findings, fold, accounts)
         _check_pendings(connection, archive, findings, fold)
         _check_legs(connection, findings, fold)
+        _check_nodes(connection, findings, fold, accounts)
         _check_forfeits(connection, findings, fold)
         check_refunds(connection, findings, fold.refunds)
-        check_restitutions(connection, findings)
+        check_restitutions(connection, findings, fold.aside)
         check_claims(connection, findings)
-        check_references(connection, findings, fold.facts, fold.settled)
-        _check_spending(connection, findings)
-        _check_operations(connection, findings)
+        check_references(connection, findings, fold.taken)
+        check_spending(connection, findings)
+        _check_operations(connection, findings, fold)
     return findings
 
 
@@ -147,8 +174,18 @@ def _fold_all(
     rows = iter(transfers_of(connection, archive, TRANSFER_COLUMNS[:-1]))
     while part := list(itertools.islice(rows, _PART)):
         _fold_transfers(part, findings, fold)
+        if archive is not None and part[0][0] <= archive.sequence:
+            fold.forgotten += _forgotten(connection, part, archive.sequence)
         progress("transfers", fold.next - 1, total)
     findings.counts["transfers"] = fold.next - 1
+
+
+def _forgotten(connection: sa.Connection, part: list[Any], archived: int) -> int:
+    """How many operations of archived transfers the database does not know."""
+    ids = list({bytes(row[1]) for row in part if row[0] <= archived})
+    query = sa.text("SELECT COUNT(*) FROM operation WHERE id IN :ids")
+    query = query.bindparams(sa.bindparam("ids", expanding=True))
+    return len(ids) - int(connection.execute(query, {"ids": ids}).scalar_one())
 
 
 def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> None:
@@ -160,10 +197,12 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
             findings.add(f"transfers {fold.next} to {sequence - 1} are missing")
         fold.next = sequence + 1
         debit, credit = counters[debit_no], counters[credit_no]
-        if (reason in _DEBITED and fold.kinds.get(debit_no) not in _DEBITED[reason]) or (
-            reason in _CREDITED and fold.kinds.get(credit_no) not in _CREDITED[reason]
+        if (
+            (reason in _DEBITED and fold.kinds.get(debit_no) not in _DEBITED[reason])
+            or (reason in _CREDITED and fold.kinds.get(credit_no) not in _CREDITED[reason])
+            or not 0 <= amount <= MAX_NANO
         ):
-            findings.add(f"transfer {sequence} has another account than its reason says")
+            findings.add(f"transfer {sequence} has other accounts or amounts than its reason has")
         if phase == SINGLE:
             debit[1] += amount
             credit[3] += amount
@@ -189,7 +228,7 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
             credit[3] += amount
             resolved.add(_resolution(pending, held, _STATE_OF_PHASE.get(phase, 0), amount))
             if reason in _PAYOUT:
-                fold.settled[bytes(operation)] = fold.names.get(credit_no, "?")
+                fold.taken.settled[bytes(operation)] = fold.names.get(credit_no, "?")
         if debit[3] - debit[1] - debit[0] < 0 and debit_no in inside:
             findings.add(f"transfer {sequence} overdraws {fold.names.get(debit_no, debit_no)}")
 
@@ -212,6 +251,8 @@ def _check_accounts(findings: Findings, fold: _Fold, accounts: dict[int, Any]) -
             findings.add(f"{row.id} has counters {stored}, its transfers give {folded}")
         if row.kind != _kind(row.id):
             findings.add(f"{row.id} is not of the kind that its name says")
+        if row.currency != CURRENCY:
+            findings.add(f"{row.id} is not in {CURRENCY}")
         if row.kind != EXTERNAL and stored[3] - stored[1] - stored[0] < 0:
             findings.add(f"{row.id} is overdrawn")
         known = sums[row.currency]
@@ -238,7 +279,7 @@ def _check_pendings(
         count += 1
         if state != OPEN:
             resolved.take(_resolution(id_, first, state, posted))
-        elif fold.open.pop(id_, None) != first or posted:
+        elif fold.open.pop(id_, None) != first or posted != 0:
             findings.add(f"the open hold {id_.hex()} does not follow from its transfer")
     for id_ in fold.open:
         findings.add(f"the pending transfer {id_.hex()} has no open row")
@@ -279,23 +320,16 @@ def _name_resolved(
 
 
 def _check_legs(connection: sa.Connection, findings: Findings, fold: _Fold) -> None:
-    """Legs sum to what holds paid and nodes earned. (That each is where its receipt is in the log,
-    the log's half finds.)"""
-    earned = {fold.names[no]: amount for no, amount in fold.earned.items() if no in fold.names}
-    for node, amount in connection.execute(
-        sa.text("SELECT node_id, SUM(node + subsidy) FROM leg GROUP BY node_id")
-    ):
-        if earned.pop(f"node-locked:{node}", 0) != int(amount):
-            findings.add(f"the receipts of node {node} are not what it earned")
-    for account, amount in earned.items():
-        if amount:
-            findings.add(f"{account} earned {amount} without receipts")
+    """Legs sum to what holds paid and the market got. (That each is where its receipt is in the
+    log, the log's half finds.)"""
+    if count(connection, _HALF_KEPT):
+        findings.add("of some receipts a part is forgotten")
     for client, fee, pool in connection.execute(
         sa.text("SELECT client, SUM(fee), SUM(pool) FROM leg GROUP BY client")
     ):
         clearing = fold.numbers.get(clearing_of(client), -1)
         shares = fold.shares[clearing, _FEE], fold.shares[clearing, _POOL]
-        if shares != (int(fee), int(pool)):
+        if shares != (exact(fee), exact(pool)):
             findings.add(f"the receipts of {client} are not what the market got of them")
     wrong = sa.text(
         "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged, MIN(client) AS one, "
@@ -312,6 +346,25 @@ def _check_legs(connection: sa.Connection, findings: Findings, fold: _Fold) -> N
         findings.add("holds were captured for other sums or clients than their receipts")
 
 
+def _check_nodes(
+    connection: sa.Connection, findings: Findings, fold: _Fold, accounts: dict[int, Any]
+) -> None:
+    locked = {owner_of(a.id): no for no, a in accounts.items() if a.kind == NODE_LOCKED}
+    for no in fold.earned.keys() - set(locked.values()):
+        findings.add(f"{fold.names.get(no, no)} has earnings, and is no node's")
+    check_earnings(
+        connection,
+        findings,
+        {node: fold.earned.get(no, 0) for node, no in locked.items()},
+        {node: _available(accounts[no]) for node, no in locked.items()},
+        fold.refunds,
+    )
+
+
+def _available(account: Any) -> int:
+    return exact(account.credits_posted - account.debits_posted - account.debits_pending)
+
+
 def _check_forfeits(connection: sa.Connection, findings: Findings, fold: _Fold) -> None:
     """Nobody was or may be paid back more than convictions took from him."""
     left: defaultdict[str, int] = defaultdict(int)
@@ -321,44 +374,17 @@ def _check_forfeits(connection: sa.Connection, findings: Findings, fold: _Fold) 
         if amount < 0:
             findings.add(f"node {node} was paid back more than convictions took from it")
     for node, stored in connection.execute(sa.text("SELECT node_id, forfeited FROM node")):
-        # Less where books were archived before the row knew.
-        if stored > left.get(node, 0):
+        # Less where books were archived before the row knew, and where it has paid for refunds.
+        if not 0 <= exact(stored) <= left.get(node, 0):
             findings.add(f"node {node} may be paid back more than convictions took from it")
 
 
-def _check_spending(connection: sa.Connection, findings: Findings) -> None:
-    rows = connection.execute(
-        sa.text(
-            "SELECT s.api_key_id, s.spent, s.period_spent, "
-            "COALESCE(SUM(CASE WHEN p.state = 1 THEN p.amount ELSE p.posted END), 0), "
-            "COALESCE(SUM(CASE WHEN p.period_no = 0 OR p.period_no <> s.period_no THEN 0 "
-            "WHEN p.state = 1 THEN p.amount ELSE p.posted END), 0) FROM spending s "
-            "LEFT JOIN pending p ON p.api_key_id = s.api_key_id "
-            "GROUP BY s.api_key_id, s.spent, s.period_spent"
-        )
+def _check_operations(connection: sa.Connection, findings: Findings, fold: _Fold) -> None:
+    """Whoever moved money is known by its operation. (What else was applied is in no transfer.)"""
+    unknown = fold.forgotten + count(
+        connection,
+        "SELECT COUNT(*) FROM transfer t WHERE ordinal = 0 AND NOT EXISTS "
+        "(SELECT 1 FROM operation o WHERE o.id = t.operation_id)",
     )
-    for key, spent, in_period, folded, folded_in_period in rows:
-        if (spent, in_period) != (int(folded), int(folded_in_period)):
-            findings.add(
-                f"API key {key} has spent {folded}, {folded_in_period} of it in its period; "
-                f"its row says {spent} and {in_period}"
-            )
-    unknown = connection.execute(
-        sa.text(
-            "SELECT DISTINCT api_key_id FROM pending WHERE api_key_id <> '' "
-            "EXCEPT SELECT api_key_id FROM spending"
-        )
-    )
-    for (key,) in unknown:
-        findings.add(f"what API key {key} has spent is forgotten")
-
-
-def _check_operations(connection: sa.Connection, findings: Findings) -> None:
-    count = connection.execute(
-        sa.text(
-            "SELECT COUNT(*) FROM transfer t WHERE ordinal = 0 AND NOT EXISTS "
-            "(SELECT 1 FROM operation o WHERE o.id = t.operation_id)"
-        )
-    ).scalar_one()
-    if count:
-        findings.add(f"{count} transfers belong to operations that were never applied")
+    if unknown:
+        findings.add(f"{unknown} transfers belong to operations that were never applied")

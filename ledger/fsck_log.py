@@ -16,14 +16,25 @@ from trueweight.ledger.archived import (
     transfers_of,
 )
 from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
-from trueweight.ledger.findings import Findings, Progress, kept_rows, snapshot, stream
-from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes, Rewards
+from trueweight.ledger.findings import (
+    NONSENSE,
+    Findings,
+    Progress,
+    kept_rows,
+    snapshot,
+    stream,
+    to_the_end,
+)
+from trueweight.ledger.fsck_claims import Claims, Tokens
+from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes
+from trueweight.ledger.fsck_references import Rewards, facts_of_operations
+from trueweight.ledger.fsck_restitution import check_spans
 from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
-from trueweight.ledger.fsck_verdicts import Verdicts
+from trueweight.ledger.fsck_verdicts import VERDICT, Verdicts
 from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
 from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
-from trueweight.ledger.values import REASONS
+from trueweight.ledger.values import REASON_NO
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import (
     message_class,
@@ -40,6 +51,7 @@ from trueweight.protos.v1.market_pb2 import Bill, Receipt
 
 RECEIPT, BILL, REQUEST = "receipt", "bill", "audit-request"
 _TYPES = {kind: payload_type(message_class(kind)) for kind in bundle.KINDS if kind != TRANSFER}
+_REASONS = {number: name for name, number in REASON_NO.items()}
 
 
 def check_log(
@@ -51,51 +63,95 @@ def check_log(
 ) -> Findings:
     """All that the log says, against what is stored beside it."""
     findings = Findings()
-    with snapshot(engine) as connection:
+    with to_the_end(findings, "the log and what is kept of it"), snapshot(engine) as connection:
         archive = archive_at(connection, archive)
+        _check_origin(connection, findings, market_id, archive)
         rows = connection.execute(sa.text("SELECT no, id FROM account"))
         names = {int(row[0]): str(row[1]) for row in rows}
         transfers = _transfer_leaves(
-            transfers_of(connection, archive, TRANSFER_COLUMNS), findings, names
+            transfers_of(connection, archive, TRANSFER_COLUMNS),
+            findings,
+            names,
+            facts_of_operations(connection),
         )
-        _check_log(connection, findings, transfers, progress, archive)
+        kept = _Kept(connection, findings, transfers, market_id)
+        _check_log(connection, findings, kept, progress, archive)
         _check_checkpoints(connection, findings, market_id, ledger_keys)
     return findings
 
 
+def _check_origin(
+    connection: sa.Connection, findings: Findings, market_id: str, archive: Archive | None
+) -> None:
+    """The books say whose they are, as soon as there is anything in them, and how much of them is
+    in an archive."""
+    meta = {row[0]: row[1] for row in connection.execute(sa.text("SELECT key, value FROM meta"))}
+    leaves = connection.execute(sa.text("SELECT MAX(first_index) FROM bundle")).scalar()
+    if meta.get("market") != market_id and ("market" in meta or leaves is not None):
+        findings.add(f"the books do not say that they are those of market {market_id}")
+    archived = archive.sequence if archive is not None else 0
+    if int(meta.get("archived_sequence", 0)) != archived:
+        findings.add("the books do not say which transfers are in the archive")
+
+
+# A leaf that there must be, when its transfers were made, and the leaf that an older ledger would
+# have written: without the unique facts that the operation took (empty: it took none).
+_Expected = tuple[bytes, int, bytes]
+
+
 def _transfer_leaves(
-    rows: Iterator[Any], findings: Findings, names: dict[int, str]
-) -> Iterator[tuple[bytes, int]]:
-    """The leaves that the stored transfers must have, operation by operation, and their times."""
+    rows: Iterator[Any], findings: Findings, names: dict[int, str], facts: dict[bytes, bytes]
+) -> Iterator[_Expected]:
+    """The leaves that the stored transfers must have, operation by operation."""
     head: tuple[bytes, int, int] | None = None
     movements: list[bytes] = []
     for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in rows:
         if head is None or head[0] != operation:
             if head is not None:
-                for leaf in encode_batches(*head, movements):
-                    yield leaf, head[2]
+                yield from _batches(findings, head, movements, facts)
             head, movements = (bytes(operation), sequence, at), []
-        if ordinal != len(movements):
-            findings.add(f"transfer {sequence} is not in its place in its operation")
-        movements.append(
-            encode_movement(
+        if ordinal != len(movements) or at != head[2]:
+            findings.add(f"transfer {sequence} is not in its place in its operation, or its time")
+        try:
+            movement = encode_movement(
                 names.get(debit, "?"),
                 names.get(credit, "?"),
                 amount,
                 phase,
                 bytes(pending or b""),
-                REASONS[reason - 1],
+                _REASONS[reason],
             )
-        )
+        except NONSENSE:
+            findings.add(f"transfer {sequence} is none that a ledger makes")
+            movement = b""
+        movements.append(movement)
     if head is not None:
-        for leaf in encode_batches(*head, movements):
-            yield leaf, head[2]
+        yield from _batches(findings, head, movements, facts)
+
+
+def _batches(
+    findings: Findings,
+    head: tuple[bytes, int, int],
+    movements: list[bytes],
+    facts: dict[bytes, bytes],
+) -> list[_Expected]:
+    """The leaves of one operation, by its id, first sequence and time."""
+    took = facts.get(head[0])
+    try:
+        bare = encode_batches(*head, movements)
+        if took is None:
+            return [(leaf, head[2], b"") for leaf in bare]
+        leaves = encode_batches(*head, movements, took)
+        return [(leaf, head[2], old) for leaf, old in zip(leaves, bare, strict=True)]
+    except NONSENSE:
+        findings.add(f"the operation of transfer {head[1]} is none that a ledger applies")
+        return [(b"", 0, b"")]
 
 
 def _check_log(
     connection: sa.Connection,
     findings: Findings,
-    transfers: Iterator[tuple[bytes, int]],
+    kept: _Kept,
     progress: Progress,
     archive: Archive | None,
 ) -> None:
@@ -106,7 +162,6 @@ def _check_log(
     roots = _Roots(stream(connection, "SELECT size, root FROM checkpoint ORDER BY size"))
     tiles = stream(connection, "SELECT level, number, hashes FROM tile ORDER BY level, number")
     stored = {(r[0], r[1]): bytes(r[2]) for r in tiles}
-    kept = _Kept(connection, findings, transfers)
     # A log may have been checkpointed before its first leaf.
     edge = _extend(findings, Edge(), [], stored, roots)
     for row in bundles_of(connection, archive):
@@ -163,11 +218,15 @@ class _Kept:
         self,
         connection: sa.Connection,
         findings: Findings,
-        transfers: Iterator[tuple[bytes, int]],
+        transfers: Iterator[_Expected],
+        market_id: str,
     ) -> None:
-        self._findings, self._transfers = findings, transfers
+        self._connection, self._findings, self._transfers = connection, findings, transfers
+        self._market_id = market_id
         # When the leaves that are checked were merged.
         self.merged_at = 0
+        # Leaves of transfers say which unique facts they took, from some place on.
+        self._say_facts = False
         self._legs = kept_rows(connection, "leg", _LegRow._fields)
         self._evidence = stream(
             connection, "SELECT log_index, digest FROM evidence ORDER BY log_index"
@@ -175,11 +234,14 @@ class _Kept:
         self._next_evidence = next(self._evidence, None)
         # Leg of the newest receipt, and of all before the next leaf of transfers.
         self._leg: _LegRow | None = None
+        # Whether that receipt is found in ``evidence``, as in older books.
+        self._is_indexed = False
         self._captured: list[_LegRow] = []
         self._steps = kept_rows(connection, "audit_step", StepRow._fields)
         self._requests, self._verdicts = _Requests(connection), Verdicts(connection)
         self._nodes, self._debts = Nodes(connection), NodeDebts(connection)
-        self._rewards = Rewards(connection)
+        self._rewards, self._claims = Rewards(connection), Claims(connection)
+        self._tokens = Tokens(connection)
 
     def check(self, place: int, kind: str, body: bytes) -> None:
         """One leaf."""
@@ -192,7 +254,6 @@ class _Kept:
                 raise BadSignature("the evidence is of another type")
             digest = message_digest(envelope.payload_type, envelope.payload)
             self._find(place, kind, digest)
-            self._rewards.leaf(digest)
             if kind == RECEIPT:
                 self._check_receipt(place, envelope)
             else:
@@ -201,11 +262,12 @@ class _Kept:
             self._findings.add(f"leaf {place} is not the {kind} it says")
 
     def _check_transfers(self, place: int, body: bytes) -> None:
-        expected, at = next(self._transfers, (b"", 0))
-        if expected != body:
+        expected, at, bare = next(self._transfers, (b"", 0, b""))
+        if expected != body and (self._say_facts or bare != body):
             self._findings.add(f"leaf {place} differs from the transfers it records")
         else:
-            self._nodes.transfers(body)
+            self._say_facts = self._say_facts or (expected == body and bool(bare))
+            self._nodes.transfers(place, body)
         if self._captured:
             if any(leg.captured_at != at for leg in self._captured):
                 self._findings.add(f"receipts before leaf {place} were captured at another time")
@@ -222,7 +284,8 @@ class _Kept:
             else:
                 self._captured.append(self._leg)
         row = self._next_evidence
-        if kind != RECEIPT or (row is not None and row[0] == place):
+        self._is_indexed = row is not None and row[0] == place
+        if kind != RECEIPT or self._is_indexed:
             found = found and row is not None and (row[0], bytes(row[1])) == (place, digest)
             self._next_evidence = next(self._evidence, None)
         if not found:
@@ -235,27 +298,37 @@ class _Kept:
             bill = parse_payload(envelope, Bill)
             self._check_bill(place, bill)
             self._debts.bill(bill)
+            self._claims.bill(self._findings, bill)
         elif kind in VERDICT_KINDS:
-            self._verdicts.check(self._findings, kind, (place, self.merged_at), envelope)
+            who = self._verdicts.check(self._findings, kind, (place, self.merged_at), envelope)
+            if kind == VERDICT:
+                self._rewards.verdict(who, digest)
         elif kind == REQUEST:
             self._requests.check(self._findings, place, envelope)
         elif kind in STEP_KINDS:
             step = step_row(parse_payload(envelope, message_class(kind)), digest, body)
             self._check_step(place, kind, step)
         elif kind in (CONVICTION, REINSTATEMENT):
-            self._nodes.statement(place, kind, envelope)
+            self._nodes.statement(place, kind, envelope, is_new=self._say_facts)
 
     def _check_receipt(self, place: int, envelope: Envelope) -> None:
         said, leg = parse_payload(envelope, Receipt), self._leg
+        if leg is None:
+            return
         # Legs of older books do not say how many tokens.
-        if leg is not None and (
-            leg.node_id != said.node_id or leg.output_tokens not in (None, said.output_tokens)
-        ):
+        if leg.node_id != said.node_id or leg.output_tokens not in (None, said.output_tokens):
             self._findings.add(f"what is kept of the receipt in leaf {place} is not what it says")
+        if leg.output_tokens is None:
+            digest, is_indexed = leg.receipt_digest, self._is_indexed
+            self._tokens.unknown(self._findings, place, digest, is_indexed=is_indexed)
+        elif self._tokens.since is None:
+            self._tokens.since = leg.captured_at
 
     def _check_bill(self, place: int, bill: Bill) -> None:
         """The receipts of a capture are the leaves before its bill, in its order. The pool may have
         paid a part of a subsidy."""
+        if bill.market_id != self._market_id:
+            self._findings.add(f"the bill in leaf {place} is another market's")
         legs = self._captured
         said = [
             _LegRow(
@@ -284,7 +357,7 @@ class _Kept:
     def finish(self) -> None:
         """After the last leaf."""
         findings = self._findings
-        for left, _ in self._transfers:
+        for left, *_ in self._transfers:
             findings.add(f"transfers have no leaf ({len(left)} bytes)")
         for row in self._steps:
             findings.add(f"what is kept of leaf {row[0]} is in no leaf")
@@ -294,8 +367,9 @@ class _Kept:
             findings.add(f"evidence names leaf {self._next_evidence[0]}, which does not exist")
         for row in (*self._evidence, *self._legs):
             findings.add(f"evidence names leaf {row[0]}, which does not exist")
-        for part in (self._nodes, self._debts, self._rewards):
+        for part in (self._nodes, self._debts, self._rewards, self._tokens):
             part.finish(findings)
+        check_spans(self._connection, findings, self._nodes.convicted)
 
 
 class _Requests:
@@ -328,12 +402,12 @@ class _Requests:
         wrong = sa.text(
             "SELECT COUNT(*) FROM audit_request r "
             "LEFT JOIN leg l ON l.receipt_digest = r.receipt_digest AND l.log_index < r.log_index "
-            "WHERE r.node_id <> COALESCE(l.node_id, '') "
-            "OR r.receipt_index <> COALESCE(l.log_index, -1) "
-            "OR r.captured_at <> COALESCE(l.captured_at, 0) "
-            "OR r.verdict_index <> COALESCE((SELECT MIN(v.log_index) FROM verdict v "
+            "WHERE NOT COALESCE(r.node_id = COALESCE(l.node_id, '') "
+            "AND r.receipt_index = COALESCE(l.log_index, -1) "
+            "AND r.captured_at = COALESCE(l.captured_at, 0) "
+            "AND r.verdict_index = COALESCE((SELECT MIN(v.log_index) FROM verdict v "
             "WHERE v.receipt_digest = r.receipt_digest AND v.verifier_id = r.verifier_id "
-            "AND v.log_index > r.log_index), -1)"
+            "AND v.log_index > r.log_index), -1), FALSE)"
         )
         if self._connection.execute(wrong).scalar_one():
             findings.add("audit requests do not say what became of them")
@@ -390,11 +464,13 @@ def _check_checkpoints(
     market_id: str,
     ledger_keys: list[bytes] | None,
 ) -> None:
-    count = 0
+    count, origin = 0, log_origin(market_id)
     for row in stream(connection, "SELECT size, root, issued_at, note FROM checkpoint"):
         count += 1
         if ledger_keys is not None:
-            _check_note(findings, row, log_origin(market_id), ledger_keys)
+            _check_note(findings, row, origin, ledger_keys)
+        elif row[3].partition("\n")[0] != origin:
+            findings.add(f"the checkpoint of size {row[0]} is of another market's log")
     findings.counts["checkpoints"] = count
 
 

@@ -29,17 +29,21 @@ class Verdicts:
 
     def check(
         self, findings: Findings, kind: str, place: tuple[int, int], envelope: Envelope
-    ) -> None:
-        """One leaf, with its index and time. Raises BadSignature if it is none of its kind."""
+    ) -> str:
+        """Who says what is in one leaf; with its index and time. Raises BadSignature if it is none
+        of its kind."""
         index, merged_at = place
+        message: Verdict | MarginCommitment
         said: VerdictRow | CommitmentRow | None
         if kind == VERDICT:
-            said = self._fold.verdict(parse_payload(envelope, Verdict), index)
+            message = parse_payload(envelope, Verdict)
+            said = self._fold.verdict(message, index)
         else:
             message = parse_payload(envelope, MarginCommitment)
             said = self._fold.commitment(message, index, merged_at)
         if said is not None and next(self._rows[kind], None) != tuple(said):
             findings.add(f"the {kind} in leaf {index} is not what is kept of it")
+        return message.verifier_id
 
     def finish(self, findings: Findings) -> None:
         """After the last leaf."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from trueweight.ledger.accounts import CURRENCY
@@ -44,13 +45,24 @@ def encode_movement(  # noqa: PLR0917
     return _HEADS[len(body)] + body
 
 
+def facts_digest(facts: Iterable[tuple[str, str]]) -> bytes:
+    """Of the unique facts (kind and key) that an operation took; empty if there are none."""
+    text = "".join(f"{kind}\0{key}\0" for kind, key in sorted(facts))
+    return hashlib.sha256(text.encode()).digest() if text else b""
+
+
 def encode_batches(
-    operation_id: bytes, first_sequence: int, created_at_unix_ms: int, movements: Sequence[bytes]
+    operation_id: bytes,
+    first_sequence: int,
+    created_at_unix_ms: int,
+    movements: Sequence[bytes],
+    facts_sha256: bytes = b"",
 ) -> list[bytes]:
     """The leaves of one operation's encoded movements: one, unless there are very many."""
+    end = b"\x3a%b%b" % (_ONE[len(facts_sha256)], facts_sha256) if facts_sha256 else b""
     head = b"\x0a%b%b\x10" % (_ONE[len(operation_id)], operation_id)
     tail = _head(created_at_unix_ms)
-    first = b"".join((head, _varint(first_sequence), tail, *movements[:MAX_MOVEMENTS]))
+    first = b"".join((head, _varint(first_sequence), tail, *movements[:MAX_MOVEMENTS], end))
     if len(movements) <= MAX_MOVEMENTS:
         return [first]
     return [first] + [
@@ -61,6 +73,7 @@ def encode_batches(
                 b"\x18" + _varint(start),
                 tail,
                 *movements[start : start + MAX_MOVEMENTS],
+                end,
             )
         )
         for start in range(MAX_MOVEMENTS, len(movements), MAX_MOVEMENTS)

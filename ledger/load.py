@@ -20,7 +20,9 @@ from trueweight.ledger.accounts import (
     node_available,
     node_bond,
     node_locked,
+    paid_out_of,
 )
+from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.backend import Backend
 from trueweight.ledger.book import Book
 from trueweight.ledger.commitments import CommitmentRow
@@ -33,7 +35,7 @@ from trueweight.ledger.evidence import (
     PublishFacts,
     RefundFacts,
 )
-from trueweight.ledger.movements import settled_by
+from trueweight.ledger.movements import paid_to, settled_by
 from trueweight.ledger.requests import NONE, RequestRow, held_since_unix_ms
 from trueweight.ledger.values import (
     OPEN,
@@ -54,6 +56,9 @@ from trueweight.ledger.values import (
 
 _MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
 _MAX_CACHED = 200_000
+# Unanswered audits among which a release looks for the oldest: they come in the order of the log,
+# unless a clock was set back.
+_MAX_OPEN = 1000
 # Claims that one expiry pays, while everybody waits (but always those of one hold).
 MAX_CLAIMS_PAID = 512
 
@@ -90,10 +95,12 @@ _REQUESTS = f"SELECT {', '.join(RequestRow._fields)} FROM audit_request"  # noqa
 _COMMITMENTS = f"SELECT {', '.join(CommitmentRow._fields)} FROM margin_commitment"  # noqa: S608
 _RESTITUTIONS = f"SELECT {', '.join(Restitution._fields)} FROM restitution"  # noqa: S608
 # Answered by their own index, which has no holds.
-_WITHDRAWALS = (
-    "SELECT debit FROM (SELECT debit FROM pending "  # noqa: S608
+_WITHDRAWN = (
+    f"SELECT {', '.join(PENDING_COLUMNS)} FROM (SELECT * FROM pending "  # noqa: S608
     f"WHERE kind = {WITHDRAWAL} AND state = {OPEN}) p"
 )
+_WITHDRAWALS = _WITHDRAWN.replace(", ".join(PENDING_COLUMNS), "debit")
+_VERDICTS = f"SELECT {', '.join(VerdictRow._fields)} FROM verdict"  # noqa: S608
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
 K = TypeVar("K")
 V = TypeVar("V")
@@ -136,8 +143,12 @@ class Needs:
     accounts: set[str] = field(default_factory=set)
     pendings: set[bytes] = field(default_factory=set)
     legs: set[bytes] = field(default_factory=set)
+    # Receipts that are to be refunded.
+    refunds: set[bytes] = field(default_factory=set)
     claims: set[bytes] = field(default_factory=set)
     references: set[tuple[str, str]] = field(default_factory=set)
+    # Debts that are to be paid: operation and creditor.
+    debts: set[tuple[bytes, str]] = field(default_factory=set)
     spending: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
@@ -198,6 +209,11 @@ def load(
     needs.claims.update(leg.hold_id for leg in legs.values())
     for leg in legs.values():
         needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
+    if needs.refunds:
+        needs.nodes.update(leg.node_id for leg in legs.values())
+        withdrawals = _add_liable_bonds(backend, needs, operations, legs, last)
+        pendings.update((p.id, p) for p in withdrawals)
+        special["withdrawals"] = withdrawals
     claims = _claims(backend, needs.claims) if _any_claims(backend, cache) else {}
     _overlay(claims, last.claims, needs.claims)
     nodes = {k: NodeRow(*row) for k, row in _by_first(backend, _NODES, needs.nodes)}
@@ -211,6 +227,8 @@ def load(
     _overlay(spending, last.spending, needs.spending)
     published = {k: row[1] for k, row in _by_first(backend, _EVIDENCE, needs.digests)}
     _overlay(published, last.published, needs.digests)
+    rewardable = _rewardable(backend, operations, published, last)
+    needs.audited.update(verdict.receipt_digest for verdict in rewardable.values())
     return Snapshot(
         accounts=_accounts(backend, cache, needs.accounts),
         pendings=pendings,
@@ -226,7 +244,8 @@ def load(
         requests=_requests(backend, needs.audited, last),
         commitments=_commitments(backend, needs.judged, last),
         judged=_judged(backend, needs.judged, last),
-        judges=_judges(backend, operations, published, last),
+        rewardable=rewardable,
+        debts=_debts(backend, needs.debts, last),
         next_sequence=numbers.next_sequence,
         next_index=numbers.next_index,
         next_account=numbers.next_account,
@@ -280,6 +299,8 @@ def _add_needs(needs: Needs, op: Prepared) -> None:
         needs.claims.add(facts.hold_id)
         needs.legs.add(facts.receipt_digest)
     elif isinstance(facts, RefundFacts):
+        needs.refunds.add(facts.receipt_digest)
+        needs.references.add(("refund", facts.receipt_digest.hex()))
         needs.legs.add(facts.receipt_digest)
         needs.accounts.update(_MARKET)
         if facts.verdict is not None:
@@ -298,7 +319,12 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
         needs.pendings.add(body.hold_id)
         needs.claims.add(body.hold_id)
     elif kind == "payout_start":
-        needs.accounts.update((node_available(body.node_id), external(body.rail)))
+        source = paid_out_of(body.node_id, body.account)
+        needs.accounts.update((source, external(body.rail)))
+    elif kind == "pay_debt":
+        needs.debts.add((body.operation_id, body.creditor))
+        needs.accounts.update((TREASURY_ACCOUNT, FEE_ACCOUNT, paid_to(body.creditor)))
+        needs.references.add(("debt", f"{body.operation_id.hex()}:{body.creditor}"))
     elif kind == "bond_withdraw":
         needs.accounts.update((node_bond(body.node_id), external("bond")))
         needs.bonds.add(node_bond(body.node_id))
@@ -315,7 +341,8 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
     elif kind == "reinstate":
         needs.digests.add(op.facts.published.digest)
         needs.nodes.add(op.facts.node_id)
-        needs.accounts.update((TREASURY_ACCOUNT, node_bond(op.facts.node_id)))
+        node = op.facts.node_id
+        needs.accounts.update((TREASURY_ACCOUNT, node_bond(node), node_locked(node)))
     elif kind == "release":
         needs.nodes.add(body.node_id)
         needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
@@ -410,9 +437,10 @@ def _leg_total(
 ) -> LegTotal:
     node, below = op.body.node_id, op.body.below_log_index
     ((oldest,),) = backend.query(
-        "SELECT MIN(receipt_index) FROM audit_request "
-        "WHERE node_id = ? AND verdict_index < 0 AND for_appeal = 0 AND captured_at > ?",
-        (node, held_since_unix_ms(now_unix_ms, terms.window_ms)),
+        "SELECT MIN(receipt_index) FROM (SELECT receipt_index FROM audit_request "
+        "WHERE node_id = ? AND verdict_index < 0 AND for_appeal = 0 AND captured_at > ? "
+        "ORDER BY captured_at LIMIT ?) r",
+        (node, held_since_unix_ms(now_unix_ms, terms.window_ms), _MAX_OPEN),
     )
     waits_for = NONE if oldest is None or oldest >= below else int(oldest)
     goal = Goal(below if waits_for == NONE else waits_for, now_unix_ms - terms.window_ms)
@@ -471,13 +499,7 @@ def _conviction(
     rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
     since = int(rows[0][0]) if rows else 0
     legs = _node_legs(backend, (node, max(since, facts.change_point), ENDLESS), needs)
-    withdrawals = [
-        Pending(*row)
-        for row in backend.query(
-            f"{_PENDINGS} WHERE debit = ? AND state = {OPEN} AND kind = {WITHDRAWAL}",
-            (node_bond(node),),
-        )
-    ]
+    withdrawals = [Pending(*row) for row in backend.by_keys(_WITHDRAWN, "debit", [node_bond(node)])]
     needs.nodes.add(node)
     needs.digests.add(facts.published.digest)
     needs.pendings.update(p.id for p in withdrawals)
@@ -495,18 +517,52 @@ def _conviction(
     return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
 
 
-def _judges(
+def _debts(
+    backend: Backend, wanted: set[tuple[bytes, str]], last: Book
+) -> dict[tuple[bytes, str], int]:
+    rows = backend.by_keys(
+        "SELECT operation_id, creditor, amount FROM debt",
+        "operation_id",
+        {id_ for id_, _ in wanted},
+    )
+    found = {(row[0], row[1]): row[2] for row in rows}
+    found.update(last.summed_debts())
+    return {key: found[key] for key in wanted & found.keys()}
+
+
+def _rewardable(
     backend: Backend, operations: Sequence[Prepared], published: Mapping[bytes, int], last: Book
-) -> dict[int, str]:
-    """Whose the verdicts are that are to be rewarded."""
+) -> dict[int, VerdictRow]:
+    """Verdicts that are to be rewarded, by log index."""
     wanted = {
         published[op.body.verdict_digest]
         for op in operations
         if op.kind == "reward" and op.error is None and op.body.verdict_digest in published
     }
-    rows = backend.by_keys("SELECT log_index, verifier_id FROM verdict", "log_index", wanted)
-    found = {row[0]: row[1] for row in rows}
-    return found | {i: v.verifier_id for i, v in last.verdicts.items() if i in wanted}
+    rows = backend.by_keys(_VERDICTS, "log_index", wanted)
+    found = {row[0]: VerdictRow(*row) for row in rows}
+    return found | {index: v for index, v in last.verdicts.items() if index in wanted}
+
+
+def _add_liable_bonds(
+    backend: Backend,
+    needs: Needs,
+    operations: Sequence[Prepared],
+    legs: Mapping[bytes, Leg],
+    last: Book,
+) -> list[Pending]:
+    """Open withdrawals of the bonds that are liable for refunds. A receipt that is refunded may be
+    settled by this very group."""
+    liable = {legs[digest].node_id for digest in needs.refunds if digest in legs}
+    for op in operations:
+        if isinstance(op.facts, CaptureFacts) and op.error is None:
+            liable |= {leg.node_id for leg in op.facts.legs if leg.receipt_digest in needs.refunds}
+    bonds = {node_bond(node) for node in liable}
+    found = {row[0]: Pending(*row) for row in backend.by_keys(_WITHDRAWN, "debit", bonds)}
+    found |= {p.id: p for p in last.pendings.values() if p.kind == WITHDRAWAL and p.debit in bonds}
+    needs.bonds |= bonds
+    needs.accounts |= bonds | {pending.credit for pending in found.values()}
+    return [pending for pending in found.values() if pending.state == OPEN]
 
 
 def _about_receipts(

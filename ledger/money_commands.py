@@ -31,6 +31,8 @@ from trueweight.runtime.market import load_market
 
 F = TypeVar("F", bound=Callable[..., object])
 _BATCH = 256
+# It was rewarded before, at this price or another, or is none that is rewarded.
+_NOT_REWARDED = ("CONFLICT", "ID_CONFLICT")
 _HOUR_MS = 3_600_000
 _DAY_MS = 24 * _HOUR_MS
 # By the ledger's clock, one after the other from 1970 on.
@@ -53,7 +55,7 @@ def _own_reference(function: F) -> F:
 
 
 @click.command()
-@click.argument("node_id")
+@click.argument("payee")
 @click.argument("credits")
 @option("--rail", default="manual", help="Where the money goes.")
 @_own_reference
@@ -61,7 +63,7 @@ def _own_reference(function: F) -> F:
 @one_operation
 def payout(
     *,
-    node_id: str,
+    payee: str,
     credits: str,
     rail: str,
     reference: str,
@@ -69,13 +71,19 @@ def payout(
     market: Path,
     keys: Path,
 ) -> list[pb.Operation]:
-    """Pay CREDITS out of NODE_ID's available earnings; pending until it is settled.
+    """Pay CREDITS to PAYEE; pending until it is settled.
 
+    PAYEE is a node's id (out of its available earnings), verifier:<id>, client:<id> or fee:market.
     Run again with the same --reference after a lost answer: it pays once.
     """
+    body = pb.PayoutStart(amount_nano=parse_credits(credits), rail=rail)
+    if ":" in payee:
+        body.account = payee
+    else:
+        body.node_id = payee
     start = pb.Operation(
         id=reference_id(market, keys, "payout", rail.encode(), reference.encode()),
-        payout_start=pb.PayoutStart(node_id=node_id, amount_nano=parse_credits(credits), rail=rail),
+        payout_start=body,
     )
     return [start, _settlement(start.id, True, reference)] if settle else [start]
 
@@ -169,7 +177,12 @@ def reward(
     from_index: int,
     as_json: bool,
 ) -> None:
-    """Pay CREDITS out of the verification pool for every logged verdict not paid for yet."""
+    """Pay CREDITS out of the verification pool for every audit not paid for yet.
+
+    An audit is a verdict on a settled receipt that its verifier had asked for in the log; each
+    verifier has one of a receipt, and repeating another's for an appeal is not paid. To pay for
+    what an epoch owed and nothing else: 'trueweight verifier reward'.
+    """
     amount = parse_credits(credits)
 
     async def run(port: LedgerPort) -> dict[str, object]:
@@ -178,7 +191,7 @@ def reward(
             for result in await port.apply(operations):
                 if result.status == pb.Result.APPLIED:
                     paid += 1
-                elif result.status == pb.Result.REFUSED and result.code != "CONFLICT":
+                elif result.status == pb.Result.REFUSED and result.code not in _NOT_REWARDED:
                     raise error_for(result.code, result.message)
         return {"verdicts": paid, "credits": format_credits(paid * amount)}
 
@@ -217,13 +230,29 @@ def _reward_for(envelope: bytes, amount: int) -> pb.Operation:
 @database_option
 @json_option
 def debts(*, database: str, as_json: bool) -> None:
-    """What refunds and convictions could not pay and is still owed."""
+    """What refunds and convictions could not pay and is still owed; 'pay-debt' pays it."""
     rows = reports.debts(database)
     if as_json:
         print_json(rows)
         return
     table = [(r["creditor"], format_credits(int(r["owed"])), r["operation"]) for r in rows]
     print_table("Owed, credits", ("creditor", "owed", "operation"), table)
+
+
+@click.command("pay-debt")
+@click.argument("operation")
+@click.argument("creditor")
+@one_operation
+def pay_debt(*, operation: str, creditor: str) -> pb.Operation:
+    """Pay what OPERATION owes to CREDITOR, as 'debts' lists it, out of the treasury or the fees.
+
+    All of it, and once: run again after a lost answer it is a replay.
+    """
+    id_ = _id(operation, "an operation id")
+    return pb.Operation(
+        id=derived_id("pay-debt", id_, creditor.encode()),
+        pay_debt=pb.PayDebt(operation_id=id_, creditor=creditor),
+    )
 
 
 def _settlement(payout_id: bytes, paid: bool, reference: str) -> pb.Operation:
@@ -239,14 +268,14 @@ def _first_midnight(after_unix_ms: int) -> int:
     return -(-(after_unix_ms + _HOUR_MS) // _DAY_MS) * _DAY_MS
 
 
-def _id(text: str) -> bytes:
+def _id(text: str, what: str = "a payout id") -> bytes:
     try:
         value = bytes.fromhex(text)
     except ValueError:
         value = b""
     if len(value) != ID_BYTES:
         raise InvalidRequest(
-            "a payout id has 32 hexadecimal digits",
-            hint="As 'ledger payout' and 'ledger withdraw-bond' print it.",
+            f"{what} has 32 hexadecimal digits",
+            hint="As 'ledger payout', 'ledger withdraw-bond' and 'ledger debts' print it.",
         )
     return value

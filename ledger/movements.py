@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from trueweight.ledger import budget
 from trueweight.ledger.accounts import (
+    FEE_ACCOUNT,
+    NODE_LOCKED,
     POOL_ACCOUNT,
+    TREASURY_ACCOUNT,
     clearing_of,
     external,
+    kind_of,
     node_available,
     node_bond,
     owner_of,
+    paid_out_of,
 )
 from trueweight.ledger.book import Book, state_name
 from trueweight.ledger.values import (
@@ -108,12 +113,12 @@ def open_hold(book: Book, hold_id: bytes) -> Pending:
 
 
 def payout_start(book: Book, op: Prepared) -> int:
-    """node available -> external, pending until the rail answers."""
+    """node available (or the named account) -> external, pending until the rail answers."""
     body = op.body
     pending = Pending(
         op.id,
         PAYOUT,
-        node_available(body.node_id),
+        paid_out_of(body.node_id, body.account),
         external(body.rail),
         body.amount_nano,
         0,
@@ -156,6 +161,18 @@ def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
     return int(body.amount_nano)
 
 
+def free_bond(book: Book, bond: str, amount: int) -> None:
+    """Ends withdrawals of a bond, the last due first, until so much of it is available."""
+    known = {p.id: p for p in book.snapshot.withdrawals if p.debit == bond}
+    known |= {p.id: p for p in book.pendings.values() if p.kind == WITHDRAWAL and p.debit == bond}
+    for pending in sorted(known.values(), key=lambda p: (p.due_unix_ms, p.id), reverse=True):
+        if book.available(bond) >= amount:
+            return
+        if pending.state == OPEN:
+            book.resolve(pending, VOIDED, 0, "bond-withdrawal")
+            book.count_withdrawals(bond, -1)
+
+
 def payout_settle(book: Book, op: Prepared) -> int:
     """Posts or voids a payout or a bond withdrawal. What the rail calls it settles only one."""
     body = op.body
@@ -183,6 +200,27 @@ def settled_by(external_account: str) -> str:
     return f"payout:{owner_of(external_account)}"
 
 
+def pay_debt(book: Book, op: Prepared) -> int:
+    """treasury, or fee if that has too little -> creditor; all of it, once."""
+    body = op.body
+    amount = book.snapshot.debts.get((body.operation_id, body.creditor))
+    if amount is None:
+        raise NotFound("nothing is owed by this operation to this account")
+    key = f"{body.operation_id.hex()}:{body.creditor}"
+    book.claim_reference("debt", key, "the debt was paid before")
+    has_enough = book.available(TREASURY_ACCOUNT) >= amount
+    book.move(
+        TREASURY_ACCOUNT if has_enough else FEE_ACCOUNT, paid_to(body.creditor), amount, "debt"
+    )
+    return amount
+
+
+def paid_to(creditor: str) -> str:
+    """Where a debt is paid. Locked earnings are those that receipts have earned, and no others."""
+    owed_to_node = kind_of(creditor) == NODE_LOCKED
+    return node_available(owner_of(creditor)) if owed_to_node else creditor
+
+
 def reward(book: Book, op: Prepared) -> int:
     """verification pool -> verifier, once per verdict and verifier."""
     body = op.body
@@ -190,8 +228,16 @@ def reward(book: Book, op: Prepared) -> int:
     if index is None:
         raise NotFound("the verdict is not in the log", hint="Publish it first.")
     fresh = book.verdicts.get(index)
-    if body.verifier_id != (fresh.verifier_id if fresh else book.snapshot.judges.get(index)):
+    verdict = fresh or book.snapshot.rewardable.get(index)
+    if verdict is None or verdict.verifier_id != body.verifier_id:
         raise InvalidRequest("that is no verdict of this verifier")
+    asked = book.request(verdict.key)
+    if asked is None or not asked.is_answered_by(index):
+        raise Conflict(
+            "the verdict answers no audit of a settled receipt that its verifier asked for in the "
+            "log before",
+            hint="Verdicts that nobody asked for, second ones and appeals are not rewarded.",
+        )
     book.claim_reference(
         "reward", f"{body.verifier_id}:{body.verdict_digest.hex()}", "the verdict was rewarded"
     )

@@ -62,6 +62,8 @@ class Hooks:
     deliver: Callable[[list[Answer]], None]
     committed: Callable[[int, tuple[Leaf, ...]], None]
     became_writer: Callable[[], None]
+    # Another process writes; called a few times a second.
+    stands_by: Callable[[], None]
     # Of the court as of the last commit.
     revocations: Callable[[], int]
 

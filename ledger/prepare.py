@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from trueweight.ledger import evidence
-from trueweight.ledger.accounts import CLIENT, check_amount, check_owner, kind_of
+from trueweight.ledger.accounts import (
+    CLIENT,
+    FEE,
+    VERIFIER,
+    check_amount,
+    check_owner,
+    kind_of,
+)
 from trueweight.ledger.budget import MAX_PERIOD_MS, MIN_PERIOD_MS
 from trueweight.ledger.evidence import Court
 from trueweight.ledger.values import Prepared
@@ -25,6 +32,8 @@ MAX_EXPIRE = 1000
 # What the service itself may do (expiring what is due).
 SYSTEM = "system"
 _NODE = "the node itself"
+# Kinds of account out of which a payout may be, besides a node's available earnings.
+_PAYABLE = (CLIENT, FEE, VERIFIER)
 # Whose operations may have ids that are derived from anything.
 DERIVES_IDS = frozenset({"admin", "market", "operator", "verifier"})
 _SCOPES: dict[str, frozenset[str]] = {
@@ -39,6 +48,7 @@ _SCOPES: dict[str, frozenset[str]] = {
     "release": frozenset({"verifier", "admin"}),
     "payout_start": frozenset({"admin", "operator", _NODE}),
     "payout_settle": frozenset({"admin"}),
+    "pay_debt": frozenset({"admin"}),
     "claim": frozenset({_NODE}),
     # Not verifiers: who is paid sets neither the price nor the quantity.
     "reward": frozenset({"admin"}),
@@ -110,6 +120,8 @@ def _check_scope(kind: str, body: Any, caller: str, court: Court) -> None:
         return
     if _NODE in allowed and (kind == "claim" or (caller and body.node_id == caller)):
         return
+    if kind == "payout_start" and caller and body.account == f"verifier:{caller}":
+        return
     raise OutOfScope(
         f"{kind.replace('_', ' ')} is not for this caller",
         hint=f"It takes: {', '.join(sorted(allowed - {SYSTEM}))}.",
@@ -171,10 +183,24 @@ def _release(_: bytes, body: pb.Release, caller: str, court: Court) -> None:
         raise InvalidRequest("the amount is too large")
 
 
-def _payout_start(_: bytes, body: pb.PayoutStart, __: str, ___: Court) -> None:
-    check_owner(body.node_id, "the node id")
+def _payout_start(_: bytes, body: pb.PayoutStart, caller: str, court: Court) -> None:
+    if not body.account:
+        check_owner(body.node_id, "the node id")
+    elif body.node_id or kind_of(body.account) not in _PAYABLE:
+        raise InvalidRequest(
+            "a payout is out of one node's earnings, or of a verifier's, a client's or the fee "
+            "account",
+            hint="Name either the node or verifier:<id>, client:<id> or fee:market.",
+        )
+    elif body.account != f"verifier:{caller}" and "admin" not in court.roles_of(caller):
+        raise PermissionDenied("paying out of this account is for administrators")
     check_amount(body.amount_nano)
     check_owner(body.rail, "the rail")
+
+
+def _pay_debt(_: bytes, body: pb.PayDebt, __: str, ___: Court) -> None:
+    _id(body.operation_id, "the operation id")
+    kind_of(body.creditor)
 
 
 def _payout_settle(_: bytes, body: pb.PayoutSettle, __: str, ___: Court) -> None:
@@ -252,6 +278,7 @@ _CHECKS: dict[str, Callable[[bytes, Any, str, Court], Any]] = {
     "release": _release,
     "payout_start": _payout_start,
     "payout_settle": _payout_settle,
+    "pay_debt": _pay_debt,
     "claim": _claim,
     "reward": _reward,
     "bond_withdraw": _bond_withdraw,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trueweight.ledger.accounts import TREASURY_ACCOUNT, node_bond
+from trueweight.ledger.accounts import TREASURY_ACCOUNT, node_bond, node_locked
 from trueweight.ledger.book import Book
 from trueweight.ledger.evidence import ReinstateFacts
 from trueweight.ledger.settlement import publish_evidence, still_counting
@@ -13,8 +13,9 @@ from trueweight.protos.errors import Conflict, Unavailable
 def reinstate(book: Book, op: Prepared, __: Terms) -> tuple[int, int]:
     """Amount paid back, and the leaf from which on evidence counts again.
 
-    What was paid to clients and to the challenger stays theirs. Earlier captures count as released:
-    what they earned was forfeited, and must not let later ones go before their window is over."""
+    What was paid to clients and to the challenger stays theirs. Earlier captures count as released,
+    but for what is locked of them: what they earned was forfeited or paid out, and must neither let
+    later ones go before their window is over nor keep them after it."""
     facts: ReinstateFacts = op.facts
     row = book.node(facts.node_id)
     if not row.convicted:
@@ -40,7 +41,7 @@ def reinstate(book: Book, op: Prepared, __: Terms) -> tuple[int, int]:
     cleared = row._replace(
         convicted=0,
         reinstated=index + 1,
-        released=max(row.released, earned),
+        released=earned - book.available(node_locked(facts.node_id)),
         forfeited=row.forfeited - facts.pay_back,
     )
     book.put(book.nodes, facts.node_id, cleared)

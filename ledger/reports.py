@@ -79,7 +79,11 @@ def balances(database: str, accounts: Sequence[str]) -> list[dict[str, Any]]:
         for account in accounts:
             kind_of(account)
         if accounts:
-            return [_balance(record) for record in reader.balances(accounts)]
+            known = {record.account: record for record in reader.balances(accounts)}
+            for account in accounts:
+                if account not in known:
+                    raise _unknown(account)
+            return [_balance(known[account]) for account in accounts]
         found: list[dict[str, Any]] = []
         after = ""
         while page := reader.all_balances(after, MAX_PAGE):
@@ -88,6 +92,13 @@ def balances(database: str, accounts: Sequence[str]) -> list[dict[str, Any]]:
         return found
     finally:
         reader.close()
+
+
+def _unknown(account: str) -> NotFound:
+    return NotFound(
+        f"nothing was ever moved to or from {account}",
+        hint="'trueweight ledger balance' without a name lists all accounts.",
+    )
 
 
 def statement(
@@ -104,6 +115,8 @@ def statement(
             available += _effect(record, account, held)
             rows.append(_statement_row(record, account, available))
             del rows[:-limit]
+        if not rows:
+            raise _unknown(account)
         return rows
     finally:
         reader.close()
@@ -117,10 +130,17 @@ def debts(database: str) -> list[dict[str, Any]]:
             rows = connection.execute(
                 sa.text("SELECT operation_id, creditor, amount FROM debt ORDER BY creditor")
             )
-            return [
+            found = [
                 {"creditor": row[1], "owed": str(row[2]), "operation": bytes(row[0]).hex()}
                 for row in rows
             ]
+            paid = {
+                row[0]
+                for row in connection.execute(
+                    sa.text("SELECT key FROM reference WHERE kind = 'debt'")
+                )
+            }
+            return [row for row in found if f"{row['operation']}:{row['creditor']}" not in paid]
     finally:
         engine.dispose()
 

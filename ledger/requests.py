@@ -39,6 +39,11 @@ class RequestRow(NamedTuple):
         """Who asked for what."""
         return self.verifier_id, self.receipt_digest
 
+    def is_answered_by(self, verdict_index: int) -> bool:
+        """True if this verdict is the audit that was asked for, of a receipt that was settled."""
+        settled = self.receipt_index != NONE and not self.for_appeal
+        return settled and self.verdict_index == verdict_index
+
 
 def check_digest(digest: bytes, what: str) -> None:
     """Raises InvalidRequest unless it has the length of a digest: tables are indexed by them."""

@@ -104,7 +104,8 @@ def _save_rare(backend: Backend, book: Book) -> None:
     backend.upsert("spending", SPENDING_COLUMNS, 1, list(book.spending.values()))
     backend.upsert("node", NodeRow._fields, 1, list(book.nodes.values()))
     backend.upsert("restitution", Restitution._fields, 1, list(book.restitutions.values()))
-    backend.insert("debt", ("operation_id", "creditor", "amount"), _summed(book))
+    debts = [(*key, amount) for key, amount in book.summed_debts().items()]
+    backend.insert("debt", ("operation_id", "creditor", "amount"), debts)
     backend.insert("evidence", ("digest", "log_index"), list(book.published.items()))
     backend.insert("verdict", VerdictRow._fields, list(book.verdicts.values()))
     backend.insert("audit_step", StepRow._fields, list(book.steps.values()))
@@ -119,11 +120,3 @@ def _save_rare(backend: Backend, book: Book) -> None:
         ("log_index",),
         [(r.verdict_index, r.log_index) for k, r in book.requests.items() if k in known],
     )
-
-
-def _summed(book: Book) -> list[tuple[bytes, str, int]]:
-    total: dict[tuple[bytes, str], int] = {}
-    for debt in book.debts:
-        key = (debt.operation_id, debt.creditor)
-        total[key] = total.get(key, 0) + debt.amount
-    return [(operation, creditor, amount) for (operation, creditor), amount in total.items()]

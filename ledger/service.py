@@ -52,6 +52,7 @@ APPLY_TIMEOUT_MS = 15_000
 FOLLOW_WAIT_S = 0.5
 _READ_TIMEOUT_S = 15.0
 _SWITCH_INTERVAL_S = 0.001
+_FOLLOW_KEYS_MS = 1_000.0
 # A call is checked again after a key was revoked, which costs somebody a key each time.
 _MAX_CHECKS = 16
 # Who may look into any account.
@@ -77,6 +78,7 @@ class Ledger:
         self._court = court_of(market)
         # Key events below this log index were read.
         self._keys_from = 0
+        self._keys_read_ms = 0.0
         self._engine = make_engine(self._url)
         self._reader = Reader(self._engine, archive)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="ledger-read")
@@ -278,6 +280,7 @@ class Ledger:
             deliver=self._deliver,
             committed=self._committed,
             became_writer=self._reload_keys,
+            stands_by=self._follow_keys,
             revocations=lambda: self._court.revocations,
         )
 
@@ -289,6 +292,13 @@ class Ledger:
         bodies, self._keys_from = self._reader.key_events(self._keys_from)
         leaves = [Leaf("key-event", body, b"") for body in bodies]
         self._court = with_key_events(self._court, leaves)
+
+    def _follow_keys(self) -> None:
+        # A standby answers questions too: revoked keys must not open its door, nor new ones fail.
+        now = self._clock.monotonic_ms()
+        if now >= self._keys_read_ms + _FOLLOW_KEYS_MS:
+            self._keys_read_ms = now
+            self._reload_keys()
 
     def _expire_operation(self) -> Prepared:
         operation = pb.Operation(id=self._new_id(), expire=pb.Expire(limit=MAX_EXPIRE))

@@ -192,7 +192,8 @@ def _pay_claims(book: Book, pending: Pending, claims: Iterable[Claim], terms: Te
 
 
 def refund(book: Book, op: Prepared, terms: Terms) -> int:
-    """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back.
+    """Undoes one leg's charge: node locked, then bond, then treasury; fee and pool go back. A bond
+    that its node is withdrawing is still there: as many withdrawals end as it takes.
 
     A verifier must have asked for the audit in the log first. Where it takes several to convict,
     one alone does not touch the bond.
@@ -208,6 +209,7 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
         raise InvalidRequest("the verdict names another node than the receipt")
     if leg.refunded or leg.refunded_node:
         raise Conflict("the leg was refunded before")
+    book.claim_reference("refund", leg.receipt_digest.hex(), "the receipt was refunded before")
     convicted = book.restitution(leg.node_id)
     if convicted is not None and convicted.covers(leg):
         raise Conflict("the leg is being refunded because its node was convicted")
@@ -215,26 +217,43 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
         _publish_asked_for(book, facts.verdict, facts.receipt_digest)
     claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
     from_market = facts.by_router and not claimed
-    sources = [FEE_ACCOUNT] if from_market else [node_locked(leg.node_id)]
-    if not from_market and (facts.verdict is None or terms.convictions_needed == 1):
-        sources.append(node_bond(leg.node_id))
-    from_node = 0
-    for source in sources:
-        from_node += _pay_up_to(book, source, leg.client, leg.node - from_node, "refund")
-    missing = leg.node - from_node
-    missing += leg.fee - _pay_up_to(book, FEE_ACCOUNT, leg.client, leg.fee, "refund")
-    missing += leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
-    missing = _make_up(book, leg.client, missing)
-    taken_back = 0 if from_market else leg.node + leg.subsidy
-    if taken_back:
-        _pay_up_to(book, node_locked(leg.node_id), POOL_ACCOUNT, leg.subsidy, "refund")
-    paid = leg.charge - missing
-    # Marked with the whole charge: what could not be paid is owed, and is not claimed again.
+    unpaid, taken_back, locked = leg.node, 0, node_locked(leg.node_id)
+    if not from_market:
+        unpaid -= _pay_from_forfeit(book, leg)
+    if from_market:
+        unpaid -= _pay_up_to(book, FEE_ACCOUNT, leg.client, unpaid, "refund")
+    else:
+        taken_back = _pay_up_to(book, locked, leg.client, unpaid, "refund")
+        unpaid -= taken_back
+        if facts.verdict is None or terms.convictions_needed == 1:
+            movements.free_bond(book, node_bond(leg.node_id), unpaid)
+            unpaid -= _pay_up_to(book, node_bond(leg.node_id), leg.client, unpaid, "refund")
+    unpaid += leg.fee - _pay_up_to(book, FEE_ACCOUNT, leg.client, leg.fee, "refund")
+    unpaid += leg.pool - _pay_up_to(book, POOL_ACCOUNT, leg.client, leg.pool, "refund")
+    unpaid = _make_up(book, leg.client, unpaid)
+    if not from_market:
+        taken_back += _pay_up_to(book, locked, POOL_ACCOUNT, leg.subsidy, "refund")
+    paid = leg.charge - unpaid
+    # Marked with the whole charge: what could not be paid is owed, and is not claimed again. Of the
+    # node's part only what came out of its locked earnings is not there to be released any more.
     book.put(
         book.legs,
         leg.receipt_digest,
         leg._replace(refunded=leg.charge, refunded_node=taken_back),
     )
+    return paid
+
+
+def _pay_from_forfeit(book: Book, leg: Leg) -> int:
+    """What a conviction took and did not give to the clients pays first for receipts from before
+    the reinstatement: their node has lost what it earned by them, and must not lose it twice."""
+    row = book.node(leg.node_id)
+    if leg.log_index >= row.reinstated:
+        return 0
+    paid = _pay_up_to(
+        book, TREASURY_ACCOUNT, leg.client, min(leg.node, max(0, row.forfeited)), "refund"
+    )
+    book.put(book.nodes, row.node_id, row._replace(forfeited=row.forfeited - paid))
     return paid
 
 
@@ -255,12 +274,7 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
     if row.convicted:
         raise Conflict("the node was convicted before")
     publish_evidence(book, facts.published)
-    judges = _judges(book, facts, terms)
-    if judges < terms.convictions_needed:
-        raise Conflict(
-            f"{judges} of {terms.convictions_needed} verifiers have convicted this node",
-            hint="The others publish their convictions first.",
-        )
+    _check_judges(book, facts, terms)
     for withdrawal in book.snapshot.withdrawals:
         pending = book.pending(withdrawal.id) or withdrawal
         if pending.state == OPEN:
@@ -279,9 +293,10 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
     return forfeited
 
 
-def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
-    """Verifiers that have published a conviction which their own logged verdicts carry. Raises
-    Conflict or InvalidRequest if the one at hand is none of these."""
+def _check_judges(book: Book, facts: ConvictFacts, terms: Terms) -> None:
+    """Raises unless so many verifiers as it takes have published a conviction which their own
+    logged verdicts carry, and the one at hand is one of these: Conflict or InvalidRequest if it
+    does not follow, Unavailable if the verdicts are not all added up yet."""
     row = book.node(facts.node_id)
     cases = {
         verifier: case
@@ -291,7 +306,15 @@ def _judges(book: Book, facts: ConvictFacts, terms: Terms) -> int:
     }
     mine = cases.get(facts.verifier_id) or audits.Case()
     audits.check_statement(facts.statement, mine)
-    return sum(case.is_carried for case in cases.values())
+    judges = sum(case.is_carried for case in cases.values())
+    if judges >= terms.convictions_needed:
+        return
+    for case in cases.values():
+        audits.check_added_up(case)
+    raise Conflict(
+        f"{judges} of {terms.convictions_needed} verifiers have convicted this node",
+        hint="The others publish their convictions first.",
+    )
 
 
 def release(book: Book, op: Prepared, _: Terms) -> int:
@@ -334,7 +357,7 @@ def publish_evidence(book: Book, facts: PublishFacts) -> int:
         row = book.node(facts.conviction.rpartition(":")[0])
         key = ("conviction", conviction_key(row, facts.conviction))
         if book.reference(*key) is None:
-            book.put(book.references, key, book.operation_id)
+            book.take_reference(*key)
     index = book.append(Leaf(facts.kind, facts.envelope, facts.digest))
     publication.keep(book, facts, index)
     return index

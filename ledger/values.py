@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trueweight.ledger.accounts import CLEARING, FEE, POOL, Account
-from trueweight.ledger.audits import Case
+from trueweight.ledger.audits import Case, VerdictRow
 from trueweight.ledger.commitments import CommitmentRow
 from trueweight.ledger.requests import NONE, RequestRow
 from trueweight.protos.errors import TrueweightError
@@ -22,7 +22,7 @@ OPEN, CAPTURED, VOIDED, EXPIRED = 1, 2, 3, 4
 REASONS = (
     "deposit", "bond-deposit", "hold", "capture", "earning", "fee", "pool", "subsidy", "void",
     "expire", "refund", "forfeit", "challenger", "treasury", "release", "payout", "reward",
-    "bond-withdrawal", "claim", "reinstate",
+    "bond-withdrawal", "claim", "reinstate", "debt",
 )  # fmt: skip
 REASON_NO = {name: number for number, name in enumerate(REASONS, start=1)}
 # Transfers that the index of one side leaves out: that side is one of the market's busy accounts,
@@ -257,17 +257,20 @@ class Snapshot:
     commitments: Mapping[tuple[str, bytes], CommitmentRow] = field(default_factory=dict)
     # Who has judged what, of the receipts that verdicts of the group are about.
     judged: Set[tuple[str, bytes]] = frozenset()
+    # What is owed of the debts that are to be paid.
+    debts: Mapping[tuple[bytes, str], int] = field(default_factory=dict)
+    # Of the bonds that may have to pay.
+    withdrawals: Sequence[Pending] = ()
     # Only for a group of one such operation:
     due_holds: Sequence[Pending] = ()
     node_legs: Sequence[Leg] = ()
-    withdrawals: Sequence[Pending] = ()
     leg_total: LegTotal | None = None
     # Charges of the next receipts of a restitution that counts, and where it goes on.
     charges: tuple[int, int] = (0, 0)
     # By verifier: what its audits of the node that is to be convicted add up to.
     cases: Mapping[str, Case] = field(default_factory=dict)
-    # Log index of verdicts that are to be rewarded -> whose they are.
-    judges: Mapping[int, str] = field(default_factory=dict)
+    # Verdicts that are to be rewarded, by log index.
+    rewardable: Mapping[int, VerdictRow] = field(default_factory=dict)
     next_sequence: int = 1
     next_index: int = 0
     next_account: int = 1

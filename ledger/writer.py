@@ -95,6 +95,7 @@ class Writer:
                     reader = self._hooks.open_backend()
                     self._write(backend, reader)
                 else:
+                    self._hooks.stands_by()
                     self._pause(STANDBY_POLL_S)
             except TrueweightError as error:
                 log.warning("the writer starts over: %s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,13 @@ class _Option(click.Option):
             return self.envvar
         flag = max(self.opts, key=len).lstrip("-")
         return f"{ctx.auto_envvar_prefix or ENV_PREFIX}_{flag.replace('-', '_').upper()}"
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        found = super().type_cast_value(ctx, value)
+        # Every range lets "nan" pass, and some "inf".
+        if isinstance(found, float) and not math.isfinite(found):
+            raise click.BadParameter(f"{found} is no number.", ctx, self)
+        return found
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         return os.environ.get(self.twin(ctx)) or None

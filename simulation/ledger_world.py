@@ -35,7 +35,7 @@ _ROLES = {
 }
 
 
-def _root_key(seed: str) -> Ed25519PrivateKey:
+def root_key(seed: str) -> Ed25519PrivateKey:
     """The root key of the identity with this seed."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
 
@@ -43,7 +43,7 @@ def _root_key(seed: str) -> Ed25519PrivateKey:
 def make_signer(seed: str, market_id: str | None = None, owner: str = "") -> Signer:
     """A deterministic identity; ``market_id`` None makes the market's own. ``owner`` is the seed of
     the identity that it declares to belong to."""
-    root = _root_key(seed)
+    root = root_key(seed)
     key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"key {seed}".encode()).digest())
     identity = key_id(public_bytes(root))
     event = KeyEvent(
@@ -54,9 +54,9 @@ def make_signer(seed: str, market_id: str | None = None, owner: str = "") -> Sig
         action=KeyEvent.CERTIFY,
         sequence=1,
         issued_at_unix_ms=START_UNIX_MS,
-        operator_public_key=public_bytes(_root_key(owner)) if owner else b"",
+        operator_public_key=public_bytes(root_key(owner)) if owner else b"",
     )
-    owners = [_root_key(owner)] if owner else []
+    owners = [root_key(owner)] if owner else []
     return Signer(identity, key, seal_key_event(event, root, key, *owners))
 
 

@@ -50,7 +50,7 @@ class ApplyResponse(_message.Message):
     def __init__(self, batch: _Optional[int] = ..., results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("id", "linked", "deposit", "bond_deposit", "hold", "capture", "void_hold", "refund", "convict", "release", "payout_start", "payout_settle", "claim", "reward", "bond_withdraw", "publish", "expire", "set_spending_limit", "reinstate")
+    __slots__ = ("id", "linked", "deposit", "bond_deposit", "hold", "capture", "void_hold", "refund", "convict", "release", "payout_start", "payout_settle", "claim", "reward", "bond_withdraw", "publish", "expire", "set_spending_limit", "reinstate", "pay_debt")
     ID_FIELD_NUMBER: _ClassVar[int]
     LINKED_FIELD_NUMBER: _ClassVar[int]
     DEPOSIT_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Operation(_message.Message):
     EXPIRE_FIELD_NUMBER: _ClassVar[int]
     SET_SPENDING_LIMIT_FIELD_NUMBER: _ClassVar[int]
     REINSTATE_FIELD_NUMBER: _ClassVar[int]
+    PAY_DEBT_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     linked: bool
     deposit: Deposit
@@ -89,7 +90,8 @@ class Operation(_message.Message):
     expire: Expire
     set_spending_limit: SetSpendingLimit
     reinstate: Reinstate
-    def __init__(self, id: _Optional[bytes] = ..., linked: _Optional[bool] = ..., deposit: _Optional[_Union[Deposit, _Mapping]] = ..., bond_deposit: _Optional[_Union[BondDeposit, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., void_hold: _Optional[_Union[VoidHold, _Mapping]] = ..., refund: _Optional[_Union[Refund, _Mapping]] = ..., convict: _Optional[_Union[Convict, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., payout_start: _Optional[_Union[PayoutStart, _Mapping]] = ..., payout_settle: _Optional[_Union[PayoutSettle, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., bond_withdraw: _Optional[_Union[BondWithdraw, _Mapping]] = ..., publish: _Optional[_Union[Publish, _Mapping]] = ..., expire: _Optional[_Union[Expire, _Mapping]] = ..., set_spending_limit: _Optional[_Union[SetSpendingLimit, _Mapping]] = ..., reinstate: _Optional[_Union[Reinstate, _Mapping]] = ...) -> None: ...
+    pay_debt: PayDebt
+    def __init__(self, id: _Optional[bytes] = ..., linked: _Optional[bool] = ..., deposit: _Optional[_Union[Deposit, _Mapping]] = ..., bond_deposit: _Optional[_Union[BondDeposit, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., void_hold: _Optional[_Union[VoidHold, _Mapping]] = ..., refund: _Optional[_Union[Refund, _Mapping]] = ..., convict: _Optional[_Union[Convict, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., payout_start: _Optional[_Union[PayoutStart, _Mapping]] = ..., payout_settle: _Optional[_Union[PayoutSettle, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., bond_withdraw: _Optional[_Union[BondWithdraw, _Mapping]] = ..., publish: _Optional[_Union[Publish, _Mapping]] = ..., expire: _Optional[_Union[Expire, _Mapping]] = ..., set_spending_limit: _Optional[_Union[SetSpendingLimit, _Mapping]] = ..., reinstate: _Optional[_Union[Reinstate, _Mapping]] = ..., pay_debt: _Optional[_Union[PayDebt, _Mapping]] = ...) -> None: ...
 
 class Deposit(_message.Message):
     __slots__ = ("account", "amount_nano", "rail", "reference")
@@ -190,14 +192,24 @@ class Release(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., amount_nano: _Optional[int] = ..., below_log_index: _Optional[int] = ...) -> None: ...
 
 class PayoutStart(_message.Message):
-    __slots__ = ("node_id", "amount_nano", "rail")
+    __slots__ = ("node_id", "amount_nano", "rail", "account")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     AMOUNT_NANO_FIELD_NUMBER: _ClassVar[int]
     RAIL_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     amount_nano: int
     rail: str
-    def __init__(self, node_id: _Optional[str] = ..., amount_nano: _Optional[int] = ..., rail: _Optional[str] = ...) -> None: ...
+    account: str
+    def __init__(self, node_id: _Optional[str] = ..., amount_nano: _Optional[int] = ..., rail: _Optional[str] = ..., account: _Optional[str] = ...) -> None: ...
+
+class PayDebt(_message.Message):
+    __slots__ = ("operation_id", "creditor")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    CREDITOR_FIELD_NUMBER: _ClassVar[int]
+    operation_id: bytes
+    creditor: str
+    def __init__(self, operation_id: _Optional[bytes] = ..., creditor: _Optional[str] = ...) -> None: ...
 
 class PayoutSettle(_message.Message):
     __slots__ = ("payout_id", "paid", "reference")
@@ -382,20 +394,22 @@ class TransferRecord(_message.Message):
     def __init__(self, id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., debit_account: _Optional[str] = ..., credit_account: _Optional[str] = ..., amount_nano: _Optional[int] = ..., currency: _Optional[str] = ..., phase: _Optional[_Union[TransferRecord.Phase, str]] = ..., pending_id: _Optional[bytes] = ..., reason: _Optional[str] = ..., operation_id: _Optional[bytes] = ..., created_at_unix_ms: _Optional[int] = ...) -> None: ...
 
 class TransferBatch(_message.Message):
-    __slots__ = ("operation_id", "first_sequence", "first_ordinal", "currency", "created_at_unix_ms", "movements")
+    __slots__ = ("operation_id", "first_sequence", "first_ordinal", "currency", "created_at_unix_ms", "movements", "facts_sha256")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FIRST_ORDINAL_FIELD_NUMBER: _ClassVar[int]
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     MOVEMENTS_FIELD_NUMBER: _ClassVar[int]
+    FACTS_SHA256_FIELD_NUMBER: _ClassVar[int]
     operation_id: bytes
     first_sequence: int
     first_ordinal: int
     currency: str
     created_at_unix_ms: int
     movements: _containers.RepeatedCompositeFieldContainer[Movement]
-    def __init__(self, operation_id: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., first_ordinal: _Optional[int] = ..., currency: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., movements: _Optional[_Iterable[_Union[Movement, _Mapping]]] = ...) -> None: ...
+    facts_sha256: bytes
+    def __init__(self, operation_id: _Optional[bytes] = ..., first_sequence: _Optional[int] = ..., first_ordinal: _Optional[int] = ..., currency: _Optional[str] = ..., created_at_unix_ms: _Optional[int] = ..., movements: _Optional[_Iterable[_Union[Movement, _Mapping]]] = ..., facts_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Movement(_message.Message):
     __slots__ = ("debit_account", "credit_account", "amount_nano", "phase", "pending_id", "reason")

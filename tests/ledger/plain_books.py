@@ -40,7 +40,7 @@ class Receipt:
     index: int = -1  # where it is in the log: seen, not predicted
     claimed: bool = False
     refunded: bool = False
-    taken_back: bool = False  # it does not count as earned any more
+    taken_back: int = 0  # so much of it does not count as earned any more
 
     @property
     def fee(self):
@@ -56,7 +56,7 @@ class Receipt:
 
     @property
     def counts(self):
-        return 0 if self.taken_back else self.rest + self.subsidy
+        return self.rest + self.subsidy - self.taken_back
 
 
 @dataclass
@@ -90,7 +90,7 @@ class PlainBooks:
         self.debts = Counter()
         self.earned, self.taken, self.paid = Counter(), Counter(), Counter()  # by node
         self.let_go, self.forfeited, self.since = Counter(), Counter(), Counter()
-        self.convicted, self.rewarded = set(), set()
+        self.convicted, self.rewarded, self.rewardable = set(), set(), set()
         self.budget, self.era = (0, 0), 0  # most in a period and its length; how often it changed
         self.keyed = {}  # hold id -> [what it counts, when: era and period]
 
@@ -202,7 +202,7 @@ class PlainBooks:
         paid = self._up_to(POOL, r.client, r.pool)
         paid += self._up_to(TREASURY, r.client, r.pool - paid)
         self.debts[r.client] += r.pool - paid
-        r.refunded = r.taken_back = True
+        r.refunded, r.taken_back = True, r.rest + r.subsidy
 
     # -- audits --------------------------------------------------------------------------------
 
@@ -210,7 +210,9 @@ class PlainBooks:
         self.asked.setdefault(digest, False)
         return "applied"
 
-    def answer(self, digest):
+    def answer(self, digest, verdict):
+        if not self.asked[digest]:
+            self.rewardable.add(verdict)
         self.asked[digest] = True
         return "applied"
 
@@ -229,28 +231,46 @@ class PlainBooks:
             if r.node == node and r.tokens and r.index >= self.since[node]
         ]
 
-    def refund(self, digest, how):
+    def refund(self, digest, how, verdict=b""):
         """``how``: by a "verdict", for a "missing" transcript, or by an "admin" without either."""
         r = self.receipts[digest]
         if r.refunded or (how != "admin" and digest not in self.asked):
             return "CONFLICT"
         if how != "admin":
-            self.answer(digest)
+            self.answer(digest, verdict)
         r.refunded = True
-        if how == "missing" and not r.claimed:  # the market pays for its router
+        by_market = how == "missing" and not r.claimed
+        if by_market:  # it pays for its router
             paid = self._up_to(FEE, r.client, r.rest)
         else:
-            r.taken_back = True
-            paid = self._up_to(locked(r.node), r.client, r.rest)
-            self.taken[r.node] += paid
+            paid = self._from_forfeit(r)
+            r.taken_back = self._up_to(locked(r.node), r.client, r.rest - paid)
+            paid += r.taken_back
+            self._free_bond(r.node, r.rest - paid)
             paid += self._up_to(bond(r.node), r.client, r.rest - paid)
         paid += self._up_to(FEE, r.client, r.fee)
         paid += self._up_to(POOL, r.client, r.pool)
         paid += self._up_to(TREASURY, r.client, r.charge - paid)
-        if r.taken_back:
-            self.taken[r.node] += self._up_to(locked(r.node), POOL, r.subsidy)
+        if not by_market:
+            r.taken_back += self._up_to(locked(r.node), POOL, r.subsidy)
+        self.taken[r.node] += r.taken_back
         self.debts[r.client] += r.charge - paid
         return "applied"
+
+    def _from_forfeit(self, r):
+        """A conviction has taken already what was earned before the reinstatement."""
+        if r.index >= self.since[r.node]:
+            return 0
+        paid = self._up_to(TREASURY, r.client, min(r.rest, self.forfeited[r.node]))
+        self.forfeited[r.node] -= paid
+        return paid
+
+    def _free_bond(self, node, amount):
+        """Withdrawals end, the last due first, until the bond can pay."""
+        mine = [(w.due, id_) for id_, w in self.waiting.items() if w.source == bond(node)]
+        for _, id_ in sorted(mine, reverse=True):
+            if self.money[bond(node)] < amount:
+                self._end_waiting(id_, paid=False)
 
     def convict(self, node, change_point, verifier, ppm):
         if node in self.convicted:
@@ -281,7 +301,7 @@ class PlainBooks:
             share = pay * seen // total - before
             self._move(TREASURY, r.client, share)
             self.debts[r.client] += r.charge - share
-            r.refunded = r.taken_back = True
+            r.refunded, r.taken_back = True, r.rest + r.subsidy
         return "applied"
 
     def reinstate(self, node, pay_back):
@@ -291,8 +311,7 @@ class PlainBooks:
         self._move(TREASURY, bond(node), pay_back)
         self.forfeited[node] -= pay_back
         # What it earned until now was forfeited, and makes no room for what it earns from now on.
-        until_now = sum(r.counts for r in self.receipts.values() if r.node == node)
-        self.let_go[node] = max(self.let_go[node], until_now)
+        self.let_go[node] = sum(r.counts for r in self.receipts.values() if r.node == node)
         return "applied"
 
     def may_pay_back(self, node):
@@ -301,7 +320,7 @@ class PlainBooks:
     def reward(self, verdict, verifier, amount, known):
         if not known:
             return "NOT_FOUND"
-        if verdict in self.rewarded:
+        if verdict not in self.rewardable or verdict in self.rewarded:
             return "CONFLICT"
         if amount > self.money[POOL]:
             return "INSUFFICIENT_FUNDS"
@@ -310,6 +329,11 @@ class PlainBooks:
         return "applied"
 
     # -- paying nodes --------------------------------------------------------------------------
+
+    def stuck(self, node):
+        """Locked, and will not be released however long it waits."""
+        counts = sum(r.counts for r in self.receipts.values() if r.node == node)
+        return self.money[locked(node)] - (counts - self.let_go[node])
 
     def releasable(self, node, below, now):
         held_from = min(
@@ -376,6 +400,9 @@ class PlainBooks:
         for waiting in self.waiting.values():
             sums[waiting.source] += waiting.amount
         return sums
+
+    def leaving(self, node):
+        return sum(w.amount for w in self.waiting.values() if w.source == bond(node))
 
     def on_its_way(self, node):
         return sum(w.amount for w in self.waiting.values() if w.source == free(node))

@@ -10,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trueweight.ledger import bundle
+from trueweight.ledger.fsck import check
+from trueweight.ledger.fsck_references import facts_of_operations
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.service import Ledger
 from trueweight.ledger.tiles import WIDTH, Edge
 from trueweight.ledger.values import Leaf
 from trueweight.protos import merkle
+from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.ledger_world import Leg, World
 
 from .conftest import Bench, fsck
-from .test_log import tamper
+from .test_log import books_with_refunds, tamper
 
 CREDIT = 10**9
 
@@ -135,3 +138,68 @@ def test_any_other_log_is_found_though_its_tree_is_consistent(tamperer, data, ch
     change(data.draw, leaves, data.draw(places))
     tamperer.write(leaves)
     assert tamperer.problems()
+
+
+# -- what leaves say of unique facts --------------------------------------------------------------
+
+
+class Sayer(Tamperer):
+    """Books whose leaves of transfers say which unique facts their operations took, from some place
+    on: an older ledger wrote those before. Nobody signs this log."""
+
+    def say(self, since, until=2**62):
+        with self.engine.connect() as connection:
+            facts = facts_of_operations(connection)
+        leaves = []
+        for place, (kind, body) in enumerate(self.leaves):
+            if kind == "transfer":
+                batch = pb.TransferBatch.FromString(body)
+                says = facts.get(batch.operation_id, b"") if since <= place < until else b""
+                batch.facts_sha256 = says
+                body = batch.SerializeToString()  # noqa: PLW2901
+            leaves.append((kind, body))
+        self.write(leaves)
+
+    def problems(self):
+        return check(self.engine, self.world.market_id).problems
+
+
+@pytest.fixture(scope="module")
+def refunded(databases, migrated):
+    return books_with_refunds(databases.copy(migrated))[0]
+
+
+@pytest.fixture
+def sayer(databases, refunded):
+    made = Sayer(databases.copy(refunded), World())
+    yield made
+    made.engine.dispose()
+
+
+@pytest.mark.parametrize("since", [0, 150, 2**62])
+def test_leaves_of_older_ledgers_do_not_say_which_facts_they_took(sayer, since):
+    sayer.say(since)
+    assert sayer.problems() == []
+
+
+def test_whoever_said_facts_once_says_them_always(sayer):
+    sayer.say(0, until=250)
+    assert any("differs from the transfers" in problem for problem in sayer.problems())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE reference SET key = key || 'x' WHERE kind = 'rail:card'",
+        "UPDATE reference SET kind = 'rail:card' WHERE kind = 'rail:bank'",
+        "UPDATE reference SET key = key || '00' WHERE kind = 'conviction'",
+        "INSERT INTO reference SELECT key, 'conviction', operation_id FROM reference "
+        "WHERE kind = 'rail:bank'",
+        "UPDATE node SET released = released + 1 WHERE reinstated > 0 AND convicted = 0",
+        "UPDATE node SET released = released - 1 WHERE reinstated > 0 AND convicted = 0",
+    ],
+)
+def test_fsck_finds_with_what_leaves_say(sayer, change):
+    sayer.say(0)
+    tamper(sayer.url, (change, {}))
+    assert sayer.problems()

@@ -14,7 +14,7 @@ from trueweight.ledger import audits, evidence, servicer
 from trueweight.ledger import service as service_module
 from trueweight.ledger import writer as writer_module
 from trueweight.ledger.books import Books
-from trueweight.ledger.core import MAX_CONVICTIONS
+from trueweight.ledger.core import MOST_IN_CALL
 from trueweight.ledger.court import court_of
 from trueweight.ledger.pipeline import Call
 from trueweight.ledger.writer import Writer
@@ -404,9 +404,10 @@ async def test_attack_a_verifier_asks_for_convictions_without_end(bench, queued)
     world = bench.world
     results = await bench.do("verifier", *(world.convict(f"n{i}", 0) for i in range(500)))
     codes = [r.code for r in results]
-    assert codes == ["CONFLICT"] * MAX_CONVICTIONS + ["OVER_CAPACITY"] * (500 - MAX_CONVICTIONS)
+    most = MOST_IN_CALL["convict"]
+    assert codes == ["CONFLICT"] * most + ["OVER_CAPACITY"] * (500 - most)
     # They take more of the queue than others, so that a caller cannot line up many of them.
-    assert queued[0].size > MAX_CONVICTIONS * 500
+    assert queued[0].size > most * 500
 
 
 async def test_attack_a_call_that_takes_long_to_check_keeps_nobody_waiting(bench, queued):

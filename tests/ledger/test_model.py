@@ -94,6 +94,8 @@ INTERESTING = [
     ("refunded by", "missing"),
     ("refunded by", "admin"),
     ("refunded out of", "a bond"),
+    ("refunded out of", "a bond that was being withdrawn"),
+    ("refunded out of", "what was forfeited"),
     ("released", "not past an audit that is owed"),
     ("subsidy", "paid"),
     ("subsidy", "taken back"),
@@ -446,7 +448,7 @@ class Machine(RuleBasedStateMachine):
         verdict = self.world.verdict(digest, node, audit_pb2.Verdict.SCORED)
         for _ in range(1 + twice):
             result = self.apply("verifier", self.world.publish(verdict))
-            assert result == [self.model.answer(digest)]
+            assert result == [self.model.answer(digest, digest_of(verdict))]
         return digest_of(verdict)
 
     @rule(
@@ -461,8 +463,10 @@ class Machine(RuleBasedStateMachine):
         receipt = self.model.receipts[digest]
         operation = self._refund_operation(digest, receipt.node, how)
         by = "admin" if how == "admin" else "verifier"
-        in_bond, subsidy = self.model.money[bond(receipt.node)], receipt.counts - receipt.rest
-        answer = self.model.refund(digest, how)
+        in_bond, subsidy = self.model.money[bond(receipt.node)], receipt.subsidy
+        leaving, forfeit = self.model.leaving(receipt.node), self.model.forfeited[receipt.node]
+        verdict = digest_of(operation.refund.verdict) if how != "admin" else b""
+        answer = self.model.refund(digest, how, verdict)
         assert self.apply(by, operation) == [answer]
         again = self._refund_operation(digest, receipt.node, how)
         if answer != "applied":
@@ -471,8 +475,12 @@ class Machine(RuleBasedStateMachine):
         assert self.apply(by, again) == ["CONFLICT"]
         SEEN["refunded by", how] += 1
         SEEN["refunded out of", "a bond"] += in_bond > self.model.money[bond(receipt.node)]
-        SEEN["subsidy", "taken back"] += receipt.taken_back and subsidy > 0
-        return digest_of(operation.refund.verdict) if how != "admin" else multiple()
+        stays = leaving > self.model.leaving(receipt.node)
+        SEEN["refunded out of", "a bond that was being withdrawn"] += stays
+        left = forfeit - self.model.forfeited[receipt.node]
+        SEEN["refunded out of", "what was forfeited"] += left > 0
+        SEEN["subsidy", "taken back"] += receipt.taken_back > 0 and subsidy > 0
+        return verdict or multiple()
 
     def _refund_operation(self, digest, node, how):
         if how == "admin":
@@ -486,14 +494,17 @@ class Machine(RuleBasedStateMachine):
         node=NODES,
         tokens=st.integers(100, 300),
         how=st.sampled_from(["verdict", "missing", "admin"]),
+        leaving=st.booleans(),
     )
-    def refund_what_was_released(self, node, tokens, how):
+    def refund_what_was_released(self, node, tokens, how, leaving):
         """So that it comes out of the bond, or the treasury, or is owed."""
         self.deposit("a", 110_000)
         made = self.whole_request("a", 110_000, node, tokens, False)
         self.bond_deposit(node, 20_000)
         self.wait(WINDOW_MS, False)
         self.release(node, 0, 9)
+        if leaving:
+            self.bond_withdraw(node, 1, 60_000)
         for digest in made.values:
             self.refund(digest, how, True)
         return made
@@ -583,6 +594,9 @@ class Machine(RuleBasedStateMachine):
         if answer == "applied":
             self.model.since[name] = self.done[-1].answers[0].log_index + 1
             self.old_convictions[name] = self.accused.pop(name)
+            paid = [d for d, r in self.model.receipts.items() if r.node == name and r.charge]
+            for digest in paid[:2]:
+                self.refund(digest, "admin", False)
 
     @rule(
         verdict=verdicts,
@@ -759,6 +773,7 @@ class Machine(RuleBasedStateMachine):
             mine = available.get(locked(node), 0) + available.get(free(node), 0)
             given = model.on_its_way(node) + model.paid[node] + model.taken[node]
             assert mine + given == model.earned[node]
+            assert node in model.convicted or not model.stuck(node)
         assert available.get(TREASURY, 0) >= 0
 
     @invariant()

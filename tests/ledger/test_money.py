@@ -524,8 +524,9 @@ async def test_a_later_leg_earns_a_subsidy_from_the_pool_as_far_as_it_reaches(be
 async def test_reward_pays_a_verifier_once_per_verdict(bench):
     world = bench.world
     await funded(bench)
-    await captured(bench, Leg(world.node[0], output=4000, billed_output=4000))
-    verdict = world.verdict(b"r" * 32, world.node[0].identity, audit_pb2.Verdict.SCORED)
+    (digest,) = await captured(bench, Leg(world.node[0], output=4000, billed_output=4000))
+    await bench.must("verifier", world.request(digest))
+    verdict = world.verdict(digest, world.node[0].identity, audit_pb2.Verdict.SCORED)
     body = pb.Reward(
         verifier_id=world.identity("verifier"), amount_nano=100, verdict_digest=digest_of(verdict)
     )

@@ -256,30 +256,83 @@ async def test_a_budget_for_a_day_is_free_again_the_next_day(bench, earned, run)
     assert [r.code for r in await bench.do("router", again)] == [""]
 
 
-async def test_every_verdict_is_rewarded_once_however_often_the_command_runs(bench, earned, run):
-    world = bench.world
-    digest = digest_of(earned.capture.receipts[0])
-    for outcome in (audit_pb2.Verdict.SCORED, audit_pb2.Verdict.UNCALIBRATED):
-        verdict = world.verdict(digest, world.node[0].identity, outcome)
-        await bench.as_("verifier").publish(verdict)
+async def test_every_audit_is_rewarded_once_however_often_the_command_runs(bench, earned, run):
+    world, node = bench.world, bench.world.node[0]
+    hold = world.hold("acme", CREDIT // 2)
+    second = world.capture(hold.id, Leg(node))
+    await bench.must("router", hold, second)
+    for capture in (earned, second):
+        digest = digest_of(capture.capture.receipts[0])
+        await bench.must("verifier", world.request(digest))
+        for outcome in (audit_pb2.Verdict.SCORED, audit_pb2.Verdict.UNCALIBRATED):
+            await bench.as_("verifier").publish(world.verdict(digest, node.identity, outcome))
     pool = await bench.available("pool:market")
     assert await run("reward", "0.000001") == (0, {"verdicts": 2, "credits": "0.000002"})
-    assert await run("reward", "0.000001") == (0, {"verdicts": 0, "credits": "0"})
-    assert await bench.available(f"verifier:{world.identity('verifier')}") == 2000
+    for price in ("0.000001", "0.000002"):
+        assert await run("reward", price) == (0, {"verdicts": 0, "credits": "0"})
+    verifier = world.identity("verifier")
+    assert await bench.available(f"verifier:{verifier}") == 2000
     assert await bench.available("pool:market") == pool - 2000
+    # He has it paid out by himself.
+    run.signer = world.signers["verifier"]
+    code, paid = await run("payout", f"verifier:{verifier}", "0.000002", "--reference", "june")
+    assert (code, paid["status"]) == (0, "applied")
+    assert await bench.available(f"verifier:{verifier}") == 0
+    for account in ("fee:market", "client:acme"):
+        code, error = await run("payout", account, "0.000001", "--reference", account)
+        assert code and error.code == "PERMISSION_DENIED"
 
 
-async def test_what_remains_owed_is_listed(bench, earned, run):
+async def test_the_market_is_paid_out_and_clients_get_back_what_they_did_not_spend(
+    bench, earned, run
+):
+    for account in ("fee:market", "client:acme"):
+        before = await bench.available(account)
+        code, paid = await run("payout", account, "0.000001", "--reference", account)
+        assert (code, paid["status"]) == (0, "applied")
+        assert await bench.available(account) == before - 1000
+    for account in (
+        "treasury:market",
+        "pool:market",
+        f"node-locked:{bench.world.node[0].identity}",
+    ):
+        code, error = await run("payout", account, "0.000001", "--reference", account)
+        assert code and error.code == "INVALID_REQUEST"
+
+
+async def test_a_deposit_and_a_bond_may_have_one_reference(bench, earned, run):
+    node = bench.world.node[0].identity
+    for arguments in (("deposit", "client:acme"), ("bond", node)):
+        code, done = await run(*arguments, "1", "--rail", "card", "--reference", "invoice-7")
+        assert code == 0 or done.code == "CONFLICT", done
+
+
+async def test_what_remains_owed_is_listed_and_paid_once(bench, earned, run):
     world, node = bench.world, bench.world.node[0].identity
     digest = digest_of(earned.capture.receipts[0])
+    # Its earnings were released before, and its bond is a little less.
+    share = await bench.available(f"node-available:{node}")
+    await bench.must("admin", world.bond(node, share - 1000))
     await bench.must("verifier", world.request(digest), world.refund(digest, node))
     code, rows = await run("debts", "--database", bench.url)
-    # Its earnings were released before: nobody but the market's shares could pay.
     assert code == 0
-    assert [row["creditor"] for row in rows] == ["client:acme"]
-    owed = int(rows[0]["owed"])
-    charge = CREDIT - await bench.available("client:acme")
-    assert owed == charge > 0
+    assert [(row["creditor"], row["owed"]) for row in rows] == [("client:acme", "1000")]
+    arguments = ("pay-debt", rows[0]["operation"], "client:acme")
+    code, error = await run(*arguments)
+    assert code and error.code == "INSUFFICIENT_FUNDS"
+    # Fees come in.
+    hold = world.hold("acme", CREDIT // 2)
+    await bench.must("router", hold, world.capture(hold.id, Leg(world.node[1])))
+    had = await bench.available("client:acme")
+    assert (await run(*arguments))[1]["status"] == "applied"
+    assert (await run(*arguments))[1]["status"] == "replayed"
+    assert await bench.available("client:acme") == had + 1000
+    assert await run("debts", "--database", bench.url) == (0, [])
+    body = pb.PayDebt(operation_id=bytes.fromhex(rows[0]["operation"]), creditor="client:acme")
+    (again,) = await bench.do("admin", pb.Operation(id=world.new_id(), pay_debt=body))
+    assert again.code == "CONFLICT"
+    code, error = await run("pay-debt", "00" * 16, "client:acme")
+    assert code and error.code == "NOT_FOUND"
 
 
 async def test_a_conviction_is_taken_back_by_a_command(bench, run, monkeypatch):

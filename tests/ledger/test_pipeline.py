@@ -75,6 +75,7 @@ class Side:
             deliver=self._deliver,
             committed=lambda *_: None,
             became_writer=lambda: None,
+            stands_by=lambda: None,
             revocations=lambda: 0,
         )
         self.pipeline = Pipeline(self.books, hooks, LazyExecutor(), lambda: None)

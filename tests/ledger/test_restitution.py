@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from trueweight.ledger import earned, restitution
 from trueweight.ledger.backend import open_backend
 from trueweight.ledger.books import Books
+from trueweight.ledger.core import MOST_IN_CALL, bounded
 from trueweight.ledger.court import court_of, with_key_events
 from trueweight.ledger.findings import Findings
 from trueweight.ledger.fsck_restitution import check_restitutions
@@ -315,6 +316,34 @@ def test_releases_add_up_a_long_history_in_steps_and_remember_it(market, monkeyp
     goal = earned.Goal(until_unix_ms=market.world.now - market.world.window_ms)
     total = earned.Earnings().read(market.books._backend, earned.Key(market.node), goal)
     assert market.books._backend.query("SELECT released FROM node") == [(total,)]
+
+
+def test_attack_releases_of_one_call_that_lie_far_apart_keep_everybody_waiting(market, monkeypatch):
+    """Each would read as many captures as one may, forth and back again."""
+    market.serve(SERVED)
+    market.world.now += market.world.window_ms
+    looked = []
+    query = market.books._backend.query
+
+    def note(sql, values=()):
+        if " leg " in sql and "LIMIT" in sql:
+            looked.append(values[-1])
+        return query(sql, values)
+
+    monkeypatch.setattr(market.books._backend, "query", note)
+    ends = [10**9 if at % 2 else 0 for at in range(300)]
+    calls = [market.world.release(market.node, 0, below) for below in ends]
+    signer = market.world.signers["verifier"].identity
+    call = bounded([prepare(operation, signer, market.court) for operation in calls])
+    outcomes = market.books.apply([call], market.world.now).outcomes[0]
+    codes = [o.error.code if o.error else "" for o in outcomes]
+    most = MOST_IN_CALL["release"]
+    assert set(codes[most:]) == {"OVER_CAPACITY"}
+    assert "UNAVAILABLE" in codes[:most]
+    assert looked.count(earned.STEPS[-1]) == 1
+    market.finish()
+    market.must("verifier", market.world.release(market.node))
+    assert market.available(f"node-locked:{market.node}") == 0
 
 
 def test_sums_go_back_before_an_audit_that_is_owed_and_forth_again(market):
