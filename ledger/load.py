@@ -1,4 +1,4 @@
-"""Which rows a group of operations may touch, and reading them into a Snapshot."""
+"""Reading the rows that a group of operations may touch into a Snapshot."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from typing import Any, TypeVar
 
 from trueweight.ledger import restitution
 from trueweight.ledger.accounts import (
-    EXTERNAL,
-    FEE_ACCOUNT,
-    POOL_ACCOUNT,
     TREASURY_ACCOUNT,
     Account,
-    clearing_of,
-    external,
-    kind_of,
-    node_available,
     node_bond,
     node_locked,
-    paid_out_of,
 )
 from trueweight.ledger.audits import VerdictRow
 from trueweight.ledger.backend import Backend
@@ -30,12 +22,9 @@ from trueweight.ledger.dockets import FIRST_VERDICTS, Dockets, read_cases
 from trueweight.ledger.earned import ENDLESS, Earnings, Goal, Key
 from trueweight.ledger.evidence import (
     CaptureFacts,
-    ClaimFacts,
     ConvictFacts,
-    PublishFacts,
-    RefundFacts,
 )
-from trueweight.ledger.movements import paid_to, settled_by
+from trueweight.ledger.needs import MARKET_ACCOUNTS, Needs, add_settled, needs_of
 from trueweight.ledger.requests import NONE, RequestRow, held_since_unix_ms
 from trueweight.ledger.values import (
     OPEN,
@@ -54,7 +43,6 @@ from trueweight.ledger.values import (
     conviction_key,
 )
 
-_MARKET = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
 _MAX_CACHED = 200_000
 # Unanswered audits among which a release looks for the oldest: they come in the order of the log,
 # unless a clock was set back.
@@ -136,32 +124,6 @@ class Cache:
             self.open_holds.clear()
 
 
-@dataclass(slots=True)
-class Needs:
-    """Keys that a group may touch."""
-
-    accounts: set[str] = field(default_factory=set)
-    pendings: set[bytes] = field(default_factory=set)
-    legs: set[bytes] = field(default_factory=set)
-    # Receipts that are to be refunded.
-    refunds: set[bytes] = field(default_factory=set)
-    claims: set[bytes] = field(default_factory=set)
-    references: set[tuple[str, str]] = field(default_factory=set)
-    # Debts that are to be paid: operation and creditor.
-    debts: set[tuple[bytes, str]] = field(default_factory=set)
-    spending: set[str] = field(default_factory=set)
-    nodes: set[str] = field(default_factory=set)
-    digests: set[bytes] = field(default_factory=set)
-    # Receipts that an audit was asked for.
-    audited: set[bytes] = field(default_factory=set)
-    # Receipts that a verdict is about, or a commitment to one.
-    judged: set[bytes] = field(default_factory=set)
-    # Bonds out of which somebody withdraws, or whose withdrawals end.
-    bonds: set[str] = field(default_factory=set)
-    # (node, "<node>:<verifier>") of convictions: their references depend on the node's row.
-    convictions: set[tuple[str, str]] = field(default_factory=set)
-
-
 _NOTHING = Book(Snapshot())
 
 
@@ -190,25 +152,13 @@ def load(
     last = recent or _NOTHING
     applied = _applied(backend, operations)
     _overlay(applied, last.applied, {op.id for op in operations})
-    needs = _needs(op for op in operations if op.error is None and op.id not in applied)
+    needs = needs_of(op for op in operations if op.error is None and op.id not in applied)
     first, special = operations[0], {}
     if first.error is None and first.id not in applied:
         special = _special(backend, cache, first, needs, terms=terms, now_unix_ms=now_unix_ms)
-    pendings = _pendings(backend, cache, needs)
-    _overlay(pendings, last.pendings, needs.pendings)
-    for pending in pendings.values():
-        needs.accounts.add(pending.debit)
-        needs.accounts.add(pending.credit)
-        if pending.api_key_id:
-            needs.spending.add(pending.api_key_id)
-        if pending.kind == WITHDRAWAL:
-            needs.bonds.add(pending.debit)
-    _add_settled(needs, operations)
-    legs = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
-    _overlay(legs, last.legs, needs.legs)
-    needs.claims.update(leg.hold_id for leg in legs.values())
-    for leg in legs.values():
-        needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
+    pendings = _pendings(backend, cache, needs, last)
+    add_settled(needs, operations)
+    legs = _legs(backend, needs, last)
     if needs.refunds:
         needs.nodes.update(leg.node_id for leg in legs.values())
         withdrawals = _add_liable_bonds(backend, needs, operations, legs, last)
@@ -273,107 +223,6 @@ def _applied(backend: Backend, operations: Sequence[Prepared]) -> dict[bytes, Ap
     return {row[0]: Applied(*row) for row in rows}
 
 
-def _needs(operations: Iterable[Prepared]) -> Needs:
-    needs = Needs()
-    for op in operations:
-        _add_needs(needs, op)
-    return needs
-
-
-def _add_needs(needs: Needs, op: Prepared) -> None:
-    body, facts = op.body, op.facts
-    if op.kind == "hold":
-        needs.accounts.update((body.account, clearing_of(body.account)))
-        if body.api_key_id:
-            needs.spending.add(body.api_key_id)
-    elif isinstance(facts, CaptureFacts):
-        needs.pendings.add(facts.hold_id)
-        needs.claims.add(facts.hold_id)
-        needs.accounts.update(_MARKET)
-        for leg in facts.legs:
-            needs.accounts.add(node_locked(leg.node_id))
-            needs.legs.add(leg.receipt_digest)
-            needs.nodes.add(leg.node_id)
-    elif isinstance(facts, ClaimFacts):
-        needs.pendings.add(facts.hold_id)
-        needs.claims.add(facts.hold_id)
-        needs.legs.add(facts.receipt_digest)
-    elif isinstance(facts, RefundFacts):
-        needs.refunds.add(facts.receipt_digest)
-        needs.references.add(("refund", facts.receipt_digest.hex()))
-        needs.legs.add(facts.receipt_digest)
-        needs.accounts.update(_MARKET)
-        if facts.verdict is not None:
-            _add_publication(needs, facts.verdict)
-    else:
-        _add_rare_needs(needs, op)
-
-
-def _add_rare_needs(needs: Needs, op: Prepared) -> None:
-    body, kind = op.body, op.kind
-    if kind in ("deposit", "bond_deposit"):
-        target = body.account if kind == "deposit" else node_bond(body.node_id)
-        needs.accounts.update((external(body.rail), target))
-        needs.references.add((f"rail:{body.rail}", body.reference))
-    elif kind == "void_hold":
-        needs.pendings.add(body.hold_id)
-        needs.claims.add(body.hold_id)
-    elif kind == "payout_start":
-        source = paid_out_of(body.node_id, body.account)
-        needs.accounts.update((source, external(body.rail)))
-    elif kind == "pay_debt":
-        needs.debts.add((body.operation_id, body.creditor))
-        needs.accounts.update((TREASURY_ACCOUNT, FEE_ACCOUNT, paid_to(body.creditor)))
-        needs.references.add(("debt", f"{body.operation_id.hex()}:{body.creditor}"))
-    elif kind == "bond_withdraw":
-        needs.accounts.update((node_bond(body.node_id), external("bond")))
-        needs.bonds.add(node_bond(body.node_id))
-    elif kind == "payout_settle":
-        needs.pendings.add(body.payout_id)
-    elif kind == "reward":
-        needs.accounts.update((POOL_ACCOUNT, f"verifier:{body.verifier_id}"))
-        needs.digests.add(body.verdict_digest)
-        needs.references.add(("reward", f"{body.verifier_id}:{body.verdict_digest.hex()}"))
-    elif kind == "set_spending_limit":
-        needs.spending.add(body.api_key_id)
-    elif kind == "publish":
-        _add_publication(needs, op.facts)
-    elif kind == "reinstate":
-        needs.digests.add(op.facts.published.digest)
-        needs.nodes.add(op.facts.node_id)
-        node = op.facts.node_id
-        needs.accounts.update((TREASURY_ACCOUNT, node_bond(node), node_locked(node)))
-    elif kind == "release":
-        needs.nodes.add(body.node_id)
-        needs.accounts.update((node_locked(body.node_id), node_available(body.node_id)))
-
-
-def _add_settled(needs: Needs, operations: Sequence[Prepared]) -> None:
-    """References of settled payouts, on every rail of the group: the payout that one settles, and
-    with it the rail, may itself be of this group."""
-    settled = {op.body.reference for op in operations if op.kind == "payout_settle" and op.body}
-    if settled - {""}:
-        rails = [account for account in needs.accounts if kind_of(account) == EXTERNAL]
-        needs.references.update((settled_by(rail), key) for rail in rails for key in settled)
-
-
-def _add_publication(needs: Needs, facts: PublishFacts) -> None:
-    needs.digests.add(facts.digest)
-    if facts.conviction:
-        node = facts.conviction.rpartition(":")[0]
-        needs.nodes.add(node)
-        needs.convictions.add((node, facts.conviction))
-    if facts.verdict is not None:
-        needs.audited.add(facts.verdict.receipt_digest)
-        needs.judged.add(facts.verdict.receipt_digest)
-        needs.legs.add(facts.verdict.receipt_digest)
-    if facts.commitment is not None:
-        needs.judged.add(facts.commitment.receipt_digest)
-    if facts.request is not None:
-        needs.audited.add(facts.request.receipt_digest)
-        needs.legs.add(facts.request.receipt_digest)
-
-
 def _special(
     backend: Backend, cache: Cache, op: Prepared, needs: Needs, *, terms: Terms, now_unix_ms: int
 ) -> dict[str, object]:
@@ -412,7 +261,7 @@ def _due_holds(
         due = due[: _payable(backend, [p.id for p in due])]
     needs.pendings.update(p.id for p in due)
     needs.claims.update(p.id for p in due)
-    needs.accounts.update(_MARKET)
+    needs.accounts.update(MARKET_ACCOUNTS)
     for claims in _claims(backend, needs.claims).values():
         needs.accounts.update(node_locked(c.node_id) for c in claims)
         needs.nodes.update(c.node_id for c in claims)
@@ -506,7 +355,7 @@ def _conviction(
     needs.convictions.update((node, f"{node}:{v}") for v in terms.verifiers)
     needs.accounts.update(
         (
-            *_MARKET,
+            *MARKET_ACCOUNTS,
             node_locked(node),
             node_bond(node),
             restitution.set_aside(node),
@@ -594,11 +443,30 @@ def _judged(backend: Backend, wanted: set[bytes], last: Book) -> set[tuple[str, 
     return found | {key for key in last.judged if key[1] in wanted}
 
 
-def _pendings(backend: Backend, cache: Cache, needs: Needs) -> dict[bytes, Pending]:
+def _pendings(backend: Backend, cache: Cache, needs: Needs, last: Book) -> dict[bytes, Pending]:
+    """Pending transfers; what they touch is needed too."""
     found = {id_: cache.open_holds[id_] for id_ in needs.pendings if id_ in cache.open_holds}
     missing = needs.pendings - found.keys()
     if missing:
         found.update({row[0]: Pending(*row) for row in backend.by_keys(_PENDINGS, "id", missing)})
+    _overlay(found, last.pendings, needs.pendings)
+    for pending in found.values():
+        needs.accounts.add(pending.debit)
+        needs.accounts.add(pending.credit)
+        if pending.api_key_id:
+            needs.spending.add(pending.api_key_id)
+        if pending.kind == WITHDRAWAL:
+            needs.bonds.add(pending.debit)
+    return found
+
+
+def _legs(backend: Backend, needs: Needs, last: Book) -> dict[bytes, Leg]:
+    """Settled receipts; what undoing them touches is needed too."""
+    found = {row[0]: Leg(*row) for row in backend.by_keys(_LEGS, "receipt_digest", needs.legs)}
+    _overlay(found, last.legs, needs.legs)
+    needs.claims.update(leg.hold_id for leg in found.values())
+    for leg in found.values():
+        needs.accounts.update((leg.client, node_locked(leg.node_id), node_bond(leg.node_id)))
     return found
 
 
