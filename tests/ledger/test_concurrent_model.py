@@ -98,13 +98,10 @@ class Money:
         return "CONFLICT" if id_ in self.settled else "NOT_FOUND"
 
     def releasable(self, node):
-        """The window is over at once; what was refunded does not count."""
-        counts = sum(
-            rest_of(charge)
-            for digest, (_, by, charge) in self.receipts.items()
-            if by == node and digest not in self.refunded
-        )
-        return max(0, min(counts - self.let_go[node], self.locked[node]))
+        """The window is over at once: all that refunds have left of what it earned."""
+        left = self.earned[node] - self.taken[node] - self.let_go[node]
+        assert left == self.locked[node]
+        return left
 
     def do(self, op):
         """Applies an operation that is allowed."""
