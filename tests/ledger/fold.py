@@ -45,7 +45,7 @@ class Fold:
                 self._resolve(bytes(pending_id), (debit, credit), amount)
             if name in ("capture", "claim"):
                 self.captured[debit] += amount
-            if name == "refund":
+            if name in ("refund", "debt"):
                 self.refunded[credit] += amount
             self._count(1, debit, credit, amount)
 

@@ -331,6 +331,8 @@ TAMPERINGS = {
     "all is in another currency": "UPDATE account SET currency = 'EURO'",
     "what adds up to nothing is in another currency": "UPDATE account SET currency = 'EURO' WHERE credits_posted = debits_posted AND credits_pending = debits_pending",
     "a period starts later": "UPDATE spending SET period_from = period_from + 1 WHERE period_ms > 0",
+    "a period has started long ago": "UPDATE spending SET period_from = 0 WHERE period_ms > 0",
+    "a period is shorter": "UPDATE spending SET period_ms = 1 WHERE period_ms > 0",
     "a period starts in no budget": "UPDATE spending SET period_ms = 0 WHERE period_ms > 0",
     "a period has no number": "UPDATE spending SET period_no = 0, period_spent = 0 WHERE period_ms > 0",
     "a budget allows nothing": "UPDATE spending SET period_limit = 0 WHERE period_ms > 0",
