@@ -22,6 +22,7 @@ from trueweight.ledger.values import (
     REASON_NO,
     SINGLE,
     VOIDED,
+    WITHDRAWAL,
     Applied,
     Claim,
     Debt,
@@ -93,7 +94,6 @@ class Book:
         self.spending: dict[str, Spending] = {}
         self.nodes: dict[str, NodeRow] = {}
         self.restitutions: dict[str, Restitution] = {}
-        self.open_withdrawals: dict[str, int] = {}
         self.published: dict[bytes, int] = {}
         self.verdicts: dict[int, VerdictRow] = {}
         self.steps: dict[int, StepRow] = {}
@@ -187,13 +187,13 @@ class Book:
         known = self.restitutions.get(node_id) or self.snapshot.restitutions.get(node_id)
         return known if known is not None and known.is_open else None
 
-    def count_withdrawals(self, bond_account: str, change: int) -> int:
-        """How many are open after a change."""
-        known = self.open_withdrawals.get(bond_account)
-        if known is None:
-            known = self.snapshot.open_withdrawals.get(bond_account, 0)
-        self.put(self.open_withdrawals, bond_account, known + change)
-        return known + change
+    def withdrawals_of(self, bond: str) -> list[Pending]:
+        """Those of a bond that are open."""
+        known = {pending.id: pending for pending in self.snapshot.withdrawals.get(bond, ())}
+        for pending in self.pendings.values():
+            if pending.kind == WITHDRAWAL and pending.debit == bond:
+                known[pending.id] = pending
+        return [pending for pending in known.values() if pending.state == OPEN]
 
     def request(self, key: tuple[str, bytes]) -> RequestRow | None:
         return self.requests.get(key) or self.snapshot.requests.get(key)

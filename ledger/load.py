@@ -87,7 +87,6 @@ _WITHDRAWN = (
     f"SELECT {', '.join(PENDING_COLUMNS)} FROM (SELECT * FROM pending "  # noqa: S608
     f"WHERE kind = {WITHDRAWAL} AND state = {OPEN}) p"
 )
-_WITHDRAWALS = _WITHDRAWN.replace(", ".join(PENDING_COLUMNS), "debit")
 _VERDICTS = f"SELECT {', '.join(VerdictRow._fields)} FROM verdict"  # noqa: S608
 _EVIDENCE = ("SELECT digest, log_index FROM evidence", "digest")
 K = TypeVar("K")
@@ -161,9 +160,9 @@ def load(
     legs = _legs(backend, needs, last)
     if needs.refunds:
         needs.nodes.update(leg.node_id for leg in legs.values())
-        withdrawals = _add_liable_bonds(backend, needs, operations, legs, last)
-        pendings.update((p.id, p) for p in withdrawals)
-        special["withdrawals"] = withdrawals
+        needs.bonds |= _liable_bonds(needs, operations, legs)
+    withdrawals = _withdrawals(backend, needs, last)
+    pendings.update((p.id, p) for of_bond in withdrawals.values() for p in of_bond)
     claims = _claims(backend, needs.claims) if _any_claims(backend, cache) else {}
     _overlay(claims, last.claims, needs.claims)
     nodes = {k: NodeRow(*row) for k, row in _by_first(backend, _NODES, needs.nodes)}
@@ -189,7 +188,7 @@ def load(
         spending=spending,
         nodes=nodes,
         restitutions=open_restitutions(backend, cache),
-        open_withdrawals=_open_withdrawals(backend, needs.bonds, last),
+        withdrawals=withdrawals,
         published=published,
         requests=_requests(backend, needs.audited, last),
         commitments=_commitments(backend, needs.judged, last),
@@ -240,11 +239,31 @@ def _special(
     return {}
 
 
-def _open_withdrawals(backend: Backend, bonds: set[str], last: Book) -> Mapping[str, int]:
-    found: Mapping[str, int] = Counter(
-        row[0] for row in backend.by_keys(_WITHDRAWALS, "debit", bonds)
-    )
-    return {**found, **{k: v for k, v in last.open_withdrawals.items() if k in bonds}}
+def _withdrawals(backend: Backend, needs: Needs, last: Book) -> dict[str, list[Pending]]:
+    """Open withdrawals by bond; what ending them touches is needed too."""
+    bonds = needs.bonds
+    if not bonds:
+        return {}
+    found = {row[0]: Pending(*row) for row in backend.by_keys(_WITHDRAWN, "debit", bonds)}
+    found |= {p.id: p for p in last.pendings.values() if p.kind == WITHDRAWAL and p.debit in bonds}
+    needs.accounts |= bonds
+    by_bond: dict[str, list[Pending]] = {}
+    for pending in found.values():
+        if pending.state == OPEN:
+            needs.accounts.add(pending.credit)
+            by_bond.setdefault(pending.debit, []).append(pending)
+    return by_bond
+
+
+def _liable_bonds(
+    needs: Needs, operations: Sequence[Prepared], legs: Mapping[bytes, Leg]
+) -> set[str]:
+    """Of the nodes whose receipts are refunded: they may be settled by this very group."""
+    liable = {legs[digest].node_id for digest in needs.refunds if digest in legs}
+    for op in operations:
+        if isinstance(op.facts, CaptureFacts) and op.error is None:
+            liable |= {leg.node_id for leg in op.facts.legs if leg.receipt_digest in needs.refunds}
+    return {node_bond(node) for node in liable}
 
 
 def _due_holds(
@@ -348,10 +367,9 @@ def _conviction(
     rows = backend.query("SELECT reinstated FROM node WHERE node_id = ?", (node,))
     since = int(rows[0][0]) if rows else 0
     legs = _node_legs(backend, (node, max(since, facts.change_point), ENDLESS), needs)
-    withdrawals = [Pending(*row) for row in backend.by_keys(_WITHDRAWN, "debit", [node_bond(node)])]
+    needs.bonds.add(node_bond(node))
     needs.nodes.add(node)
     needs.digests.add(facts.published.digest)
-    needs.pendings.update(p.id for p in withdrawals)
     needs.convictions.update((node, f"{node}:{v}") for v in terms.verifiers)
     needs.accounts.update(
         (
@@ -363,7 +381,7 @@ def _conviction(
         )
     )
     cases = read_cases(backend, cache.dockets, terms.verifiers, (node, since))
-    return {"node_legs": legs, "withdrawals": withdrawals, "cases": cases}
+    return {"node_legs": legs, "cases": cases}
 
 
 def _debts(
@@ -391,27 +409,6 @@ def _rewardable(
     rows = backend.by_keys(_VERDICTS, "log_index", wanted)
     found = {row[0]: VerdictRow(*row) for row in rows}
     return found | {index: v for index, v in last.verdicts.items() if index in wanted}
-
-
-def _add_liable_bonds(
-    backend: Backend,
-    needs: Needs,
-    operations: Sequence[Prepared],
-    legs: Mapping[bytes, Leg],
-    last: Book,
-) -> list[Pending]:
-    """Open withdrawals of the bonds that are liable for refunds. A receipt that is refunded may be
-    settled by this very group."""
-    liable = {legs[digest].node_id for digest in needs.refunds if digest in legs}
-    for op in operations:
-        if isinstance(op.facts, CaptureFacts) and op.error is None:
-            liable |= {leg.node_id for leg in op.facts.legs if leg.receipt_digest in needs.refunds}
-    bonds = {node_bond(node) for node in liable}
-    found = {row[0]: Pending(*row) for row in backend.by_keys(_WITHDRAWN, "debit", bonds)}
-    found |= {p.id: p for p in last.pendings.values() if p.kind == WITHDRAWAL and p.debit in bonds}
-    needs.bonds |= bonds
-    needs.accounts |= bonds | {pending.credit for pending in found.values()}
-    return [pending for pending in found.values() if pending.state == OPEN]
 
 
 def _about_receipts(
@@ -455,8 +452,6 @@ def _pendings(backend: Backend, cache: Cache, needs: Needs, last: Book) -> dict[
         needs.accounts.add(pending.credit)
         if pending.api_key_id:
             needs.spending.add(pending.api_key_id)
-        if pending.kind == WITHDRAWAL:
-            needs.bonds.add(pending.debit)
     return found
 
 

@@ -153,7 +153,7 @@ def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
         "",
     )
     book.reserve(pending, "bond-withdrawal")
-    if book.count_withdrawals(pending.debit, 1) > MAX_WITHDRAWALS:
+    if len(book.withdrawals_of(pending.debit)) > MAX_WITHDRAWALS:
         raise Conflict(
             f"at most {MAX_WITHDRAWALS} withdrawals of a bond may be open",
             hint="One must be settled before the next.",
@@ -163,14 +163,13 @@ def bond_withdraw(book: Book, op: Prepared, terms: Terms) -> int:
 
 def free_bond(book: Book, bond: str, amount: int) -> None:
     """Ends withdrawals of a bond, the last due first, until so much of it is available."""
-    known = {p.id: p for p in book.snapshot.withdrawals if p.debit == bond}
-    known |= {p.id: p for p in book.pendings.values() if p.kind == WITHDRAWAL and p.debit == bond}
-    for pending in sorted(known.values(), key=lambda p: (p.due_unix_ms, p.id), reverse=True):
+    if book.available(bond) >= amount:
+        return
+    open_ = book.withdrawals_of(bond)
+    for pending in sorted(open_, key=lambda p: (p.due_unix_ms, p.id), reverse=True):
+        book.resolve(pending, VOIDED, 0, "bond-withdrawal")
         if book.available(bond) >= amount:
             return
-        if pending.state == OPEN:
-            book.resolve(pending, VOIDED, 0, "bond-withdrawal")
-            book.count_withdrawals(bond, -1)
 
 
 def payout_settle(book: Book, op: Prepared) -> int:
@@ -181,8 +180,6 @@ def payout_settle(book: Book, op: Prepared) -> int:
         raise NotFound("there is no such payout")
     if body.paid and pending.kind == WITHDRAWAL and pending.due_unix_ms > book.now:
         raise Conflict("the bond may not be paid out yet")
-    if pending.kind == WITHDRAWAL and pending.state == OPEN:
-        book.count_withdrawals(pending.debit, -1)
     state, posted = (CAPTURED, pending.amount) if body.paid else (VOIDED, 0)
     book.resolve(pending, state, posted, "payout" if pending.kind == PAYOUT else "bond-withdrawal")
     if body.reference:
@@ -206,13 +203,18 @@ def pay_debt(book: Book, op: Prepared) -> int:
     amount = book.snapshot.debts.get((body.operation_id, body.creditor))
     if amount is None:
         raise NotFound("nothing is owed by this operation to this account")
-    key = f"{body.operation_id.hex()}:{body.creditor}"
+    key = debt_key(body.operation_id, body.creditor)
     book.claim_reference("debt", key, "the debt was paid before")
     has_enough = book.available(TREASURY_ACCOUNT) >= amount
     book.move(
         TREASURY_ACCOUNT if has_enough else FEE_ACCOUNT, paid_to(body.creditor), amount, "debt"
     )
     return amount
+
+
+def debt_key(operation_id: bytes, creditor: str) -> str:
+    """The reference that paying a debt takes."""
+    return f"{operation_id.hex()}:{creditor}"
 
 
 def paid_to(creditor: str) -> str:

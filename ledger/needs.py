@@ -19,7 +19,7 @@ from trueweight.ledger.accounts import (
     paid_out_of,
 )
 from trueweight.ledger.evidence import CaptureFacts, ClaimFacts, PublishFacts, RefundFacts
-from trueweight.ledger.movements import paid_to, settled_by
+from trueweight.ledger.movements import debt_key, paid_to, settled_by
 from trueweight.ledger.values import Prepared
 
 MARKET_ACCOUNTS = (FEE_ACCOUNT, POOL_ACCOUNT, TREASURY_ACCOUNT)
@@ -45,7 +45,7 @@ class Needs:
     audited: set[bytes] = field(default_factory=set)
     # Receipts that a verdict is about, or a commitment to one.
     judged: set[bytes] = field(default_factory=set)
-    # Bonds out of which somebody withdraws, or whose withdrawals end.
+    # Bonds whose open withdrawals matter.
     bonds: set[str] = field(default_factory=set)
     # (node, "<node>:<verifier>") of convictions: their references depend on the node's row.
     convictions: set[tuple[str, str]] = field(default_factory=set)
@@ -103,7 +103,7 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
     elif kind == "pay_debt":
         needs.debts.add((body.operation_id, body.creditor))
         needs.accounts.update((TREASURY_ACCOUNT, FEE_ACCOUNT, paid_to(body.creditor)))
-        needs.references.add(("debt", f"{body.operation_id.hex()}:{body.creditor}"))
+        needs.references.add(("debt", debt_key(body.operation_id, body.creditor)))
     elif kind == "bond_withdraw":
         needs.accounts.update((node_bond(body.node_id), external("bond")))
         needs.bonds.add(node_bond(body.node_id))
@@ -118,9 +118,9 @@ def _add_rare_needs(needs: Needs, op: Prepared) -> None:
     elif kind == "publish":
         _add_publication(needs, op.facts)
     elif kind == "reinstate":
-        needs.digests.add(op.facts.published.digest)
-        needs.nodes.add(op.facts.node_id)
         node = op.facts.node_id
+        needs.digests.add(op.facts.published.digest)
+        needs.nodes.add(node)
         needs.accounts.update((TREASURY_ACCOUNT, node_bond(node), node_locked(node)))
     elif kind == "release":
         needs.nodes.add(body.node_id)

@@ -20,6 +20,7 @@ from trueweight.ledger.archive import Archived
 from trueweight.ledger.archived import Archive
 from trueweight.ledger.findings import Findings
 from trueweight.ledger.fsck import check
+from trueweight.ledger.movements import debt_key
 from trueweight.ledger.reader import MAX_PAGE, Reader
 from trueweight.ledger.schema import is_current, make_engine, normal_url, sqlite_path
 from trueweight.protos.errors import InvalidRequest, NotFound, StorageError, Unavailable
@@ -127,20 +128,16 @@ def debts(database: str) -> list[dict[str, Any]]:
     engine = open_engine(database)
     try:
         with database_errors(), engine.connect() as connection:
+            keys = connection.execute(sa.text("SELECT key FROM reference WHERE kind = 'debt'"))
+            paid = set(keys.scalars())
             rows = connection.execute(
                 sa.text("SELECT operation_id, creditor, amount FROM debt ORDER BY creditor")
             )
-            found = [
-                {"creditor": row[1], "owed": str(row[2]), "operation": bytes(row[0]).hex()}
-                for row in rows
+            return [
+                {"creditor": creditor, "owed": str(amount), "operation": bytes(operation).hex()}
+                for operation, creditor, amount in rows
+                if debt_key(bytes(operation), creditor) not in paid
             ]
-            paid = {
-                row[0]
-                for row in connection.execute(
-                    sa.text("SELECT key FROM reference WHERE kind = 'debt'")
-                )
-            }
-            return [row for row in found if f"{row['operation']}:{row['creditor']}" not in paid]
     finally:
         engine.dispose()
 

@@ -218,11 +218,10 @@ def refund(book: Book, op: Prepared, terms: Terms) -> int:
     claimed = any(c.receipt_digest == leg.receipt_digest for c in book.claims_of(leg.hold_id))
     from_market = facts.by_router and not claimed
     unpaid, taken_back, locked = leg.node, 0, node_locked(leg.node_id)
-    if not from_market:
-        unpaid -= _pay_from_forfeit(book, leg)
     if from_market:
         unpaid -= _pay_up_to(book, FEE_ACCOUNT, leg.client, unpaid, "refund")
     else:
+        unpaid -= _pay_from_forfeit(book, leg)
         taken_back = _pay_up_to(book, locked, leg.client, unpaid, "refund")
         unpaid -= taken_back
         if facts.verdict is None or terms.convictions_needed == 1:
@@ -275,10 +274,8 @@ def convict(book: Book, op: Prepared, terms: Terms) -> int:
         raise Conflict("the node was convicted before")
     publish_evidence(book, facts.published)
     _check_judges(book, facts, terms)
-    for withdrawal in book.snapshot.withdrawals:
-        pending = book.pending(withdrawal.id) or withdrawal
-        if pending.state == OPEN:
-            book.resolve(pending, VOIDED, 0, "bond-withdrawal")
+    for pending in book.withdrawals_of(node_bond(facts.node_id)):
+        book.resolve(pending, VOIDED, 0, "bond-withdrawal")
     forfeited = 0
     for source in (node_locked(facts.node_id), node_bond(facts.node_id)):
         amount = book.available(source)

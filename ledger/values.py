@@ -248,8 +248,6 @@ class Snapshot:
     nodes: Mapping[str, NodeRow] = field(default_factory=dict)
     # By node: those that are not through.
     restitutions: Mapping[str, Restitution] = field(default_factory=dict)
-    # By bond account: how many withdrawals are open.
-    open_withdrawals: Mapping[str, int] = field(default_factory=dict)
     # Message digest -> log index, for evidence that may be published twice.
     published: Mapping[bytes, int] = field(default_factory=dict)
     # By verifier and receipt.
@@ -259,8 +257,8 @@ class Snapshot:
     judged: Set[tuple[str, bytes]] = frozenset()
     # What is owed of the debts that are to be paid.
     debts: Mapping[tuple[bytes, str], int] = field(default_factory=dict)
-    # Of the bonds that may have to pay.
-    withdrawals: Sequence[Pending] = ()
+    # By bond account: those that are open.
+    withdrawals: Mapping[str, Sequence[Pending]] = field(default_factory=dict)
     # Only for a group of one such operation:
     due_holds: Sequence[Pending] = ()
     node_legs: Sequence[Leg] = ()

@@ -35,7 +35,7 @@ _ROLES = {
 }
 
 
-def root_key(seed: str) -> Ed25519PrivateKey:
+def _root_key(seed: str) -> Ed25519PrivateKey:
     """The root key of the identity with this seed."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
 
@@ -43,7 +43,7 @@ def root_key(seed: str) -> Ed25519PrivateKey:
 def make_signer(seed: str, market_id: str | None = None, owner: str = "") -> Signer:
     """A deterministic identity; ``market_id`` None makes the market's own. ``owner`` is the seed of
     the identity that it declares to belong to."""
-    root = root_key(seed)
+    root = _root_key(seed)
     key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"key {seed}".encode()).digest())
     identity = key_id(public_bytes(root))
     event = KeyEvent(
@@ -54,10 +54,25 @@ def make_signer(seed: str, market_id: str | None = None, owner: str = "") -> Sig
         action=KeyEvent.CERTIFY,
         sequence=1,
         issued_at_unix_ms=START_UNIX_MS,
-        operator_public_key=public_bytes(root_key(owner)) if owner else b"",
+        operator_public_key=public_bytes(_root_key(owner)) if owner else b"",
     )
-    owners = [root_key(owner)] if owner else []
+    owners = [_root_key(owner)] if owner else []
     return Signer(identity, key, seal_key_event(event, root, key, *owners))
+
+
+def revocation(seed: str, signer: Signer, market_id: str) -> bytes:
+    """The key event that ends the key which ``make_signer`` gave to this seed."""
+    root = _root_key(seed)
+    event = KeyEvent(
+        market_id=market_id,
+        identity=signer.identity,
+        root_public_key=public_bytes(root),
+        operational_public_key=public_bytes(signer.key),
+        action=KeyEvent.REVOKE,
+        sequence=2,
+        issued_at_unix_ms=START_UNIX_MS,
+    )
+    return seal_key_event(event, root, signer.key)
 
 
 @dataclass(frozen=True)
@@ -254,6 +269,19 @@ class World:
         """0: all that may be released."""
         body = pb.Release(node_id=node_id, amount_nano=amount, below_log_index=below)
         return pb.Operation(id=self.new_id(), release=body)
+
+    def reinstate(self, node_id: str, pay_back: int = 0, by: str = "") -> pb.Operation:
+        """By a statement that says so for the first time; ``by`` "": the market's own."""
+        signer = self.signers[by] if by else self.market_signer
+        statement = market_pb2.Reinstatement(
+            market_id=self.market_id,
+            node_id=node_id,
+            issuer=signer.identity,
+            reason=f"appeal {self.new_id().hex()}",
+            issued_at_unix_ms=self.now,
+        )
+        body = pb.Reinstate(reinstatement=seal(statement, signer), pay_back_nano=pay_back)
+        return pb.Operation(id=self.new_id(), reinstate=body)
 
     def payout(self, node_id: str, amount: int) -> pb.Operation:
         body = pb.PayoutStart(node_id=node_id, amount_nano=amount, rail="bank")

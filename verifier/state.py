@@ -184,7 +184,7 @@ class LogView:
             revoked = self._revoked.get(signature.key_id)
             if revoked is not None and index < revoked[0]:
                 keys = keys.insert(signature.key_id, revoked[1:])
-        return replace(self.ring, keys=keys)
+        return self.ring if keys is self.ring.keys else replace(self.ring, keys=keys)
 
     def counted(self, verifier_id: str, node_id: str) -> list[Evidence]:
         """The audits of one node by one verifier that count, in the order of their requests."""

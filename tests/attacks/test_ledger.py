@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from trueweight.ledger import load
 from trueweight.ledger.evidence import MAX_EVIDENCE_BYTES, MAX_LEGS
-from trueweight.protos.envelope import digest_of, parse_envelope, seal, seal_key_event
-from trueweight.protos.identity import public_bytes
+from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.ids import derived_id
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Conviction
-from trueweight.protos.v1.envelope_pb2 import KeyEvent
-from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer
+from trueweight.simulation.ledger_world import Leg, leg_charge, make_signer, revocation
 
 CREDIT = 10**9
 
@@ -192,7 +187,7 @@ async def test_attack_a_receipt_by_a_key_that_is_revoked_while_its_bill_waits(bo
     world, node = books.world, books.world.node[0]
     capture = world.capture(await books.open_hold(), Leg(node))
     revoked, captured = await asyncio.gather(
-        books.do("router", world.publish(revocation_of("node0", node, world))),
+        books.do("router", world.publish(revocation("node0", node, world.market_id))),
         books.do("router", capture),
     )
     assert (revoked[0].code, captured[0].code) == ("", "BAD_SIGNATURE")
@@ -217,17 +212,3 @@ async def test_attack_a_node_takes_the_ids_under_which_others_would_act_on_it(bo
     assert by_router.code == "INVALID_REQUEST"
     await books.must("router", void)
     await books.must("verifier", world.request(digest), refund)
-
-
-def revocation_of(seed, signer, world):
-    root = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"root {seed}".encode()).digest())
-    event = KeyEvent(
-        market_id=world.market_id,
-        identity=signer.identity,
-        root_public_key=public_bytes(root),
-        operational_public_key=public_bytes(signer.key),
-        action=KeyEvent.REVOKE,
-        sequence=2,
-        issued_at_unix_ms=world.now,
-    )
-    return seal_key_event(event, root, signer.key)

@@ -12,14 +12,11 @@ from trueweight.protos.envelope import (
     parse_envelope,
     parse_payload,
     seal,
-    seal_key_event,
 )
-from trueweight.protos.identity import public_bytes
 from trueweight.protos.v1 import audit_pb2, market_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
-from trueweight.simulation.ledger_world import Leg, World, leg_charge, root_key
+from trueweight.simulation.ledger_world import Leg, World, leg_charge, revocation
 
 from .conftest import Bench, fsck
 from .test_money import CREDIT, captured, funded
@@ -65,15 +62,7 @@ async def test_what_was_released_before_a_conviction_does_not_hold_later_earning
     await released(bench, Leg(node))
     convict = await bench.proven_guilty(node, reward_ppm=0)
     await bench.must("verifier", convict)
-    statement = market_pb2.Reinstatement(
-        market_id=world.market_id,
-        node_id=node.identity,
-        issuer=world.identity("admin"),
-        reason="appeal upheld",
-        issued_at_unix_ms=world.now,
-    )
-    body = pb.Reinstate(reinstatement=seal(statement, world.signers["admin"]))
-    await bench.must("admin", pb.Operation(id=world.new_id(), reinstate=body))
+    await bench.must("admin", world.reinstate(node.identity, by="admin"))
     await captured(bench, Leg(node))
     earned = await bench.available(f"node-locked:{node.identity}")
     bench.advance(world.window_ms + 24 * HOUR_MS)
@@ -116,15 +105,7 @@ async def test_a_reinstated_node_does_not_pay_again_for_what_was_forfeited(bench
     convict = await bench.proven_guilty(node, reward_ppm=0)
     await bench.must("verifier", convict)
     treasury = await bench.available("treasury:market")
-    statement = market_pb2.Reinstatement(
-        market_id=world.market_id,
-        node_id=node.identity,
-        issuer=world.identity("admin"),
-        reason="appeal upheld",
-        issued_at_unix_ms=world.now,
-    )
-    body = pb.Reinstate(reinstatement=seal(statement, world.signers["admin"]))
-    await bench.must("admin", pb.Operation(id=world.new_id(), reinstate=body))
+    await bench.must("admin", world.reinstate(node.identity, by="admin"))
     await captured(bench, Leg(node))
     earned = await bench.available(f"node-locked:{node.identity}")
     goodwill = pb.Refund(receipt_digest=old, reason="goodwill")
@@ -224,19 +205,11 @@ async def test_attack_a_router_bills_more_input_than_the_node_signed_for(bench):
 
 
 async def test_attack_a_revoked_key_still_opens_a_standby(bench, start):
-    world, admin, root = bench.world, bench.world.signers["admin"], root_key("admin")
+    world, admin = bench.world, bench.world.signers["admin"]
     standby = await start(world, bench.url, wait_ms=300)
     assert not standby.is_writer
-    event = KeyEvent(
-        market_id=world.market_id,
-        identity=admin.identity,
-        root_public_key=public_bytes(root),
-        operational_public_key=public_bytes(admin.key),
-        action=KeyEvent.REVOKE,
-        sequence=2,
-        issued_at_unix_ms=world.now,
-    )
-    await bench.as_("router").publish(seal_key_event(event, root))
+    event = revocation("admin", admin, world.market_id)
+    await bench.as_("router").publish(event)
     await bench.publish_nodes()
     async with asyncio.timeout(10):
         while world.node[0].key_id not in standby.court.ring.keys:  # noqa: ASYNC110

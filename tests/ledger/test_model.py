@@ -32,9 +32,9 @@ from trueweight.ledger.prepare import prepare
 from trueweight.ledger.reader import Reader
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.values import Leaf
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of
 from trueweight.protos.merkle import verify_consistency
-from trueweight.protos.v1 import audit_pb2, market_pb2
+from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import Leg, World
@@ -579,17 +579,8 @@ class Machine(RuleBasedStateMachine):
     def reinstate(self, node, part):
         name = self.node(node)
         pay_back = self.model.may_pay_back(name) * min(part, 2) // 2 + (part == 3)
-        signer = self.world.signers["admin"]
-        statement = market_pb2.Reinstatement(
-            market_id=self.world.market_id,
-            node_id=name,
-            issuer=signer.identity,
-            reason=self.world.new_id().hex(),
-            issued_at_unix_ms=self.world.now,
-        )
-        body = pb.Reinstate(reinstatement=seal(statement, signer), pay_back_nano=pay_back)
         answer = self.model.reinstate(name, pay_back)
-        result = self.apply("admin", pb.Operation(id=self.world.new_id(), reinstate=body))
+        result = self.apply("admin", self.world.reinstate(name, pay_back, "admin"))
         assert result == [answer]
         if answer == "applied":
             self.model.since[name] = self.done[-1].answers[0].log_index + 1

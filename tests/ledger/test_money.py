@@ -417,7 +417,7 @@ async def test_withdrawals_are_found_without_looking_through_holds(bench):
         if engine.dialect.name != "sqlite":
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         for sql in (
-            f"{load._WITHDRAWALS} WHERE debit = 'node-bond:n'",
+            f"{load._WITHDRAWN} WHERE debit = 'node-bond:n'",
             "SELECT * FROM pending WHERE debit = 'node-bond:n' AND state = 1 AND kind = 3",
         ):
             plan = str(connection.exec_driver_sql(f"{explain} {sql}").fetchall())

@@ -48,18 +48,6 @@ def release(world, node, amount=0, below=10**9):
     )
 
 
-def reinstate(world, node, pay_back=0, by=None):
-    signer = world.signers[by] if by else world.market_signer
-    message = market_pb2.Reinstatement(
-        market_id=world.market_id,
-        node_id=node,
-        issuer=signer.identity,
-        reason=f"appeal {world.new_id().hex()}",
-    )
-    body = pb.Reinstate(reinstatement=seal(message, signer), pay_back_nano=pay_back)
-    return pb.Operation(id=world.new_id(), reinstate=body)
-
-
 # Claims.
 
 
@@ -233,9 +221,9 @@ async def test_a_wrongly_convicted_node_earns_again_after_its_reinstatement(benc
     bench.advance(world.window_ms + 1)
     left = await bench.available("treasury:market")
     assert 0 < left < taken
-    (too_much,) = await bench.do("admin", reinstate(world, node.identity, left + 1))
+    (too_much,) = await bench.do("admin", world.reinstate(node.identity, left + 1))
     assert too_much.code == "CONFLICT"
-    (result,) = await bench.must("admin", reinstate(world, node.identity, left))
+    (result,) = await bench.must("admin", world.reinstate(node.identity, left))
     assert result.amount_nano == left and result.log_index_known
     assert [leaf.index for leaf in await bench.leaves("reinstatement")] == [result.log_index]
     assert await bench.available(f"node-bond:{node.identity}") == left
@@ -254,7 +242,7 @@ async def test_attack_the_convictions_that_were_taken_back_convict_again(bench):
     node, _ = await convicted(bench)
     world = bench.world
     old = [leaf.body for leaf in await bench.leaves("conviction")]
-    await bench.must("admin", reinstate(world, node.identity), world.bond(node.identity, CREDIT))
+    await bench.must("admin", world.reinstate(node.identity), world.bond(node.identity, CREDIT))
     again = pb.Operation(id=world.new_id(), convict=pb.Convict(conviction=old[0]))
     (result,) = await bench.do("verifier", again)
     assert result.code == "CONFLICT"
@@ -262,21 +250,21 @@ async def test_attack_the_convictions_that_were_taken_back_convict_again(bench):
     # A conviction on audits of later receipts does.
     (result,) = await bench.must("verifier", await bench.proven_guilty(node))
     assert result.amount_nano == CREDIT
-    (twice,) = await bench.do("admin", reinstate(world, node.identity, 3 * CREDIT))
+    (twice,) = await bench.do("admin", world.reinstate(node.identity, 3 * CREDIT))
     assert twice.code == "CONFLICT", "more than both convictions took"
     # The market's earlier word does not undo the new conviction.
     (word,) = [leaf.body for leaf in await bench.leaves("reinstatement")]
     body = pb.Reinstate(reinstatement=word)
     (used,) = await bench.do("admin", pb.Operation(id=world.new_id(), reinstate=body))
     assert used.code == "CONFLICT"
-    await bench.must("admin", reinstate(world, node.identity))
+    await bench.must("admin", world.reinstate(node.identity))
 
 
 async def test_attack_a_conviction_of_a_name_that_begins_with_another_nodes(bench):
     """It counts for nobody; ``fsck`` (also at the end of this) takes it for what it is."""
     node, _ = await convicted(bench)
     world = bench.world
-    await bench.must("admin", reinstate(world, node.identity))
+    await bench.must("admin", world.reinstate(node.identity))
     await bench.as_("verifier").publish(world.conviction(f"{node.identity}:x", 0))
     assert bench.fsck().problems == []
 
@@ -285,14 +273,14 @@ async def test_attack_a_verifier_a_node_or_nobody_reinstates(bench):
     node, _ = await convicted(bench)
     world = bench.world
     for caller, by in (("verifier", "verifier"), (node.identity, "admin"), ("verifier", "admin")):
-        (result,) = await bench.do(caller, reinstate(world, node.identity, by=by))
+        (result,) = await bench.do(caller, world.reinstate(node.identity, by=by))
         assert result.code == "PERMISSION_DENIED"
-    (signed,) = await bench.do("admin", reinstate(world, node.identity, by="verifier"))
+    (signed,) = await bench.do("admin", world.reinstate(node.identity, by="verifier"))
     assert signed.code == "BAD_SIGNATURE"
-    (clear,) = await bench.do("admin", reinstate(world, world.node[1].identity))
+    (clear,) = await bench.do("admin", world.reinstate(world.node[1].identity))
     assert clear.code == "CONFLICT"
     with pytest.raises(PermissionDenied):
-        envelope = reinstate(world, node.identity).reinstate.reinstatement
+        envelope = world.reinstate(node.identity).reinstate.reinstatement
         await bench.as_("admin").publish(envelope)
 
 

@@ -18,10 +18,9 @@ from trueweight.ledger.fsck_restitution import check_restitutions
 from trueweight.ledger.prepare import prepare
 from trueweight.ledger.schema import make_engine, normal_url
 from trueweight.ledger.values import Leaf
-from trueweight.protos.envelope import digest_of, seal
+from trueweight.protos.envelope import digest_of
 from trueweight.protos.errors import StorageError
 from trueweight.protos.v1 import ledger_pb2 as pb
-from trueweight.protos.v1 import market_pb2
 from trueweight.simulation.ledger_guilt import convict_by, conviction_of, guilt_of
 from trueweight.simulation.ledger_world import Leg, World
 
@@ -106,14 +105,6 @@ class Market:
         return pb.Operation(
             id=self.world.new_id(), refund=pb.Refund(receipt_digest=digest, reason="goodwill")
         )
-
-    def reinstate(self):
-        signer = self.world.signers["admin"]
-        said = market_pb2.Reinstatement(
-            market_id=self.world.market_id, node_id=self.node, issuer=signer.identity
-        )
-        body = pb.Reinstate(reinstatement=seal(said, signer))
-        return pb.Operation(id=self.world.new_id(), reinstate=body)
 
     def available(self, account):
         sql = "SELECT credits_posted - debits_posted - debits_pending FROM account WHERE id = ?"
@@ -215,7 +206,7 @@ def test_nothing_else_takes_what_is_set_aside_or_refunds_the_same_receipts(marke
         for capture in after:
             (refused,) = market.do("admin", market.refund(capture))
             assert refused.error.code == "CONFLICT", refused
-        (refused,) = market.do("admin", market.reinstate())
+        (refused,) = market.do("admin", market.world.reinstate(market.node, by="admin"))
         assert refused.error.code == "UNAVAILABLE"
         # What came before the change point is refunded as ever, and finds the treasury empty.
         if before:
@@ -226,7 +217,7 @@ def test_nothing_else_takes_what_is_set_aside_or_refunds_the_same_receipts(marke
         assert refused.error.code == "CONFLICT"
     got = {c: (have + owed) for c, (have, owed) in market.clients().items()}
     assert got == dict.fromkeys(CLIENTS, 100 * CREDIT)
-    market.must("admin", market.reinstate())
+    market.must("admin", market.world.reinstate(market.node, by="admin"))
 
 
 def test_what_comes_after_the_conviction_is_given_back_as_it_comes(market):
