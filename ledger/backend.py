@@ -11,7 +11,7 @@ import itertools
 import os
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import psycopg
@@ -39,7 +39,7 @@ _CHECKPOINT = "wal_autocheckpoint=4096"
 _PG_TYPES: dict[type, str] = {bytes: "bytea", str: "text"}
 _SETTINGS = (
     "synchronous_commit TO on",
-    "statement_timeout TO '60s'",
+    "statement_timeout TO '15s'",
     "lock_timeout TO '5s'",
     "idle_in_transaction_session_timeout TO '15s'",
     "tcp_keepalives_idle TO 2",
@@ -52,10 +52,9 @@ _CONNECTION_CHECK = "client_connection_check_interval TO '1s'"
 # Whoever holds the writer's lock is heard every second. A proxy between us and the database may
 # hide that the writer's host is gone; its lock must not stay.
 _LOCK_SETTING = "idle_session_timeout TO '15s'"
-# So long the database may be silent during one statement, and during a query that may read a lot
-# (its own limit is a minute). A proxy that stopped forwarding answers keepalives by itself.
+# So long the database may be silent during one statement; all of them are bounded. A proxy that
+# stopped forwarding answers keepalives by itself.
 PATIENCE_S = 10.0
-_LONG_PATIENCE_S = 65.0
 _POLL_S = 0.1
 # Values that no column takes, as the drivers and the database say it.
 _UNFIT = (OverflowError, struct.error, UnicodeEncodeError)
@@ -235,15 +234,6 @@ class _Connection(psycopg.Connection[Row]):
             self.close()
             raise psycopg.OperationalError("it does not answer") from None
 
-    @contextlib.contextmanager
-    def patiently(self) -> Iterator[None]:
-        """Statements inside may take long."""
-        self.patience_s = _LONG_PATIENCE_S
-        try:
-            yield
-        finally:
-            del self.patience_s
-
 
 class PostgresBackend:
     """psycopg 3. The advisory lock lives in the same session as the writes: a session that lost
@@ -295,7 +285,7 @@ class PostgresBackend:
             self._connection.execute("ROLLBACK")
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
-        with _pg_errors(), self._connection.patiently():
+        with _pg_errors():
             return self._connection.execute(
                 sql.replace("?", "%s").encode(), values, binary=True
             ).fetchall()

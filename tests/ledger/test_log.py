@@ -34,7 +34,6 @@ from trueweight.simulation.ledger_world import Leg, World, make_signer
 from . import test_restitution
 from .conftest import Bench, fsck
 from .test_money import claim_of, release
-from .test_powers import reinstate
 from .test_restitution import CLIENTS, SERVED
 
 CREDIT = 10**9
@@ -509,7 +508,7 @@ async def convicted_both(bench, *nodes):
         # Undone pro rata by the conviction, which cannot pay for all of it.
         await bench.must("router", hold, world.capture(hold.id, Leg(node)))
         await bench.must("verifier", convict)
-    await bench.must("admin", reinstate(world, nodes[1].identity, 1))
+    await bench.must("admin", world.reinstate(nodes[1].identity, 1))
 
 
 @pytest.fixture

@@ -211,6 +211,16 @@ async def test_a_writer_behind_a_proxy_that_stopped_forwarding_steps_down(pair):
     await takes_over(standby, bench.world)
 
 
+async def test_a_writer_whose_query_is_never_answered_steps_down(pair):
+    """The look for expired holds: every second, on the reading connection."""
+    bench, standby, proxy = pair
+    await bench.must("admin", bench.world.deposit("acme", CREDIT))
+    proxy.stall_after, proxy.stall_at = True, b"due <= "
+    await until(lambda: proxy.is_stalled, 3, "the query is sent")
+    await until(lambda: not bench.ledger.is_writer, 6, "the writer steps down")
+    await takes_over(standby, bench.world)
+
+
 async def test_a_writer_whose_packets_are_lost_steps_down(pair, monkeypatch):
     """By keepalives and the limit on what is not acknowledged alone."""
     bench, standby, proxy = pair
