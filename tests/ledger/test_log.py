@@ -683,7 +683,7 @@ def books_with_refunds(url):
             if name in (TAKEN_BACK, FINISHED):
                 market.finish()
             if name == TAKEN_BACK:
-                market.must("admin", market.reinstate())
+                market.must("admin", market.world.reinstate(market.node, by="admin"))
                 market.serve(2)
                 market.must("admin", market.refund(market.captures[-1]))
             if name == PAYING:
