@@ -13,11 +13,21 @@ TOP = Path(__file__).resolve().parent.parent
 ROOMS = ("protos", "runtime", "node", "router", "verifier", "ledger", "client", "simulation")
 
 
+# What tests name and the rooms no longer have.
+GONE = """\
+from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.clock import NoSuchClock
+def test_it():
+    SystemClock().no_such_method()
+"""
+
+
 @pytest.fixture
 def copy(tmp_path):
     for room in ROOMS:
         ignored = shutil.ignore_patterns("models", "*.json")
         shutil.copytree(TOP / room, tmp_path / room, ignore=ignored)
+    (tmp_path / "tests").mkdir()
     (tmp_path / "deploy").mkdir()
     shutil.copy(TOP / "deploy/typecheck.sh", tmp_path / "deploy")
     shutil.copy(TOP / "pyproject.toml", tmp_path)
@@ -48,8 +58,11 @@ def test_a_planted_lint_error_is_found_in_every_room(copy):
 def test_a_planted_type_error_is_found_in_every_room(copy):
     for room in ROOMS:
         (copy / room / "planted.py").write_text('def wrong() -> int:\n    return "text"\n')
+    (copy / "tests/test_planted.py").write_text(GONE)
     cache = str(copy / "cache")
     result = run(["deploy/typecheck.sh"], copy, PYTHON=sys.executable, MYPY_CACHE=cache)
     assert result.returncode != 0
     for room in ROOMS:
         assert f"trueweight/{room}/planted.py:2" in result.stdout, result.stdout + result.stderr
+    for line in (2, 4):
+        assert f"tests/test_planted.py:{line}: error: " in result.stdout

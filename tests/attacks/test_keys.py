@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from trueweight.ledger.court import court_of
 from trueweight.ledger.evidence import check_publish
@@ -22,7 +23,7 @@ from trueweight.protos.v1.market_pb2 import Bill
 from trueweight.runtime.clock import ManualClock
 from trueweight.runtime.keys import create_keys, load_or_create, load_signer
 from trueweight.runtime.rpc import AccessTokens, Authenticator
-from trueweight.simulation.ledger_world import Ed25519PrivateKey, World
+from trueweight.simulation.ledger_world import World
 
 
 def stranger_event(market_id, victim_key, action, sequence=1):

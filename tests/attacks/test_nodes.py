@@ -7,7 +7,7 @@ import contextlib
 import json
 
 from trueweight.node import session as node_session
-from trueweight.node.admission import Refused
+from trueweight.node.admission import Refused, admit
 from trueweight.node.engine import Step
 from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
@@ -92,7 +92,6 @@ async def test_attack_a_cheap_node_that_refuses_everything_does_not_close_the_ma
     nodes = (cheap("refuses"), dear("works"))
     async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
         refuser = market.nodes["refuses"].node_id
-        admit = node_session.admit
 
         def full(dispatch, terms, now):
             if terms.node_id == refuser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 
 import click
 import pytest
@@ -97,12 +98,12 @@ def test_a_room_that_cannot_be_imported_says_why_and_spares_the_others(monkeypat
         def load(self):
             raise ImportError("No module named 'vllm'")
 
-    real = launcher.importlib.metadata.entry_points
+    real = metadata.entry_points
 
     def entry_points(**wanted):
         return [Broken()] if wanted.get("name") == "node" else real(**wanted)
 
-    monkeypatch.setattr(launcher.importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
     outcome = trueweight("node", "up", "--anything")
     assert outcome.code == 1
     assert "No module named 'vllm'" in outcome.err

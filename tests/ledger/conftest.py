@@ -206,27 +206,35 @@ def fsck(url, world, archive=None):
         engine.dispose()
 
 
-@pytest.fixture
-def start(clock):
-    """Starts ledgers; all are closed at the end."""
-    started = []
+class ManualWall(SystemClock):
+    """Wall time by hand, waiting in real time."""
 
-    async def run(world, url, wait_ms=10_000, archive=None):
-        from trueweight.runtime.clock import SystemClock
+    def __init__(self, clock):
+        super().__init__()
+        self._by_hand = clock
 
-        class Clock(SystemClock):
-            """Wall time by hand, waiting in real time."""
+    def now_unix_ms(self):
+        return self._by_hand.now_unix_ms()
 
-            def now_unix_ms(self):
-                return clock.now_unix_ms()
 
-        ledger = Ledger(world.market, world.signers["ledger"], url, Clock(), archive=archive)
-        started.append(ledger)
+class Starter:
+    """Starts ledgers and remembers them."""
+
+    def __init__(self, clock):
+        self.started = []
+        self._clock = ManualWall(clock)
+
+    async def __call__(self, world, url, wait_ms=10_000, archive=None):
+        signer = world.signers["ledger"]
+        ledger = Ledger(world.market, signer, url, self._clock, archive=archive)
+        self.started.append(ledger)
         await ledger.start(wait_ms)
         return ledger
 
-    run.started = started
-    return run
+
+@pytest.fixture
+def start(clock):
+    return Starter(clock)
 
 
 @pytest.fixture

@@ -32,29 +32,28 @@ class Fold:
         self.captured, self.refunded = Counter(), Counter()  # by number of the client's account
 
     def add(self, transfers):
-        for sequence, operation_id, *sides, amount, phase, pending_id, reason in transfers:
+        for sequence, operation_id, debit, credit, amount, phase, pending_id, reason in transfers:
             assert sequence == self.last + 1, "a transfer is missing"
             self.last = sequence
-            debit, credit = sides
             name = REASONS[reason - 1]
             if phase == pb.TransferRecord.PENDING:
                 self.open[bytes(operation_id)] = (debit, credit, amount)
                 self._count(0, debit, credit, amount)
                 continue
             if phase != pb.TransferRecord.SINGLE:
-                self._resolve(bytes(pending_id), (debit, credit), amount)
+                self._resolve(bytes(pending_id), debit, credit, amount)
             if name in ("capture", "claim"):
                 self.captured[debit] += amount
             if name in ("refund", "debt"):
                 self.refunded[credit] += amount
             self._count(1, debit, credit, amount)
 
-    def _resolve(self, pending_id, sides, amount):
+    def _resolve(self, pending_id, debit, credit, amount):
         assert pending_id not in self.resolved, "a second resolution"
         self.resolved.add(pending_id)
         *held_between, held = self.open.pop(pending_id)
-        assert tuple(held_between) == sides and amount <= held, "captured more than was held"
-        self._count(0, *sides, -held)
+        assert held_between == [debit, credit] and amount <= held, "captured more than was held"
+        self._count(0, debit, credit, -held)
 
     def _count(self, phase, debit, credit, amount):
         self.counters[debit][phase] += amount

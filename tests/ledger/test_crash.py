@@ -15,10 +15,12 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from trueweight.ledger import schema
+from trueweight.ledger import books, schema
 from trueweight.ledger import service as service_module
 from trueweight.ledger.archive import archive
+from trueweight.ledger.backend import open_backend
 from trueweight.ledger.reader import Reader
+from trueweight.ledger.save import save
 from trueweight.ledger.schema import is_current, make_engine, migrate, normal_url
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.errors import StorageError, TrueweightError
@@ -299,16 +301,14 @@ def kill_writer_session(url):
 async def test_a_full_disk_is_a_clear_error_without_half_state(bench, monkeypatch):
     world = bench.world
     await bench.must("admin", world.deposit("acme", 10 * CREDIT))
-    from trueweight.ledger import books
-
-    real, left = books.save, [2]
+    left = [2]
 
     def failing(backend, book):
         if left[0]:
             left[0] -= 1
-            real(backend, book)
+            save(backend, book)
             raise StorageError("the database failed: database or disk is full")
-        real(backend, book)
+        save(backend, book)
 
     monkeypatch.setattr(books, "save", failing)
     hold = world.hold("acme", CREDIT)
@@ -360,10 +360,10 @@ async def test_a_really_full_sqlite_file_is_a_clear_error_and_recovers(  # noqa:
 ):
     if databases.kind != "sqlite":
         pytest.skip("PostgreSQL has no page limit to set")
-    real, full = service_module.open_backend, [True]
+    full = [True]
 
     def opening(url):
-        backend = real(url)
+        backend = open_backend(url)
         if full[0]:
             pages = backend.query("PRAGMA page_count")[0][0]
             backend.query(f"PRAGMA max_page_count = {pages + 1}")
@@ -409,9 +409,9 @@ def test_a_backup_restores_and_clients_replay_what_it_lacks(databases, migrated,
     restored = backup(databases, url, tmp_path)
     assert problems(restored, set()) == []
     assert balances(restored) == balances(url)
-    for books in (url, restored):
-        asyncio.run(run_load(load, books, lambda _: None))
-        assert problems(books, set()) == []
+    for database in (url, restored):
+        asyncio.run(run_load(load, database, lambda _: None))
+        assert problems(database, set()) == []
     assert balances(restored) == balances(url)
 
 

@@ -13,6 +13,7 @@ import pytest
 from trueweight.ledger import audits, evidence, servicer
 from trueweight.ledger import service as service_module
 from trueweight.ledger import writer as writer_module
+from trueweight.ledger.backend import open_backend
 from trueweight.ledger.books import Books
 from trueweight.ledger.core import MOST_IN_CALL
 from trueweight.ledger.court import court_of
@@ -52,11 +53,11 @@ def queued(bench, monkeypatch):
 @pytest.fixture
 def opened(bench, monkeypatch):
     """Connections that the writer opens anew: it does when it starts over."""
-    seen, real = [], service_module.open_backend
+    seen = []
 
     def opening(url):
         seen.append(url)
-        return real(url)
+        return open_backend(url)
 
     monkeypatch.setattr(service_module, "open_backend", opening)
     return seen

@@ -15,6 +15,7 @@ from trueweight.ledger.commands import ledger as commands
 from trueweight.protos.envelope import digest_of
 from trueweight.protos.v1 import audit_pb2
 from trueweight.protos.v1 import ledger_pb2 as pb
+from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.ledger_world import Leg
 
 CREDIT = 10**9
@@ -36,33 +37,39 @@ class Across:
         return call
 
 
-@pytest.fixture
-async def run(bench, monkeypatch):
-    """Runs a command as ``run.signer``, who is the administrator; exit code and JSON."""
-    loop = asyncio.get_running_loop()
+class Commands:
+    """Runs a command as its ``signer``; exit code and JSON."""
 
-    @contextlib.asynccontextmanager
-    async def connected(*_):
-        yield Across(bench.ledger.as_caller(invoke.signer.identity), loop)
+    def __init__(self, signer):
+        self.signer = signer
 
-    monkeypatch.setattr(command_support, "connected", connected)
-    monkeypatch.setattr(command_support, "load_market", lambda _: bench.world.market)
-    monkeypatch.setattr(command_support, "load_signer", lambda _: invoke.signer)
-
-    async def raw(*arguments):
+    async def raw(self, *arguments):
         given = [*arguments, "--json"]
         if "--database" not in arguments:
             given += ["--market", "m", "--keys", "k"]
         return await asyncio.to_thread(CliRunner().invoke, commands, given)
 
-    async def invoke(*arguments):
-        result = await raw(*arguments)
+    async def __call__(self, *arguments):
+        result = await self.raw(*arguments)
         if result.exit_code:
             return result.exit_code, result.exception
         return 0, json.loads(result.output)
 
-    invoke.raw, invoke.signer = raw, bench.world.signers["admin"]
-    return invoke
+
+@pytest.fixture
+async def run(bench, monkeypatch):
+    """Commands of the administrator."""
+    loop = asyncio.get_running_loop()
+    made = Commands(bench.world.signers["admin"])
+
+    @contextlib.asynccontextmanager
+    async def connected(*_):
+        yield Across(bench.ledger.as_caller(made.signer.identity), loop)
+
+    monkeypatch.setattr(command_support, "connected", connected)
+    monkeypatch.setattr(command_support, "load_market", lambda _: bench.world.market)
+    monkeypatch.setattr(command_support, "load_signer", lambda _: made.signer)
+    return made
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ async def test_fault_a_payout_that_is_settled_at_once_is_settled_once(bench, ear
 async def test_fault_a_bond_withdrawal_whose_answer_was_lost_is_paid_once(bench, run, monkeypatch):
     world, node = bench.world, bench.world.node[0].identity
     monkeypatch.setattr(money_commands, "load_market", lambda _: world.market)
-    monkeypatch.setattr(money_commands.SystemClock, "now_unix_ms", lambda _: world.now)
+    monkeypatch.setattr(SystemClock, "now_unix_ms", lambda _: world.now)
     await bench.must("admin", world.bond(node, CREDIT))
     arguments = ("withdraw-bond", node, "0.25", "--reference", "exit-1")
     _, first = await run(*arguments)

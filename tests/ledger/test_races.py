@@ -9,6 +9,7 @@ import pytest
 
 from trueweight.ledger import service as service_module
 from trueweight.ledger import writer as writer_module
+from trueweight.ledger.court import with_key_events
 from trueweight.protos.errors import OverCapacity, PermissionDenied, TrueweightError, Unavailable
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_world import Leg
@@ -105,14 +106,14 @@ async def test_the_standby_knows_node_keys_published_before_it_took_over(bench, 
 
 async def test_who_takes_over_checks_new_keys_only(bench, start, monkeypatch):
     """All that there ever were take seconds where many strangers have brought theirs."""
-    world, checked, real = bench.world, [], service_module.with_key_events
+    world, checked = bench.world, []
     await bench.as_("router").publish(world.node[0].key_event)
     standby = await start(world, bench.url, wait_ms=0)
     await bench.as_("router").publish(world.node[1].key_event)
 
     def counting(court, leaves):
         checked.extend(leaf.body for leaf in leaves)
-        return real(court, leaves)
+        return with_key_events(court, leaves)
 
     monkeypatch.setattr(service_module, "with_key_events", counting)
     await bench.ledger.close()

@@ -35,7 +35,7 @@ from trueweight.runtime import rpc
 from trueweight.runtime.clock import SystemClock
 from trueweight.runtime.handshake import check_proof, make_proof, new_nonce
 from trueweight.runtime.keys import create_keys
-from trueweight.runtime.market import load_market, write_market
+from trueweight.runtime.market import Market, load_market, write_market
 from trueweight.runtime.tls import ensure_certificate
 
 ASK_INPUT, ASK_OUTPUT = 100_000_000, 300_000_000
@@ -75,7 +75,7 @@ class World:
     """Keys of every party and the files a node is started with."""
 
     root: Path
-    market: object
+    market: Market
     signers: dict
     ledger: LogLedger
     model_dir: Path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,10 +32,21 @@ fixture_ok = settings(
 )
 
 
+@dataclass
+class Desk:
+    """``desk(**changes)`` admits a dispatch; terms and situation can be changed too."""
+
+    router: Any
+    terms: Terms
+    situation: Situation
+
+    def __call__(self, terms=None, now=None, **changes):
+        situation = replace(self.situation, **(now or {}))
+        return admit(self.router.dispatch(**changes), terms or self.terms, situation)
+
+
 @pytest.fixture
 def desk(world, fake_router):
-    """``desk(**changes)`` admits a dispatch; terms and situation can be changed too."""
-    router = fake_router(world, NODE)
     model = ModelTerms(100_000_000, 300_000_000, 512, 300)
     terms = Terms(world.market.market_id, NODE, {world.manifest_digest: model}, capacity=4)
     situation = Situation(
@@ -45,12 +57,7 @@ def desk(world, fake_router):
         now_unix_ms=time.time_ns() // 1_000_000,
         was_seen=lambda _digest: False,
     )
-
-    def decide(terms=terms, now=None, **changes):
-        return admit(router.dispatch(**changes), terms, replace(situation, **(now or {})))
-
-    decide.router, decide.terms, decide.situation = router, terms, situation
-    return decide
+    return Desk(fake_router(world, NODE), terms, situation)
 
 
 def with_source(dispatch):

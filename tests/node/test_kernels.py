@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -227,14 +228,14 @@ def test_the_self_test_judges_margins():
 
 
 def test_without_a_writable_cache_the_kernels_compile_in_memory(monkeypatch):
-    real = kernels.numba.njit
+    real = numba.njit
 
     def refusing(**options):
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
         return real(**options)
 
-    monkeypatch.setattr(kernels.numba, "njit", refusing)
+    monkeypatch.setattr(numba, "njit", refusing)
     assert kernels._compile(_increment)(1) == 2
 
 

@@ -108,8 +108,8 @@ def test_digests():
     for chunk, leaf in golden["chunk_leaf"]:
         assert chunk_leaf(bytes.fromhex(chunk)).hex() == leaf
     for nonce, node, index, chunk, proof in golden["chunk_proof"]:
-        got = chunk_proof(bytes.fromhex(nonce), node, index, bytes.fromhex(chunk))
-        assert got.hex() == proof
+        found = chunk_proof(bytes.fromhex(nonce), node, index, bytes.fromhex(chunk))
+        assert found.hex() == proof
 
 
 def test_the_encoding_is_the_published_one():

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from trueweight.node import call_runner
+from trueweight.node.receipts import build_receipt
 from trueweight.node.synthetic import Speed
 from trueweight.protos.envelope import digest_of, parse_envelope, seal
 from trueweight.protos.errors import NotFound, PermissionDenied, TrueweightError
@@ -194,10 +195,11 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 async def test_attack_lying_receipts_are_not_paid(start_market, connect, name, monkeypatch, lie):
-    real = call_runner.build_receipt
     async with start_market() as market:
         client = await connect(market)
-        monkeypatch.setattr(call_runner, "build_receipt", lambda **kw: real(**LIES[lie](kw)))
+        monkeypatch.setattr(
+            call_runner, "build_receipt", lambda **kw: build_receipt(**LIES[lie](kw))
+        )
         for stream in (False, True):
             with pytest.raises(openai.APIError):
                 answer = await client.completions.create(
@@ -215,11 +217,11 @@ async def test_attack_a_liars_tokens_are_thrown_away_and_another_node_answers(
         client = await connect(market)
         ask = {"model": model_id, "prompt": "def f", "max_tokens": 9, "seed": 4}
         true = await client.completions.create(**ask)
-        liar, real = market.nodes["liar"].node_id, call_runner.build_receipt
+        liar = market.nodes["liar"].node_id
 
         def lie(**kw):
             wrong = LIES["over-reports"](kw) if kw["node_id"] == liar else kw
-            return real(**wrong)
+            return build_receipt(**wrong)
 
         monkeypatch.setattr(call_runner, "build_receipt", lie)
         for _ in range(4):

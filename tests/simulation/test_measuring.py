@@ -137,7 +137,7 @@ class Samples:
 def test_a_file_made_class_by_class_states_the_pairs_of_all(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "Calibrator", Samples)
     monkeypatch.setattr(calibration, "weights_of", lambda _: b"w" * 32)
-    monkeypatch.setattr(calibration.Traffic, "of_model", lambda *_: None)
+    monkeypatch.setattr(Traffic, "of_model", lambda *_: None)
     path = tmp_path / "c.json"
     ask = ["--model", str(tmp_path), "--out", str(path), "--class"]
     shown = CliRunner().invoke(calibration.calibrate, [*ask, "greedy"])

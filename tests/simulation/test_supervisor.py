@@ -41,10 +41,13 @@ def gone(pid, within_s=5.0):
 
 
 @pytest.fixture
-async def supervisor(tmp_path):
-    deaths = []
+def deaths():
+    return []
+
+
+@pytest.fixture
+async def supervisor(tmp_path, deaths):
     made = Supervisor(tmp_path, deaths.append)
-    made.deaths = deaths
     yield made
     await made.stop_all()
     assert made.left_behind() == []
@@ -78,7 +81,7 @@ async def test_a_process_that_never_serves_is_killed_at_its_deadline(supervisor)
     assert supervisor.left_behind() == []
 
 
-async def test_sigterm_first_then_sigkill(supervisor):
+async def test_sigterm_first_then_sigkill(supervisor, deaths):
     polite = "import signal,sys; signal.signal(15, lambda *a: sys.exit(7));"
     await supervisor.start(python("polite", polite + READY + "import time; time.sleep(600)"))
     assert await supervisor.stop("polite") == 7
@@ -86,7 +89,7 @@ async def test_sigterm_first_then_sigkill(supervisor):
     code = deaf + READY + "import time; time.sleep(600)"
     await supervisor.start(python("deaf", code, stop_timeout_s=0.3))
     assert await supervisor.stop("deaf") == -signal.SIGKILL
-    assert supervisor.deaths == []
+    assert deaths == []
 
 
 async def test_killing_a_process_ends_its_whole_group(supervisor):
@@ -97,14 +100,14 @@ async def test_killing_a_process_ends_its_whole_group(supervisor):
     assert not group_is_alive(group)
 
 
-async def test_an_unexpected_death_is_reported_once(supervisor):
+async def test_an_unexpected_death_is_reported_once(supervisor, deaths):
     await supervisor.start(python("a", WITH_CHILD))
     os.kill(supervisor.get("a").pid, signal.SIGKILL)
     for _ in range(100):
         await asyncio.sleep(0.02)
-        if supervisor.deaths:
+        if deaths:
             break
-    assert [r.spec.name for r in supervisor.deaths] == ["a"]
+    assert [r.spec.name for r in deaths] == ["a"]
     assert supervisor.left_behind() == []
 
 

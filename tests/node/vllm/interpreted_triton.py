@@ -19,7 +19,7 @@ import triton.language
 
 # Without a GPU vLLM puts placeholders here.
 stub = ModuleType("vllm.triton_utils")
-stub.triton, stub.tl, stub.HAS_TRITON = triton, triton.language, True
+vars(stub).update(triton=triton, tl=triton.language, HAS_TRITON=True)
 sys.modules["vllm.triton_utils"] = stub
 
 from vllm import SamplingParams  # noqa: E402

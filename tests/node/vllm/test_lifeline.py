@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -113,9 +115,9 @@ def test_a_child_whose_parent_is_dead_already_ends_itself(monkeypatch):
 
     exits: list[int] = []
     monkeypatch.setenv(lifeline.OWNER_VARIABLE, "1")
-    monkeypatch.setattr(lifeline.multiprocessing, "parent_process", Gone)
-    monkeypatch.setattr(lifeline.os, "_exit", exits.append)
-    monkeypatch.setattr(lifeline.ctypes, "CDLL", lambda *_, **__: _Prctl())
+    monkeypatch.setattr(multiprocessing, "parent_process", Gone)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: _Prctl())
     lifeline.install()
     assert exits == [71]
 
@@ -131,7 +133,7 @@ def test_the_node_itself_and_foreign_engines_are_left_alone(monkeypatch, owner):
     monkeypatch.delenv(lifeline.OWNER_VARIABLE, raising=False)
     if owner is not None:
         monkeypatch.setenv(lifeline.OWNER_VARIABLE, owner)
-    monkeypatch.setattr(lifeline.ctypes, "CDLL", lambda *_, **__: pytest.fail("bound"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: pytest.fail("bound"))
     lifeline.install()
 
 
