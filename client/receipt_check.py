@@ -231,9 +231,7 @@ def _checkpoint(note: str, market: Market) -> tuple[LogState, str]:
     origin = log_origin(market.market_id)
     error: TrueweightError = BadSignature("the market names no ledger")
     for member in market.members(Member.LEDGER):
-        for identity, public_key in market.ring.keys.values():
-            if identity != member.identity:
-                continue
+        for public_key in market.ring.keys_of(member.identity):
             try:
                 state = open_note(note, origin, public_key)
             except TrueweightError as reason:

@@ -343,7 +343,7 @@ def witness(
     """Follow the log's checkpoints; exit status 3 if the log's past was changed."""
     known = load_market(market)
     member = known.member(Member.LEDGER)
-    signers = [key for who, key in known.ring.keys.values() if who == member.identity]
+    signers = known.ring.keys_of(member.identity)
     origin = log_origin(known.market_id)
 
     async def follow(stop: asyncio.Event) -> None:

@@ -460,7 +460,7 @@ def _open_receipt(envelope: bytes, node_id: str, court: Court) -> Opened[Receipt
     try:
         opened = open_envelope(envelope, Receipt, court.ring, court.terms.market_id, signer=node_id)
     except BadSignature as error:
-        if not any(identity == node_id for identity, _ in court.ring.keys.values()):
+        if not court.ring.keys_of(node_id):
             raise BadSignature(
                 f"no key of node {node_id} is known to the ledger",
                 hint="Publish the node's key-event first.",

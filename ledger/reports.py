@@ -171,7 +171,7 @@ def fsck(
     if market_file is not None:
         market = load_market(market_file)
         member = market.member(Member.LEDGER)
-        keys = [key for who, key in market.ring.keys.values() if who == member.identity]
+        keys = market.ring.keys_of(member.identity)
         market_id = market.market_id
     moved = Archive(archive, market_id) if archive is not None else None
     try:

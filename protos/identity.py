@@ -77,6 +77,10 @@ class KeyRing:
         entry = self.keys.get(operational_key_id)
         return entry[0] if entry else None
 
+    def keys_of(self, identity: str) -> list[bytes]:
+        """The public keys that speak for an identity now."""
+        return [key for owner, key in self.keys.values() if owner == identity]
+
     def lost_since(self, before: KeyRing) -> dict[str, tuple[str, bytes]]:
         """The keys that counted in an earlier ring, one event ago, and do not any more."""
         if len(self.keys) >= len(before.keys):

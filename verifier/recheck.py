@@ -132,7 +132,7 @@ def _check_transcript(transcript: Transcript, order: Assignment, ring: KeyRing) 
         raise BadSignature("the transcript carries another prompt than was assigned")
     if not is_what_was_signed(transcript):
         raise BadSignature("the transcript carries another output than the node signed for")
-    if not any(identity == order.node_id for identity, _ in ring.keys.values()):
+    if not ring.keys_of(order.node_id):
         raise BadSignature("the bundle lacks the node's key event")
 
 

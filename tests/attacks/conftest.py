@@ -84,7 +84,7 @@ async def books(tmp_path):
     await ledger.close()
     engine = make_engine(normal_url(url))
     signer = world.signers["ledger"]
-    keys = [k for who, k in world.market.ring.keys.values() if who == signer.identity]
+    keys = world.market.ring.keys_of(signer.identity)
     found = check(engine, world.market_id, keys)
     engine.dispose()
     assert found.problems == []

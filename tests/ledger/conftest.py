@@ -198,7 +198,7 @@ class Bench:
 def fsck(url, world, archive=None):
     engine = make_engine(normal_url(url))
     signer = world.signers["ledger"]
-    keys = [k for who, k in world.market.ring.keys.values() if who == signer.identity]
+    keys = world.market.ring.keys_of(signer.identity)
     try:
         moved = Archive(archive, world.market_id) if archive else None
         return check(engine, world.market_id, keys, archive=moved)
