@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from trueweight.ledger.deadline import bound_sqlite
-from trueweight.ledger.findings import plain, stream
+from trueweight.ledger.findings import stream
 from trueweight.protos.errors import InvalidRequest, NotFound, StorageError
 
 Row = tuple[Any, ...]
@@ -176,7 +176,7 @@ def merged(archived: Iterable[Row], stored: Iterable[Row]) -> Iterator[Row]:
     """Rows of both in the order of their first column. What an interrupted run has left in both
     comes once; what differs comes twice, so that fsck finds it."""
     before: Row | None = None
-    for row in heapq.merge(archived, map(plain, stored), key=lambda r: r[0]):
+    for row in heapq.merge(archived, stored, key=lambda r: r[0]):
         if row != before:
             yield row
         before = row

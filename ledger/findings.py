@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 log = logging.getLogger(__name__)
 MAX_FINDINGS = 100
 _STEP = 5_000
+_numbers = itertools.count()
 Progress = Callable[[str, int, int], None]
 # What becomes of a check that meets a value which no ledger writes, such as a text for a number.
 NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -98,11 +100,33 @@ def snapshot(engine: sa.Engine) -> sa.Connection:
     return connection
 
 
-def stream(connection: sa.Connection, sql: str) -> Iterator[Any]:
-    """Rows of a query of any size."""
-    streaming = connection.execution_options(stream_results=True, yield_per=_STEP)
-    for part in streaming.execute(sa.text(sql)).partitions(_STEP):
-        yield from part
+def stream(connection: sa.Connection, sql: str) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query of any size, as tuples from the driver itself: SQLAlchemy's rows would cost
+    more than all that is done with millions of them. Binary values are bytes."""
+    with _driver_errors(connection, sql), closing(_cursor(connection)) as cursor:
+        cursor.execute(sql)
+        while part := cursor.fetchmany(_STEP):
+            yield from part
+
+
+def _cursor(connection: sa.Connection) -> Any:
+    """One that leaves at the server what was not asked for."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        return driver.cursor()
+    return driver.cursor(name=f"fsck_{next(_numbers)}", binary=True)
+
+
+@contextmanager
+def _driver_errors(connection: sa.Connection, sql: str) -> Iterator[None]:
+    """The driver's errors as SQLAlchemy's, like those of all other queries."""
+    base = connection.dialect.loaded_dbapi.Error
+    try:
+        yield
+    except base as error:
+        raise sa.exc.DBAPIError.instance(
+            sql, None, error, base, dialect=connection.dialect
+        ) from error
 
 
 def count(connection: sa.Connection, sql: str) -> int:
@@ -122,9 +146,4 @@ def kept_rows(
 ) -> Iterator[tuple[Any, ...]]:
     """What is kept of leaves, in their order."""
     sql = f"SELECT {', '.join(columns)} FROM {table} ORDER BY log_index"  # noqa: S608
-    return map(plain, stream(connection, sql))
-
-
-def plain(row: Sequence[Any]) -> tuple[Any, ...]:
-    """A row whose bytes are bytes, on every database."""
-    return tuple(bytes(v) if isinstance(v, memoryview) else v for v in row)
+    return stream(connection, sql)

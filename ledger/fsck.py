@@ -11,8 +11,11 @@ Rows may hold anything: what a check cannot work with is a finding too, never an
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from ctypes import c_longlong
 from typing import Any
 
@@ -40,6 +43,17 @@ def check(
 ) -> Findings:
     """All checks. ``ledger_keys`` are public keys that may have signed checkpoints; None skips
     their signatures. What was archived is checked as if it had never left."""
+    with _rarely_collecting():
+        return _check(engine, market_id, ledger_keys, progress, archive)
+
+
+def _check(
+    engine: sa.Engine,
+    market_id: str,
+    ledger_keys: list[bytes] | None,
+    progress: Progress,
+    archive: Archive | None,
+) -> Findings:
     findings = Findings()
     transfers = 0
     with to_the_end(findings, "the books"), engine.connect() as connection:
@@ -61,6 +75,18 @@ def check(
         findings.include(_result(books))
     findings.include(log)
     return findings
+
+
+@contextmanager
+def _rarely_collecting() -> Iterator[None]:
+    """Rows are many and form no cycles: looking for them all the time takes a quarter as long as
+    the checks."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _result(books: Future[Findings]) -> Findings:
@@ -86,6 +112,7 @@ def _check_books(url: sa.URL, archive: Archive | None) -> Findings:
         _folded.value = done
 
     try:
-        return check_books(engine, archive, note)
+        with _rarely_collecting():
+            return check_books(engine, archive, note)
     finally:
         engine.dispose()

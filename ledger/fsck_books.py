@@ -1,4 +1,5 @@
-"""The books' half of ``fsck``: balances, holds and legs from the transfers alone."""
+"""The books' half of ``fsck``: balances, holds and legs from the transfers, and those in their
+leaves."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ from trueweight.ledger.fsck_references import Taken, check_references
 from trueweight.ledger.fsck_refunds import Refunds, Side, check_refunds
 from trueweight.ledger.fsck_restitution import Aside, check_restitutions
 from trueweight.ledger.fsck_spending import check_spending
+from trueweight.ledger.fsck_transfers import TransferLeaves
 from trueweight.ledger.values import (
     EXPIRE,
     HOLD,
@@ -137,7 +139,7 @@ class _Fold:
 def check_books(
     engine: sa.Engine, archive: Archive | None = None, progress: Progress = lambda *_: None
 ) -> Findings:
-    """All that needs no leaf."""
+    """All that follows from transfers."""
     findings = Findings()
     with to_the_end(findings, "the balances"), snapshot(engine) as connection:
         archive = archive_at(connection, archive)
@@ -171,12 +173,15 @@ def _fold_all(
     progress: Progress,
 ) -> None:
     total = connection.execute(sa.text("SELECT MAX(sequence) FROM transfer")).scalar() or 0
-    rows = iter(transfers_of(connection, archive, TRANSFER_COLUMNS[:-1]))
+    leaves = TransferLeaves(connection, archive, findings, fold.names)
+    rows = iter(transfers_of(connection, archive, TRANSFER_COLUMNS))
     while part := list(itertools.islice(rows, _PART)):
         _fold_transfers(part, findings, fold)
+        leaves.take(part)
         if archive is not None and part[0][0] <= archive.sequence:
             fold.forgotten += _forgotten(connection, part, archive.sequence)
         progress("transfers", fold.next - 1, total)
+    leaves.finish()
     findings.counts["transfers"] = fold.next - 1
 
 
@@ -192,7 +197,9 @@ def _fold_transfers(rows: Iterable[Any], findings: Findings, fold: _Fold) -> Non
     counters, earned, resolved = fold.counters, fold.earned, fold.resolved
     shares = fold.shares
     inside = {no for no, kind in fold.kinds.items() if kind != EXTERNAL}
-    for sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason in rows:
+    for (
+        sequence, operation, ordinal, debit_no, credit_no, amount, phase, pending, reason, _
+    ) in rows:  # fmt: skip
         if sequence != fold.next:
             findings.add(f"transfers {fold.next} to {sequence - 1} are missing")
         fold.next = sequence + 1

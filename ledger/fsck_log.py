@@ -1,4 +1,4 @@
-"""The log's half of ``fsck``: every leaf, tile and checkpoint, and each transfer in its leaf."""
+"""The log's half of ``fsck``: every leaf, tile and checkpoint."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from trueweight.ledger import bundle
-from trueweight.ledger.archived import (
-    TRANSFER_COLUMNS,
-    Archive,
-    archive_at,
-    bundles_of,
-    transfers_of,
-)
+from trueweight.ledger.archived import Archive, archive_at, bundles_of
 from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
 from trueweight.ledger.findings import (
-    NONSENSE,
     Findings,
     Progress,
     kept_rows,
@@ -27,14 +20,13 @@ from trueweight.ledger.findings import (
 )
 from trueweight.ledger.fsck_claims import Claims, Tokens
 from trueweight.ledger.fsck_nodes import CONVICTION, REINSTATEMENT, NodeDebts, Nodes
-from trueweight.ledger.fsck_references import Rewards, facts_of_operations
+from trueweight.ledger.fsck_references import Rewards
 from trueweight.ledger.fsck_restitution import check_spans
 from trueweight.ledger.fsck_verdicts import KINDS as VERDICT_KINDS
 from trueweight.ledger.fsck_verdicts import VERDICT, Verdicts
-from trueweight.ledger.leaves import TRANSFER, encode_batches, encode_movement
+from trueweight.ledger.leaves import TRANSFER, is_of, says_facts
 from trueweight.ledger.requests import request_row
 from trueweight.ledger.tiles import Edge
-from trueweight.ledger.values import REASON_NO
 from trueweight.protos.checkpoint import log_origin, open_note
 from trueweight.protos.envelope import (
     message_class,
@@ -51,7 +43,6 @@ from trueweight.protos.v1.market_pb2 import Bill, Receipt
 
 RECEIPT, BILL, REQUEST = "receipt", "bill", "audit-request"
 _TYPES = {kind: payload_type(message_class(kind)) for kind in bundle.KINDS if kind != TRANSFER}
-_REASONS = {number: name for name, number in REASON_NO.items()}
 
 
 def check_log(
@@ -66,15 +57,7 @@ def check_log(
     with to_the_end(findings, "the log and what is kept of it"), snapshot(engine) as connection:
         archive = archive_at(connection, archive)
         _check_origin(connection, findings, market_id, archive)
-        rows = connection.execute(sa.text("SELECT no, id FROM account"))
-        names = {int(row[0]): str(row[1]) for row in rows}
-        transfers = _transfer_leaves(
-            transfers_of(connection, archive, TRANSFER_COLUMNS),
-            findings,
-            names,
-            facts_of_operations(connection),
-        )
-        kept = _Kept(connection, findings, transfers, market_id)
+        kept = _Kept(connection, findings, market_id)
         _check_log(connection, findings, kept, progress, archive)
         _check_checkpoints(connection, findings, market_id, ledger_keys)
     return findings
@@ -92,60 +75,6 @@ def _check_origin(
     archived = archive.sequence if archive is not None else 0
     if int(meta.get("archived_sequence", 0)) != archived:
         findings.add("the books do not say which transfers are in the archive")
-
-
-# A leaf that there must be, when its transfers were made, and the leaf that an older ledger would
-# have written: without the unique facts that the operation took (empty: it took none).
-_Expected = tuple[bytes, int, bytes]
-
-
-def _transfer_leaves(
-    rows: Iterator[Any], findings: Findings, names: dict[int, str], facts: dict[bytes, bytes]
-) -> Iterator[_Expected]:
-    """The leaves that the stored transfers must have, operation by operation."""
-    head: tuple[bytes, int, int] | None = None
-    movements: list[bytes] = []
-    for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in rows:
-        if head is None or head[0] != operation:
-            if head is not None:
-                yield from _batches(findings, head, movements, facts)
-            head, movements = (bytes(operation), sequence, at), []
-        if ordinal != len(movements) or at != head[2]:
-            findings.add(f"transfer {sequence} is not in its place in its operation, or its time")
-        try:
-            movement = encode_movement(
-                names.get(debit, "?"),
-                names.get(credit, "?"),
-                amount,
-                phase,
-                bytes(pending or b""),
-                _REASONS[reason],
-            )
-        except NONSENSE:
-            findings.add(f"transfer {sequence} is none that a ledger makes")
-            movement = b""
-        movements.append(movement)
-    if head is not None:
-        yield from _batches(findings, head, movements, facts)
-
-
-def _batches(
-    findings: Findings,
-    head: tuple[bytes, int, int],
-    movements: list[bytes],
-    facts: dict[bytes, bytes],
-) -> list[_Expected]:
-    """The leaves of one operation, by its id, first sequence and time."""
-    took = facts.get(head[0])
-    try:
-        bare = encode_batches(*head, movements)
-        if took is None:
-            return [(leaf, head[2], b"") for leaf in bare]
-        leaves = encode_batches(*head, movements, took)
-        return [(leaf, head[2], old) for leaf, old in zip(leaves, bare, strict=True)]
-    except NONSENSE:
-        findings.add(f"the operation of transfer {head[1]} is none that a ledger applies")
-        return [(b"", 0, b"")]
 
 
 def _check_log(
@@ -214,15 +143,8 @@ class _LegRow(NamedTuple):
 class _Kept:
     """What is kept of the leaves beside them, in their order."""
 
-    def __init__(
-        self,
-        connection: sa.Connection,
-        findings: Findings,
-        transfers: Iterator[_Expected],
-        market_id: str,
-    ) -> None:
-        self._connection, self._findings, self._transfers = connection, findings, transfers
-        self._market_id = market_id
+    def __init__(self, connection: sa.Connection, findings: Findings, market_id: str) -> None:
+        self._connection, self._findings, self._market_id = connection, findings, market_id
         # When the leaves that are checked were merged.
         self.merged_at = 0
         # Leaves of transfers say which unique facts they took, from some place on.
@@ -245,10 +167,10 @@ class _Kept:
 
     def check(self, place: int, kind: str, body: bytes) -> None:
         """One leaf."""
-        if kind == TRANSFER:
-            self._check_transfers(place, body)
-            return
         try:
+            if kind == TRANSFER:
+                self._take_transfers(place, body)
+                return
             envelope = parse_envelope(body)
             if envelope.payload_type != _TYPES[kind]:
                 raise BadSignature("the evidence is of another type")
@@ -261,15 +183,12 @@ class _Kept:
         except BadSignature:
             self._findings.add(f"leaf {place} is not the {kind} it says")
 
-    def _check_transfers(self, place: int, body: bytes) -> None:
-        expected, at, bare = next(self._transfers, (b"", 0, b""))
-        if expected != body and (self._say_facts or bare != body):
-            self._findings.add(f"leaf {place} differs from the transfers it records")
-        else:
-            self._say_facts = self._say_facts or (expected == body and bool(bare))
-            self._nodes.transfers(place, body)
+    def _take_transfers(self, place: int, body: bytes) -> None:
+        """(That they are the stored transfers, the books' half finds.)"""
+        self._say_facts = self._say_facts or says_facts(body)
+        self._nodes.transfers(place, body)
         if self._captured:
-            if any(leg.captured_at != at for leg in self._captured):
+            if not all(is_of(body, leg.captured_at) for leg in self._captured):
                 self._findings.add(f"receipts before leaf {place} were captured at another time")
             self._captured.clear()
 
@@ -357,8 +276,6 @@ class _Kept:
     def finish(self) -> None:
         """After the last leaf."""
         findings = self._findings
-        for left, *_ in self._transfers:
-            findings.add(f"transfers have no leaf ({len(left)} bytes)")
         for row in self._steps:
             findings.add(f"what is kept of leaf {row[0]} is in no leaf")
         self._requests.finish(findings)

