@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -157,21 +158,35 @@ def _charge(
     market: MarketDescriptor,
 ) -> tuple[int, str]:
     total = 0
-    read: dict[int, int] = {}
+    places: set[tuple[int, int]] = set()
+    read: Counter[int] = Counter()
+    written: Counter[int] = Counter()
     for leg, (order, receipt) in zip(bill.legs, pairs, strict=True):
-        _check_leg(leg, order, receipt)
+        _check_leg(bill, leg, order, receipt)
         _check_amounts(leg, market)
-        read[leg.choice_index] = read.get(leg.choice_index, 0) + leg.billed_input_tokens
-        if read[leg.choice_index] > order.message.prompt_len:
+        choice, wanted = leg.choice_index, order.message
+        if (choice, leg.leg) in places:
+            raise InvalidRequest("one part of the answer is billed twice")
+        places.add((choice, leg.leg))
+        read[choice] += leg.billed_input_tokens
+        if read[choice] > wanted.prompt_len:
             raise InvalidRequest("the prompt of one choice is billed more than once")
+        written[choice] += leg.billed_output_tokens
+        if written[choice] > wanted.prefix_len + wanted.max_tokens:
+            raise InvalidRequest("more output of one choice is billed than was asked for")
         total += leg.client_charge_nano
     if total != bill.charge_nano:
         raise InvalidRequest("the legs do not sum to the charge")
     return total, f"recomputed from tokens and locked prices: {format_credits(total)} credits"
 
 
-def _check_leg(leg: BillLeg, order: Opened[Assignment], receipt: Opened[Receipt]) -> None:
+def _check_leg(
+    bill: Bill, leg: BillLeg, order: Opened[Assignment], receipt: Opened[Receipt]
+) -> None:
     wanted = order.message
+    about = (bill.router_id, bill.hold_id, bill.model_id)
+    if about != (wanted.router_id, wanted.hold_id, wanted.model_id):
+        raise InvalidRequest("the bill names another router, hold or model than an assignment")
     if leg.assignment_digest != order.digest or leg.receipt_digest != receipt.digest:
         raise InvalidRequest("a leg of the bill names another assignment or receipt")
     place = (leg.node_id, leg.choice_index, leg.leg)

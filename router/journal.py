@@ -102,21 +102,30 @@ class Journal:
         return record, PENDING if row.state is None else row.state
 
     async def sweep(self, transcripts_before_ms: int, records_before_ms: int) -> None:
-        """Deletes what is older than it must be kept, a bounded amount each time."""
-        await self._store.write(erase_before(transcripts_before_ms, _SWEEP_LIMIT))
+        """Deletes what is older than it must be kept; a bounded amount in one transaction, so that
+        others get their turns."""
+        while await self._store.erase(erase_before(transcripts_before_ms, _SWEEP_LIMIT)):
+            pass
+        while await self._store.write(_records_before(records_before_ms)):
+            pass
 
-        def work(connection: Connection) -> None:
-            old = (
-                select(captures.c.bill_id)
-                .where(captures.c.created_unix_ms < records_before_ms, captures.c.state != PENDING)
-                .limit(_SWEEP_LIMIT)
-            )
-            connection.execute(delete(captures).where(captures.c.bill_id.in_(old)))
-            aged = (
-                select(requests.c.request_id)
-                .where(requests.c.created_unix_ms < records_before_ms)
-                .limit(_SWEEP_LIMIT)
-            )
-            connection.execute(delete(requests).where(requests.c.request_id.in_(aged)))
 
-        await self._store.write(work)
+def _records_before(unix_ms: int) -> Callable[[Connection], int]:
+    """A work that deletes some captures and records older than a time; how many it did."""
+
+    def work(connection: Connection) -> int:
+        old = (
+            select(captures.c.bill_id)
+            .where(captures.c.created_unix_ms < unix_ms, captures.c.state != PENDING)
+            .limit(_SWEEP_LIMIT)
+        )
+        settled = connection.execute(delete(captures).where(captures.c.bill_id.in_(old)))
+        aged = (
+            select(requests.c.request_id)
+            .where(requests.c.created_unix_ms < unix_ms)
+            .limit(_SWEEP_LIMIT)
+        )
+        records = connection.execute(delete(requests).where(requests.c.request_id.in_(aged)))
+        return settled.rowcount + records.rowcount
+
+    return work

@@ -57,7 +57,7 @@ class ReceiptsView:
     async def erase(self, request_id: bytes, account: str) -> int:
         """Destroys the keys of a request's transcripts; how many there were."""
         await self._find(request_id, account)
-        count = await self._store.write(erase_request(request_id))
+        count = await self._store.erase(erase_request(request_id))
         log.info("transcripts of request %s erased by its client: %d", request_id.hex(), count)
         return count
 

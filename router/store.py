@@ -35,6 +35,7 @@ from trueweight.protos.errors import OverCapacity, StorageError
 T = TypeVar("T")
 _MAX_QUEUED_WRITES = 8192
 _MAX_WRITES_PER_COMMIT = 256
+_BUSY_MS = 10_000
 
 metadata = MetaData()
 
@@ -100,6 +101,7 @@ data_keys = Table(
 class _Write(Generic[T]):
     work: Callable[[Connection], T]
     done: asyncio.Future[T]
+    erases: bool = False
 
 
 class Store:
@@ -125,9 +127,17 @@ class Store:
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Runs ``work`` in a transaction and returns its result once it is durable."""
+        return await self._enqueue(work)
+
+    async def erase(self, work: Callable[[Connection], T]) -> T:
+        """The same for a ``work`` that destroys something: what the write-ahead log still has of
+        it is gone, too."""
+        return await self._enqueue(work, erases=True)
+
+    async def _enqueue(self, work: Callable[[Connection], T], *, erases: bool = False) -> T:
         if len(self._queue) >= _MAX_QUEUED_WRITES:
             raise OverCapacity("the router's journal is behind", hint="Try again later.")
-        item: _Write[T] = _Write(work, asyncio.get_running_loop().create_future())
+        item: _Write[T] = _Write(work, asyncio.get_running_loop().create_future(), erases)
         self._queue.append(item)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
@@ -179,10 +189,30 @@ class Store:
 
     def _commit(self, group: list[_Write[Any]]) -> list[Any]:
         try:
-            return self.write_now(lambda c: [item.work(c) for item in group])
+            outcomes = self.write_now(lambda c: [item.work(c) for item in group])
         # Whatever went wrong belongs to one of them: find out which.
         except Exception:  # noqa: BLE001
-            return [self._commit_one(item) for item in group]
+            outcomes = [self._commit_one(item) for item in group]
+        if not any(item.erases for item in group):
+            return outcomes
+        try:
+            self._empty_log()
+        except StorageError as error:
+            return [error if item.erases else o for item, o in zip(group, outcomes, strict=True)]
+        return outcomes
+
+    def _empty_log(self) -> None:
+        """Moves the write-ahead log into the database and cuts it off. Raises StorageError."""
+        try:
+            with self._engine.connect() as connection:
+                is_busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar()
+        except SQLAlchemyError as error:
+            raise StorageError(f"writing failed: {type(error).__name__}") from error
+        if is_busy:
+            raise StorageError(
+                "what was erased may still be in the write-ahead log: a reader keeps it",
+                hint="Erase it again.",
+            )
 
     def _commit_one(self, item: _Write[Any]) -> Any:
         try:
@@ -196,7 +226,7 @@ def _configure(connection: Any, _: Any) -> None:
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",
-        "busy_timeout=10000",
+        f"busy_timeout={_BUSY_MS}",
         # Erased keys must not stay readable in free pages.
         "secure_delete=ON",
     ):

@@ -12,6 +12,7 @@ import pytest
 
 from trueweight.client.receipt_check import check_bundle, holds
 from trueweight.protos.envelope import seal
+from trueweight.protos.money import charge_nano, split_charge
 from trueweight.protos.receipt_bundle import bundle_of
 from trueweight.protos.v1.envelope_pb2 import Envelope
 from trueweight.protos.v1.market_pb2 import Bill
@@ -176,6 +177,8 @@ def test_flipped_bits_in_any_envelope_are_found(paid, key):
         (lambda b: setattr(b.legs[0], "fee_nano", 0), "split"),
         (lambda b: setattr(b.legs[0], "node_id", "friend"), "another node"),
         (lambda b: setattr(b.legs[0], "receipt_digest", bytes(32)), "another assignment"),
+        (lambda b: setattr(b, "hold_id", bytes(16)), "another router, hold or model"),
+        (lambda b: setattr(b, "model_id", "dearer"), "another router, hold or model"),
     ],
 )
 def test_a_router_that_overcharges_is_found_by_arithmetic(paid, change, words):
@@ -189,6 +192,32 @@ def test_a_router_that_overcharges_is_found_by_arithmetic(paid, change, words):
     assert words in charge.detail
     # And what is in the log is another bill.
     assert "bill in log" in wrong_of(paid, document)
+
+
+def test_attack_a_router_bills_one_leg_twice(paid):
+    bill = Bill.FromString(Envelope.FromString(base64.b64decode(paid[0]["bill"])).payload)
+    twin = bill.legs.add()
+    twin.CopyFrom(bill.legs[0])
+    twin.billed_input_tokens = 0
+    asks = (twin.ask_input_nano_per_mtok, twin.ask_output_nano_per_mtok)
+    charge = charge_nano(0, twin.billed_output_tokens, *asks)
+    market = paid[3].descriptor
+    split = split_charge(charge, market.fee_ppm, market.verification_pool_ppm)
+    twin.client_charge_nano, twin.node_nano = charge, split.node_nano
+    twin.fee_nano, twin.pool_nano = split.fee_nano, split.pool_nano
+    bill.charge_nano += charge
+
+    def twice(document):
+        document["bill"] = base64.b64encode(seal(bill, paid[2])).decode()
+        for key in ("assignments", "receipts", "output_token_ids", "prefix_token_ids"):
+            document[key] *= 2
+        # A receipt may come without a proof of the log.
+        del document["inclusion"]
+
+    found = findings_of(paid, forged(paid, twice))
+    assert [(f.name, f.detail.partition(" (")[0]) for f in found if f.ok is False] == [
+        ("charge", "one part of the answer is billed twice")
+    ]
 
 
 def test_a_false_receipt_exits_with_an_error(paid, tmp_path, trueweight):

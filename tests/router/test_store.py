@@ -11,11 +11,13 @@ from sqlalchemy import select
 from trueweight.protos.errors import Erased, InvalidRequest, NotFound, StorageError, Unauthenticated
 from trueweight.protos.v1.audit_pb2 import Transcript
 from trueweight.protos.v1.ledger_pb2 import Operation, Result, VoidHold
+from trueweight.router import journal as journal_module
 from trueweight.router import settling
+from trueweight.router import store as store_module
 from trueweight.router.api_keys import KeyGate, create_key, list_keys, revoke_key
 from trueweight.router.journal import CAPTURED, PENDING, Journal, RequestRecord
 from trueweight.router.settling import Settler
-from trueweight.router.store import Store, captures, data_keys, transcripts
+from trueweight.router.store import Store, captures, data_keys, requests, transcripts
 from trueweight.router.transcripts import TranscriptBox, erase_request, load_master_key
 from trueweight.runtime.clock import ManualClock, SystemClock
 
@@ -168,6 +170,40 @@ async def test_transcripts_are_encrypted_at_rest_and_erasure_destroys_the_key(st
     assert await store.write(erase_request(b"r" * 16)) == 0
 
 
+async def test_attack_who_reads_the_disk_finds_nothing_of_an_erased_transcript(store, tmp_path):
+    box = TranscriptBox(load_master_key(tmp_path, os.urandom))
+    await store.write(box.put(DIGEST, b"r" * 16, transcript(), 1))
+    (key,) = await store.read(lambda c: list(c.scalars(select(data_keys.c.wrapped))))
+    (row,) = await store.read(lambda c: list(c.execute(select(transcripts))))
+    assert _files_with(tmp_path, key) and _files_with(tmp_path, row.ciphertext)
+    others = (box.put(bytes([n]) * 32, b"o" * 16, transcript(), 1) for n in range(8))
+    erased, *_ = await asyncio.gather(
+        store.erase(erase_request(b"r" * 16)), *(store.write(other) for other in others)
+    )
+    assert erased == 1
+    assert _files_with(tmp_path, key) == _files_with(tmp_path, row.ciphertext) == []
+
+
+def _files_with(directory, part):
+    return [
+        path.name for path in directory.rglob("*") if path.is_file() and part in path.read_bytes()
+    ]
+
+
+async def test_an_erasure_that_a_reader_keeps_in_the_log_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_BUSY_MS", 50)
+    store = Store(tmp_path / "router.sqlite")
+    box = TranscriptBox(load_master_key(tmp_path, os.urandom))
+    await store.write(box.put(DIGEST, b"r" * 16, transcript(), 1))
+    with store._engine.connect() as reader:
+        reader.exec_driver_sql("BEGIN")
+        reader.exec_driver_sql("SELECT * FROM data_keys").fetchall()
+        with pytest.raises(StorageError, match="reader"):
+            await store.erase(erase_request(b"r" * 16))
+    assert await store.erase(erase_request(b"r" * 16)) == 0
+    await store.close()
+
+
 async def test_another_master_key_opens_nothing(store, tmp_path):
     box = TranscriptBox(load_master_key(tmp_path / "a", os.urandom))
     await store.write(box.put(DIGEST, b"r" * 16, transcript(), 1))
@@ -214,3 +250,21 @@ async def test_old_records_are_swept_and_pending_captures_never(store, tmp_path)
     assert (await journal.find(b"\x03" * 16))[1] == PENDING
     with pytest.raises(NotFound):
         await store.read(box.get(DIGEST))
+
+
+async def test_a_sweep_deletes_all_that_is_old_however_much_came_at_once(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(journal_module, "_SWEEP_LIMIT", 3)
+    journal, box = Journal(store), TranscriptBox(load_master_key(tmp_path, os.urandom))
+    for n in range(10):
+        kept = box.put(bytes([n]) * 32, record(n).request_id, transcript(), 1000)
+        await journal.record_bill(record(n), capture(n), [kept])
+        if n != 4:
+            await journal.settle(capture(n).id, CAPTURED)
+    await journal.sweep(transcripts_before_ms=5000, records_before_ms=5000)
+    left = await store.read(lambda c: [list(c.execute(select(t))) for t in (data_keys, requests)])
+    assert left == [[], []]
+    assert await store.read(lambda c: list(c.scalars(select(captures.c.bill_id)))) == [
+        capture(4).id
+    ]
