@@ -36,10 +36,13 @@ from trueweight.runtime.cli import (
     print_table,
 )
 from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.files import read_bounded
 from trueweight.runtime.market import Market, load_market
 
 _PPM_PER_PERCENT = 10_000
 _MAX_FILE_BYTES = 64 * 1024
+# Ten years.
+_MAX_WINDOW_S = 10 * 365 * 86_400
 _TERMS = ("audit_floor_percent", "second_opinions_percent", "max_gain_tokens")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,9 +80,8 @@ def _terms_options(function: F) -> F:
 def _engines(old: EngineAllowList, path: Path | None, allow_synthetic: bool) -> EngineAllowList:
     if path is not None:
         try:
-            text = path.read_text()[:_MAX_FILE_BYTES]
-            old = Parse(text, EngineAllowList())
-        except (OSError, UnicodeDecodeError, ParseError) as error:
+            old = Parse(read_bounded(path, _MAX_FILE_BYTES), EngineAllowList())
+        except (UnicodeDecodeError, ParseError, RecursionError) as error:
             raise InvalidRequest(
                 f"{path} is no list of engines: {error}",
                 hint="Write it as 'trueweight market show --json' does, under \"engines\".",
@@ -120,7 +122,7 @@ def market() -> None:
 @option(
     "--settlement-window-s",
     default=3600,
-    type=click.IntRange(0),
+    type=click.IntRange(0, _MAX_WINDOW_S),
     help="Earnings stay locked at least this long.",
 )
 @_terms_options
@@ -212,10 +214,7 @@ def reissue(
 
 
 def _read_event(path: Path) -> bytes:
-    try:
-        return path.read_bytes()[:_MAX_FILE_BYTES]
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
+    return read_bounded(path, _MAX_FILE_BYTES)
 
 
 def _print(shown: Market, as_json: bool) -> None:

@@ -187,5 +187,6 @@ def _check_endpoint(name: str, endpoint: str) -> None:
     if name not in ROLES:
         raise InvalidRequest(f"{name!r} is not a role", hint=f"Roles: {', '.join(ROLES)}.")
     host, separator, port = endpoint.rpartition(":")
-    if endpoint and not (host and separator and port.isdigit() and 0 < int(port) < 65536):
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    if endpoint and not (host and separator and is_port):
         raise InvalidRequest(f"{endpoint!r} is not an endpoint", hint="Write host:port.")

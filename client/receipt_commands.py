@@ -8,7 +8,7 @@ import click
 
 from trueweight.client.model_files import open_manifest
 from trueweight.client.receipt_check import NOT_PROVEN, check_bundle, holds
-from trueweight.protos.errors import InvalidRequest, ReceiptRefused
+from trueweight.protos.errors import ReceiptRefused
 from trueweight.protos.receipt_bundle import MAX_BUNDLE_BYTES, ReceiptBundle, parse_bundle
 from trueweight.runtime.cli import (
     json_option,
@@ -17,6 +17,7 @@ from trueweight.runtime.cli import (
     print_json,
     print_table,
 )
+from trueweight.runtime.files import read_bounded
 from trueweight.runtime.market import load_market
 
 _WORDS = {True: "ok", False: "WRONG", None: "not checked"}
@@ -65,9 +66,4 @@ def verify(file: Path, market: Path, manifest: Path | None, as_json: bool) -> No
 
 
 def _read(path: Path) -> ReceiptBundle:
-    try:
-        if path.stat().st_size > MAX_BUNDLE_BYTES:
-            raise InvalidRequest(f"{path} is too large for a receipt file")
-        return parse_bundle(path.read_bytes())
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
+    return parse_bundle(read_bounded(path, MAX_BUNDLE_BYTES))

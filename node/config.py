@@ -84,7 +84,7 @@ def advertised_endpoint(config: NodeConfig, listening: str) -> str:
     port = listening.rpartition(":")[2]
     if config.advertise:
         host, _, wanted_port = config.advertise.rpartition(":")
-        if not host or not wanted_port.isdigit():
+        if not host or not (wanted_port.isascii() and wanted_port.isdigit()):
             raise InvalidRequest(
                 f"--advertise {config.advertise!r} is not HOST:PORT",
                 hint="Write it as in gpu1.example:7001.",

@@ -55,7 +55,7 @@ def open_offer(data: bytes, market_id: str) -> Offer:
 
 async def _certificate_of(endpoint: str, timeout_ms: float) -> str:
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise InvalidRequest(
             f"{endpoint!r} is not HOST:PORT", hint="Write it as in gpu1.example:7001."
         )

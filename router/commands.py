@@ -78,8 +78,8 @@ def router() -> None:
 @option(
     "--request-timeout-s",
     default=600.0,
-    type=click.FloatRange(1, 86_400),
-    help="Until an answer must be complete.",
+    type=click.FloatRange(1, 3600),
+    help="Until an answer must be complete; nodes take no work that may last longer than an hour.",
 )
 @option(
     "--hold-grace-s",

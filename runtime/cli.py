@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -26,6 +27,8 @@ T = TypeVar("T")
 ENV_PREFIX = "TRUEWEIGHT"
 _UNFOLDED = 400
 _MANY_COLUMNS = 5
+_MOST = 2**63 - 1
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class _Option(click.Option):
@@ -44,6 +47,12 @@ class _Option(click.Option):
         # Every range lets "nan" pass, and some "inf".
         if isinstance(found, float) and not math.isfinite(found):
             raise click.BadParameter(f"{found} is no number.", ctx, self)
+        if isinstance(found, int) and abs(found) > _MOST:
+            raise click.BadParameter("this number is too large.", ctx, self)
+        for text in found if isinstance(found, tuple) else (found,):
+            # Bytes that are no UTF-8, as a shell passes them on.
+            if isinstance(text, str) and not text.isascii() and _SURROGATES.search(text):
+                raise click.BadParameter("this is not UTF-8.", ctx, self)
         return found
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:

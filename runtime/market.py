@@ -15,6 +15,7 @@ from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.identity import KeyRing
 from trueweight.protos.v1.envelope_pb2 import KeyEvent
 from trueweight.protos.v1.market_pb2 import MarketDescriptor, Member
+from trueweight.runtime.files import read_bounded
 
 _MAX_MARKET_FILE_BYTES = 1024 * 1024
 
@@ -70,16 +71,15 @@ def write_market(path: Path, envelope: bytes, market_key_event: bytes) -> None:
 def load_market(path: Path) -> Market:
     """Reads and verifies a market file. Only the signed bytes count, never the readable copy."""
     try:
-        if path.stat().st_size > _MAX_MARKET_FILE_BYTES:
-            raise InvalidRequest(f"{path} is too large for a market file")
-        document = json.loads(path.read_text())
+        if not path.exists():
+            raise InvalidRequest(
+                f"there is no market file at {path}",
+                hint="Make one with 'trueweight market init'.",
+            )
+        document = json.loads(read_bounded(path, _MAX_MARKET_FILE_BYTES))
         envelope = base64.b64decode(document["descriptor"], validate=True)
         event = base64.b64decode(document["market_key_event"], validate=True)
-    except FileNotFoundError:
-        raise InvalidRequest(
-            f"there is no market file at {path}", hint="Make one with 'trueweight market init'."
-        ) from None
-    except (KeyError, TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError, RecursionError, binascii.Error):
         raise InvalidRequest(
             f"{path} is not a market file", hint="Name the market.json of 'trueweight market init'."
         ) from None

@@ -15,6 +15,7 @@ from trueweight.protos.identity import Signer
 from trueweight.protos.v1.market_pb2 import Member, Suspension
 from trueweight.runtime import cli
 from trueweight.runtime.clock import SystemClock
+from trueweight.runtime.files import read_bounded
 from trueweight.runtime.keys import load_signer
 from trueweight.runtime.ledger_port import connect_ledger
 from trueweight.runtime.market import Market
@@ -86,10 +87,9 @@ def bundle(leaf: int, **options: Any) -> None:
     held: Path | None = options["transcript"]
     if held is None:
         made = cli.run_async(_export(leaf, options))
-    elif held.is_file() and held.stat().st_size <= MAX_BUNDLE_BYTES:
-        made = cli.run_async(_export_held(leaf, held.read_bytes(), options))
     else:
-        raise InvalidRequest(f"{held} is not there, or too large for a transcript")
+        transcript = read_bounded(held, MAX_BUNDLE_BYTES)
+        made = cli.run_async(_export_held(leaf, transcript, options))
     write_bundle(options["out"], made)
     click.echo(f"wrote {options['out']}; it holds the text of a request", err=True)
 
@@ -139,9 +139,8 @@ def _no_new_secrets(_count: int) -> bytes:
 @cli.json_option
 def recheck(file: Path, as_json: bool, **options: Any) -> None:
     """Replay the audit in an evidence bundle on one's own reference node."""
-    if file.stat().st_size > MAX_BUNDLE_BYTES:
-        raise InvalidRequest(f"{file} is too large for a bundle")
-    found = cli.run_async(_recheck(read_bundle(file.read_bytes()), options))
+    bundle = read_bundle(read_bounded(file, MAX_BUNDLE_BYTES))
+    found = cli.run_async(_recheck(bundle, options))
     if as_json:
         cli.print_json({"agrees": found.agrees, "steps": [asdict(s) for s in found.steps]})
     else:

@@ -72,6 +72,8 @@ def test_a_file_that_cannot_be_used_is_one_line(failing, trueweight):
         (("--grpc", "127.0.0.1:-1"), "is not HOST:PORT"),
         (("--transcript-days", "-1"), "--transcript-days"),
         (("--request-timeout-s", "0"), "--request-timeout-s"),
+        # Nodes would refuse every request.
+        (("--request-timeout-s", "3601"), "--request-timeout-s"),
         (("--min-bond", "much"), "not an amount"),
         (("--model-dir", "nothing"), "MODEL_ID=DIR"),
     ],

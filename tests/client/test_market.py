@@ -90,6 +90,37 @@ def test_absurd_plans_make_nothing(tmp_path, plan):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--settlement-window-s", "9" * 20), "--settlement-window-s"),
+        (("--max-gain-tokens", "9" * 20), "too large"),
+        (("--ledger-endpoint", "host:\u00b2"), "not an endpoint"),
+        (("--router-endpoint", "host:" + "9" * 5000), "not an endpoint"),
+        (("--name", "\udcff"), "not UTF-8"),
+        (("--engines", "/dev/zero"), "right file"),
+    ],
+)
+def test_absurd_options_are_refused_before_any_key_is_made(tmp_path, trueweight, options, words):
+    outcome = trueweight("market", "init", tmp_path / "m", *options)
+    assert outcome.code == 2
+    assert words in outcome.err and "Traceback" not in outcome.err
+    assert not (tmp_path / "m").exists()
+
+
+def test_absurd_files_are_refused_and_never_read_to_the_end(market, tmp_path, trueweight):
+    deep = tmp_path / "market.json"
+    deep.write_text('{"descriptor":' + "[" * 100_000)
+    for file in (deep, "/dev/zero"):
+        outcome = trueweight("market", "show", "--market", file)
+        assert outcome.code == 2 and "Traceback" not in outcome.err
+    for command in (
+        ("receipt", "verify", "/dev/zero", "--market", market.file),
+        ("market", "reissue", market.file.parent, "--admit-verifier", "/dev/zero"),
+    ):
+        assert "right file" in trueweight(*command).err
+
+
 def test_a_tampered_market_file_is_refused(market):
     document = json.loads(market.file.read_text())
     for key in ("descriptor", "market_key_event"):
