@@ -287,6 +287,24 @@ class _Kept:
         for part in (self._nodes, self._debts, self._rewards, self._tokens):
             part.finish(findings)
         check_spans(self._connection, findings, self._nodes.convicted)
+        _check_holds(self._connection, findings)
+
+
+def _check_holds(connection: sa.Connection, findings: Findings) -> None:
+    """Every hold paid what its receipts charge, and its client is theirs."""
+    wrong = sa.text(
+        "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged, MIN(client) AS one, "
+        "MAX(client) AS other FROM leg GROUP BY hold_id) l "
+        "LEFT JOIN pending p ON p.id = l.hold_id AND p.kind = 1 "
+        "WHERE p.id IS NULL OR p.posted <> l.charged OR p.debit <> l.one OR p.debit <> l.other"
+    )
+    sums = sa.text(
+        "SELECT (SELECT COALESCE(SUM(charge), 0) FROM leg), "
+        "(SELECT COALESCE(SUM(posted), 0) FROM pending WHERE kind = 1)"
+    )
+    charged, posted = connection.execute(sums).one()
+    if connection.execute(wrong).scalar_one() or charged != posted:
+        findings.add("holds were captured for other sums or clients than their receipts")
 
 
 class _Requests:

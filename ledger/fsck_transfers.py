@@ -4,7 +4,7 @@ which reads all transfers anyway."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -19,12 +19,8 @@ from trueweight.protos.errors import StorageError
 _REASONS = {number: name for name, number in REASON_NO.items()}
 
 
-class _Head(NamedTuple):
-    """What the transfers of an operation have in common."""
-
-    operation: bytes
-    first_sequence: int
-    at_unix_ms: int
+# What the transfers of an operation have in common: its id, the first one's sequence, and its time.
+_Head = tuple[bytes, int, int]
 
 
 class TransferLeaves:
@@ -51,7 +47,7 @@ class TransferLeaves:
         for sequence, operation, ordinal, debit, credit, amount, phase, pending, reason, at in rows:
             if head is None or head[0] != operation:
                 self._operation(head, movements)
-                head, movements = _Head(bytes(operation), sequence, at), []
+                head, movements = (operation, sequence, at), []
             if ordinal != len(movements) or at != head[2]:
                 self._findings.add(
                     f"transfer {sequence} is not in its place in its operation, or its time"
@@ -62,7 +58,7 @@ class TransferLeaves:
                     names.get(credit, "?"),
                     amount,
                     phase,
-                    bytes(pending or b""),
+                    pending or b"",
                     _REASONS[reason],
                 )
             except NONSENSE:
@@ -82,24 +78,23 @@ class TransferLeaves:
         """All transfers of one operation."""
         if head is None:
             return
-        took = self._facts.get(head.operation, b"")
+        took = self._facts.get(head[0], b"")
         try:
-            expected = encode_batches(*head, movements, took)
-            # What an older ledger would have written: without the unique facts that it took.
-            bare = encode_batches(*head, movements) if took and not self._say_facts else expected
+            leaves = encode_batches(*head, movements, took)
         except NONSENSE:
-            self._findings.add(
-                f"the operation of transfer {head.first_sequence} is none that a ledger applies"
-            )
+            self._findings.add(f"the operation of transfer {head[1]} is none that a ledger applies")
             next(self._leaves, None)
             return
-        for body, old in zip(expected, bare, strict=True):
-            place, stored = next(self._leaves, (-1, b""))
-            if stored == body:
-                self._say_facts = self._say_facts or bool(took)
-            elif place < 0:
+        found = [next(self._leaves, (-1, b"")) for _ in leaves]
+        if [body for _, body in found] == leaves:
+            self._say_facts = self._say_facts or bool(took)
+            return
+        # What an older ledger would have written: without the unique facts that it took.
+        older = encode_batches(*head, movements) if took and not self._say_facts else leaves
+        for (place, stored), body, old in zip(found, leaves, older, strict=True):
+            if place < 0:
                 self._findings.add(f"transfers have no leaf ({len(body)} bytes)")
-            elif stored != old:
+            elif stored not in (body, old):
                 self._differs(place)
 
     def _differs(self, place: int) -> None:
