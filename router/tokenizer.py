@@ -25,11 +25,13 @@ from trueweight.router.detokenizer import ByteLevelDecoder, IncrementalDecoder, 
 from trueweight.router.openai_messages import Message
 from trueweight.router.openai_requests import ParsedRequest
 
-# Above this, encoding goes to a thread: it takes milliseconds and lets go of the interpreter lock.
+# Above this, encoding goes to a thread: it takes milliseconds.
 _THREAD_ABOVE_CHARS = 4096
-# No tokenizer makes fewer than one token of this many characters on real text; a longer prompt
-# cannot fit and is refused before any work.
-_MAX_CHARS_PER_TOKEN = 256
+# Of one model at once, so that the machine has something left for everybody else.
+_MAX_THREADS = 2
+# Real text has 2 to 5 characters a token; what would fit only with more than this on the average is
+# refused before any work.
+_MAX_CHARS_PER_TOKEN = 32
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 
@@ -98,6 +100,7 @@ class ModelTokenizer:
             if token.special
         }
         self._files, self._max_context_tokens = files, max_context_tokens
+        self._threads = asyncio.Semaphore(_MAX_THREADS)
         self.template = ChatTemplate(files.template) if files.template is not None else None
         self._bytes = byte_table(self._full, files.tokenizer_json, set(self._specials))
 
@@ -119,7 +122,8 @@ class ModelTokenizer:
                 param="messages" if request.is_chat else "prompt",
             )
         if size > _THREAD_ABOVE_CHARS:
-            return await asyncio.to_thread(self.encode_now, request, date)
+            async with self._threads:
+                return await asyncio.to_thread(self.encode_now, request, date)
         return self.encode_now(request, date)
 
     def encode_now(self, request: ParsedRequest, date: str) -> tuple[int, ...]:
@@ -191,11 +195,10 @@ class ModelTokenizer:
         )
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._full.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._full, text).ids  # type: ignore[no-any-return]
 
     def _encode_user_text(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        encoding = _encode(self._plain, text, add_special_tokens=add_special_tokens)
         for token_id, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
             if token_id in self._specials and not added:
                 raise InvalidRequest(
@@ -211,6 +214,11 @@ class ModelTokenizer:
 
     def _specials_in(self, ids: Sequence[int]) -> list[int]:
         return [token_id for token_id in ids if token_id in self._specials]
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Any:
+    """As a batch of one: only then does the library let go of the interpreter's lock."""
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _split(marked: str, opening: str, closing: str) -> list[tuple[str, bool]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -102,12 +104,24 @@ async def test_token_prompts_pass_unchanged(tokenizer):
 
 async def test_a_text_that_cannot_fit_is_refused_before_work(tokenizer):
     with pytest.raises(ContextOverflow):
-        await tokenizer.encode(text("x" * (4096 * 256 + 1)), DATE)
+        await tokenizer.encode(text("x" * (4096 * 32 + 1)), DATE)
 
 
 async def test_long_texts_are_encoded_off_the_loop_alike(tokenizer):
     request = text("hello world " * 600)
     assert await tokenizer.encode(request, DATE) == tokenizer.encode_now(request, DATE)
+
+
+async def test_attack_a_long_prompt_does_not_stop_everybody_else(tokenizer):
+    """It is encoded in a thread, which is no use unless that lets go of the interpreter's lock."""
+    request = chat("".join(random.Random(1).choices("0123456789!?;:#%&~", k=4096 * 30)))
+    loop, longest = asyncio.get_running_loop(), 0.0
+    encoding = asyncio.ensure_future(tokenizer.encode(request, DATE))
+    started = last = loop.time()
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        longest, last = max(longest, loop.time() - last), loop.time()
+    assert longest < (last - started) / 2
 
 
 def render(template, content="x"):
