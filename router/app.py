@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import random as random_module
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,40 +210,32 @@ class Router:
     async def _replay(self) -> None:
         """At start, and from time to time for captures that met an error nobody expected."""
         while True:
-            try:
+            with _going_on("the journal could not be replayed"):
                 if count := await self.settler.replay():
                     log.info("sent %d captures of the journal again", count)
-            except TrueweightError as error:
-                log.warning("the journal could not be replayed: %s", error)
             await self._clock.sleep_ms(_SWEEP_EVERY_MS)
 
     async def _follow_forever(self) -> None:
         # Whoever does not hear of suspensions must not go deaf for good.
         while True:
-            try:
+            with _going_on("following the log again"):
                 await self._feed.follow(self._ledger)
-            except TrueweightError as error:
-                log.warning("following the log again after: %s", error)
             await self._clock.sleep_ms(_FOLLOW_AGAIN_MS)
 
     async def _sweep_forever(self) -> None:
         while True:
             now = self._clock.now_unix_ms()
-            try:
+            with _going_on("old transcripts and records could not be deleted"):
                 await self.journal.sweep(
                     now - int(self._config.transcript_days * DAY_MS),
                     now - int(self._config.record_days * DAY_MS),
                 )
-            except TrueweightError as error:
-                log.warning("old transcripts and records could not be deleted: %s", error)
             await self._clock.sleep_ms(_SWEEP_EVERY_MS)
 
     async def _stakes_forever(self) -> None:
         while True:
-            try:
+            with _going_on("stakes are not up to date"):
                 await self.refresh_stakes()
-            except TrueweightError as error:
-                log.warning("stakes are not up to date: %s", error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STAKES_EVERY_MS / 1000):
                     await self.fleet.newcomer.wait()
@@ -262,6 +254,17 @@ class Router:
             record.bond_nano = held.get(f"node-bond:{node_id}", 0)
             record.locked_nano = held.get(f"node-locked:{node_id}", 0)
         self.fleet.wake()
+
+
+@contextlib.contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """One turn of a loop that nothing may end."""
+    try:
+        yield
+    except TrueweightError as error:
+        log.warning("%s: %s", what, error)
+    except Exception:
+        log.exception("%s: a bug", what)
 
 
 def _report(task: asyncio.Task[None]) -> None:

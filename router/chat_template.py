@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -110,8 +110,9 @@ class ChatTemplate:
         self._sandbox = _Sandbox()
         try:
             self._template = self._sandbox.from_string(text)
-        except TemplateSyntaxError as error:
-            raise EngineError(f"the chat template does not compile: {error.message}") from None
+        # Jinja's own, and whatever Python says of the code that Jinja makes of it.
+        except Exception as error:  # noqa: BLE001
+            raise EngineError(f"the chat template does not compile: {str(error)[:200]}") from None
 
     def render(self, messages: Sequence[dict[str, str]], variables: TemplateVariables) -> str:
         """The prompt's text. Raises InvalidRequest if the template refuses the messages."""

@@ -80,6 +80,9 @@ class MarketFeed:
             await self._apply(_kind(entry.kind), entry)
         except TrueweightError as error:
             log.warning("leaf %d is not believed: %s", entry.index, error)
+        except Exception:
+            # One that meets a bug here must not make this router deaf to those after it.
+            log.exception("leaf %d is not understood", entry.index)
 
     async def _apply(self, kind: str, entry: LogEntry) -> None:
         if kind == "key-event":

@@ -26,6 +26,7 @@ from trueweight.router.journal import CAPTURED
 from trueweight.router.lifecycle import Timing
 from trueweight.runtime import rpc
 from trueweight.simulation.inprocess import MODEL_ID, NodeSpec
+from trueweight.simulation.ledger_world import make_signer
 
 LONG = {"prompt": "def f", "max_tokens": 120, "seed": 9, "extra_body": {"ignore_eos": True}}
 SLOW = Speed(decode_tokens_per_s=60.0)
@@ -295,6 +296,26 @@ async def test_only_bonded_nodes_get_work(start_market, connect, name, model_id)
             answer = await client.completions.create(model=model_id, prompt="x", max_tokens=2)
             found = await receipt(market, answer.id, name)
             assert [node_of(market, n) for n in found["nodes"]] == ["rich"]
+
+
+async def test_a_leaf_that_meets_a_bug_does_not_make_the_router_deaf(start_market, monkeypatch):
+    async with start_market(NodeSpec("a")) as market:
+        met = []
+
+        def buggy(event):
+            met.append(event)
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(market.router._feed._keys, "learn", buggy)
+        newcomer = make_signer("newcomer", market.market.market_id)
+        await market.port("market").publish(newcomer.key_event)
+        node, verifier = market.nodes["a"].node_id, market.signer("verifier")
+        suspension = Suspension(
+            market_id=market.market.market_id, node_id=node, issuer=verifier.identity, reason="x"
+        )
+        await market.port("verifier").publish(seal(suspension, verifier))
+        await until(lambda: market.router.fleet.is_suspended(node))
+        assert met == [newcomer.key_event]
 
 
 async def test_suspended_and_convicted_nodes_get_no_work_at_once(

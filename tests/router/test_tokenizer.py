@@ -155,9 +155,20 @@ def test_attack_hostile_templates_end_in_an_error_soon(template):
         render(template)
 
 
-def test_a_template_that_does_not_compile_is_an_error_at_load():
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ " + "1" * 5000 + " }}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% if true %}" * 150 + "x" + "{% endif %}" * 150,
+        "{% for a in [1] %}" * 40 + "x" + "{% endfor %}" * 40,
+    ],
+    ids=["jinja", "number", "parentheses", "ifs", "fors"],
+)
+def test_attack_a_template_that_does_not_compile_is_an_error_at_load(template):
     with pytest.raises(EngineError, match="compile"):
-        ChatTemplate("{% for %}")
+        ChatTemplate(template)
 
 
 def test_a_broken_tokenizer_is_an_error_at_load():
