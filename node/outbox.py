@@ -12,7 +12,8 @@ from trueweight.protos.v1.node_pb2 import Finished, Load, NodeFrame, Rejected, T
 
 # Far above what one step makes; only a router that was away for long meets these.
 MAX_FRAME_TOKENS = 65_536
-_MAX_FRAME_ITEMS = 4_096
+# Receipts and refusals: with the tokens a frame is below 1 MiB.
+_MAX_FRAME_ITEMS = 512
 # Above this the session stops reading, so that a flood of bad dispatches cannot fill memory.
 MAX_BACKLOG_ITEMS = 8_192
 

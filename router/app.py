@@ -32,7 +32,7 @@ from trueweight.router.keyring import Keys
 from trueweight.router.lifecycle import Services, Timing
 from trueweight.router.market_feed import MarketFeed
 from trueweight.router.metrics import Metrics
-from trueweight.router.node_session import SessionIdentity
+from trueweight.router.node_session import MAX_NODE_FRAME_BYTES, SessionIdentity
 from trueweight.router.offers import AllowList
 from trueweight.router.receipts_view import ReceiptsView
 from trueweight.router.reporting import reporter
@@ -196,7 +196,7 @@ class Router:
 
     async def _serve_grpc(self) -> None:
         ensure_certificate(self._config.keys, self._clock.now_unix_ms())
-        self._server = rpc.make_server()
+        self._server = rpc.make_server(max_request_bytes=MAX_NODE_FRAME_BYTES)
         add_RouterServicer_to_server(self._service, self._server)
         self.grpc_endpoint = rpc.listen(self._server, self._config.grpc_address, self._config.keys)
         await self._server.start()

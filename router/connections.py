@@ -12,7 +12,11 @@ from trueweight.protos.errors import TrueweightError, Unavailable
 from trueweight.protos.v1.node_pb2 import NodeFrame
 from trueweight.protos.v1.node_pb2_grpc import NodeStub
 from trueweight.router.fleet import Fleet, NodeRecord
-from trueweight.router.node_session import NodeSession, SessionIdentity
+from trueweight.router.node_session import (
+    MAX_NODE_FRAME_BYTES,
+    NodeSession,
+    SessionIdentity,
+)
 from trueweight.runtime import rpc
 
 log = logging.getLogger(__name__)
@@ -57,8 +61,9 @@ class Connections:
 
     async def _keep(self, record: NodeRecord, target: tuple[str, str]) -> None:
         failures = 0
-        channel = rpc.make_channel(*target)
+        channel = None
         try:
+            channel = rpc.make_channel(*target, max_response_bytes=MAX_NODE_FRAME_BYTES)
             while self._is_wanted(record):
                 started = self._me.clock.monotonic_ms()
                 await self._dial(record, channel)
@@ -71,7 +76,8 @@ class Connections:
                 # Registering is free: nothing of a node stays once it is not dialled any more.
                 for table in (self._tasks, self._dialled, self._hurry):
                     table.pop(record.node_id)
-            await channel.close(grace=None)
+            if channel is not None:
+                await channel.close(grace=None)
 
     async def _pause(self, node_id: str, pause_ms: float) -> None:
         # Never less than the first pause, so that nobody can make this router dial in a loop.

@@ -163,14 +163,9 @@ class LegRunner:
             while True:
                 event = await self._next(self._call)
                 if isinstance(event, NewTokens):
-                    if max(event.token_ids) >= self._vocabulary_size:
-                        # As a prefix they would make every other node refuse to continue.
+                    if problem := self._problem_with(event.token_ids):
                         self._call.cancel()
-                        self._ended(
-                            LegEnd.FAILED,
-                            "the node sent ids outside the vocabulary",
-                            ReceiptRefused.code,
-                        )
+                        self._ended(LegEnd.FAILED, problem, ReceiptRefused.code)
                         break
                     if trouble is None:
                         trouble = await self._take(event.token_ids, take)
@@ -197,6 +192,17 @@ class LegRunner:
     @property
     def _vocabulary_size(self) -> int:
         return self._order.plan.model.manifest.vocabulary_size
+
+    def _problem_with(self, token_ids: tuple[int, ...]) -> str:
+        """Why no honest node sends these ids; empty if one may."""
+        if max(token_ids) >= self._vocabulary_size:
+            # As a prefix they would make every other node refuse to continue.
+            return "the node sent ids outside the vocabulary"
+        # Also while its receipt is awaited: nobody looks at the ids any more, and they are kept.
+        wanted = self.result.assignment.message.max_tokens
+        if len(self.result.received) + len(token_ids) > wanted:
+            return "the node sent more tokens than were asked for"
+        return ""
 
     def _dispatch(self) -> Call:
         session = self.result.node.session

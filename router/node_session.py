@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_MS = 10_000.0
 MAX_CALLS = 4096
+# Twice an honest node's longest (see its outbox). Messages are taken apart before anybody knows
+# whose they are, into up to twenty times their size.
+MAX_NODE_FRAME_BYTES = 2 * 1024 * 1024
+_MAX_FRAME_ITEMS = 3 * MAX_CALLS
 _MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_OUTBOX = 4 * MAX_CALLS
 # Reports of captures ride in frames that go out anyway, or in one of their own after this time.
@@ -205,8 +209,12 @@ class NodeSession:
     def _receive(self, frame: NodeFrame) -> None:
         if frame.draining:
             self.draining = True
+        if len(frame.tokens) + len(frame.rejected) + len(frame.finished) > _MAX_FRAME_ITEMS:
+            raise BadSignature("a frame says more than all calls of a session have to say")
         if frame.HasField("load"):
-            self.load = frame.load
+            # A copy: a part would keep the whole frame.
+            self.load = Load()
+            self.load.CopyFrom(frame.load)
         for tokens in frame.tokens:
             if call := self._calls.get(tokens.call):
                 call.deliver(NewTokens(tuple(tokens.token_ids)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cryptography.x509 import load_pem_x509_certificate
+
 from trueweight.protos.envelope import (
     Opened,
     open_envelope,
@@ -81,6 +83,13 @@ def _check_fresh(offer: Offer, now_unix_ms: int) -> None:
         raise InvalidRequest("the offer is not fresh", hint="Check the clocks; sign a new one.")
 
 
+def _check_certificate(pem: str) -> None:
+    try:
+        load_pem_x509_certificate(pem.encode())
+    except ValueError:
+        raise InvalidRequest("an endpoint needs the certificate to pin, in PEM") from None
+
+
 def _check_numbers(offer: Offer) -> None:
     if not 1 <= len(offer.models) <= MAX_MODELS:
         raise InvalidRequest(f"an offer names 1 to {MAX_MODELS} models")
@@ -90,8 +99,8 @@ def _check_numbers(offer: Offer) -> None:
         raise InvalidRequest(f"lease_ms must be from {_MIN_LEASE_MS} to {_MAX_LEASE_MS}")
     if len(offer.endpoint) > _MAX_ENDPOINT_CHARS:
         raise InvalidRequest("the endpoint is too long")
-    if offer.endpoint and not offer.tls_certificate_pem:
-        raise InvalidRequest("an endpoint needs the certificate to pin")
+    if offer.endpoint:
+        _check_certificate(offer.tls_certificate_pem)
     for model in offer.models:
         asks = (model.ask_input_nano_per_mtok, model.ask_output_nano_per_mtok)
         if max(asks) > _MAX_ASK_NANO_PER_MTOK:

@@ -96,13 +96,15 @@ def listen(server: grpc.aio.Server, address: str, keys: Path) -> str:
     return f"{host}:{port}"
 
 
-def make_channel(endpoint: str, pinned_pem: str) -> grpc.aio.Channel:
+def make_channel(
+    endpoint: str, pinned_pem: str, *, max_response_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
     """A channel to the one server that holds this certificate's key."""
     return grpc.aio.secure_channel(
         endpoint,
         channel_credentials(pinned_pem),
         options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", max_response_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             *_KEEPALIVE,
             ("grpc.ssl_target_name_override", PINNED_NAME),

@@ -6,19 +6,24 @@ import asyncio
 import contextlib
 import json
 
+import grpc.aio
+import pytest
+
 from trueweight.node import session as node_session
 from trueweight.node.admission import Refused, admit
 from trueweight.node.engine import Step
 from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
 from trueweight.protos.envelope import seal
-from trueweight.protos.errors import EngineError
+from trueweight.protos.errors import EngineError, InvalidRequest
 from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.v1.audit_pb2 import EpochOpen
 from trueweight.protos.v1.market_pb2 import Offer, OfferedModel
 from trueweight.router import fleet
 from trueweight.router.legs import LegTiming
 from trueweight.router.lifecycle import Timing
+from trueweight.router.node_session import MAX_NODE_FRAME_BYTES, NodeSession
+from trueweight.runtime import rpc
 from trueweight.simulation.inprocess import MODEL_DIRECTORY, MODEL_ID, NodeSpec
 from trueweight.simulation.ledger_world import make_signer
 
@@ -113,6 +118,61 @@ async def test_attack_out_of_vocabulary_ids_do_not_poison_the_continuation(bazaa
         assert body["usage"]["completion_tokens"] == 40
 
 
+async def test_attack_too_many_tokens_are_another_nodes_chance(bazaar, shopper, monkeypatch):
+    """More than were asked for: neither kept, nor the end of the request."""
+    nodes = (cheap("floods"), dear("works"))
+    async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
+        flooder, receive = market.nodes["floods"].node_id, NodeSession._receive
+        floods = []
+
+        def flooded(session, frame):
+            if session.node_id == flooder:
+                for tokens in frame.tokens:
+                    tokens.token_ids.extend([300] * 100)
+                    floods.append(tokens.call)
+            receive(session, frame)
+
+        monkeypatch.setattr(NodeSession, "_receive", flooded)
+        client = await shopper(market)
+        status, answer, _ = await client.post(BODY, "/completions")
+        assert status == 200, answer
+        assert floods and answer["usage"]["completion_tokens"] == BODY["max_tokens"]
+
+
+async def test_attack_a_stranger_sends_the_router_a_frame_that_unfolds(bazaar):
+    async with bazaar(nodes=(), timing=QUICK) as market:
+        member = market.router_member()
+        channel = rpc.make_channel(member.endpoint, member.tls_certificate_pem)
+        attach = channel.stream_stream(
+            "/trueweight.v1.Router/Attach", request_serializer=lambda body: body
+        )
+
+        async def frames():
+            yield b'"\0' * MAX_NODE_FRAME_BYTES
+            await asyncio.sleep(5)
+
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async for _ in attach(frames()):
+                pass
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await channel.close()
+
+
+async def test_attack_registrations_that_cannot_be_dialled_leave_nothing(bazaar, monkeypatch):
+    async with bazaar(nodes=(), timing=QUICK) as market:
+        service, connections = market.router._service, market.router._connections
+        with pytest.raises(InvalidRequest, match="PEM"):
+            await service._take_offer(fake_offer(market, "careless", pem="x" * 100_000))
+
+        def broken(*_, **__):
+            raise RuntimeError("no such certificate")
+
+        monkeypatch.setattr(rpc, "make_channel", broken)
+        connections.ensure(await service._take_offer(fake_offer(market, "sly")))
+        await asyncio.sleep(0.1)
+        assert not connections._dialled and not connections._tasks
+
+
 async def test_attack_an_absurd_price_is_not_explored_and_does_not_inflate_holds(bazaar, shopper):
     """A free identity asks 900 credits per million tokens: nobody who named no maximum pays it,
     and nobody needs a balance for it."""
@@ -180,7 +240,7 @@ async def test_attack_free_identities_do_not_fill_the_fleet(bazaar, shopper, mon
         assert len(connections._tasks) <= 8 + 1
 
 
-def fake_offer(market, name):
+def fake_offer(market, name, pem=""):
     signer = make_signer(name, market.market.market_id)
     digest = market.router.catalog.all()[0].manifest_digest
     model = OfferedModel(
@@ -189,7 +249,7 @@ def fake_offer(market, name):
         ask_output_nano_per_mtok=1,
         max_context_tokens=4096,
     )
-    pem = (market.directory / "keys/router/tls-cert.pem").read_text()
+    pem = pem or (market.directory / "keys/router/tls-cert.pem").read_text()
     offer = Offer(
         market_id=market.market.market_id,
         node_id=signer.identity,

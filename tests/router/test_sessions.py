@@ -21,6 +21,7 @@ from trueweight.protos.v1.node_pb2 import (
     Captured,
     Dispatch,
     Finished,
+    Load,
     NodeFrame,
     Rejected,
     SessionNonce,
@@ -132,6 +133,25 @@ async def test_attack_empty_token_messages_and_unknown_calls_do_not_pile_up(wire
     await wire.frames.put(NodeFrame(tokens=[Tokens(call=call.number)] * 100))
     assert isinstance(await call.next(1000), calls.Lost)
     assert len(call._inbox) == 0
+
+
+async def test_attack_a_frame_of_a_million_empty_messages_ends_the_session(wire, monkeypatch):
+    monkeypatch.setattr(node_session, "_MAX_FRAME_ITEMS", 10)
+    call = wire.session.start(Dispatch(), 4)
+    await wire.frames.put(NodeFrame(tokens=[Tokens()] * 6, finished=[Finished()] * 5))
+    assert isinstance(await call.next(1000), calls.Lost)
+    with pytest.raises(BadSignature):
+        await wire.task
+
+
+async def test_attack_what_is_kept_of_a_frame_does_not_keep_the_frame(wire):
+    frame = NodeFrame(load=Load(running=2), tokens=[Tokens()] * 1000)
+    await wire.frames.put(frame)
+    async with asyncio.timeout(5):
+        while wire.session.load.running != 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    frame.load.running = 3
+    assert wire.session.load.running == 2
 
 
 async def test_rejections_and_silence(wire):
