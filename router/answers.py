@@ -46,7 +46,8 @@ class Answer:
     """Output ids of all legs, their text, and how much of it the client was given.
 
     With streaming, a token counts as delivered once the HTTP side wrote its text; without, once
-    the router has it, because the client alone decides to leave before the end.
+    the router has it, because the client alone decides to leave before the end, unless the router
+    itself does (``withdraw``).
     """
 
     def __init__(self, plan: Plan, channel: Channel[AnswerEvent]) -> None:
@@ -55,7 +56,7 @@ class Answer:
         self.rest = ""
         self._plan, self._channel = plan, channel
         self._tokenizer = plan.model.tokenizer
-        self._complete = False
+        self._complete = self._withdrawn = False
         self._written = 0
         self.reset()
 
@@ -69,9 +70,21 @@ class Answer:
     @property
     def delivered(self) -> int:
         """Output tokens that may be billed."""
-        if self._plan.stream and not self._complete:
+        if self._complete:
+            return len(self.output)
+        if self._plan.stream:
             return min(self._written, len(self.output))
-        return len(self.output)
+        return 0 if self._withdrawn else len(self.output)
+
+    @property
+    def was_withheld(self) -> bool:
+        """True if the router goes away and the client has nothing: it pays nothing, prompt
+        included."""
+        return self._withdrawn and not self.delivered
+
+    def withdraw(self) -> None:
+        """The router goes away: what was not given out yet never will be."""
+        self._withdrawn = True
 
     def written(self, tokens: int) -> None:
         """The HTTP side gave the client the text of this many output tokens."""

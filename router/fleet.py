@@ -24,8 +24,15 @@ from trueweight.runtime.clock import Clock
 
 MAX_NODES = 4096
 _MAX_WAITERS = 2048
-# A lost wake-up costs at most this much; it also notices leases and breakers that changed.
+# A lost wake-up costs at most this much; it also notices leases and breakers that changed. Many who
+# wait look less often each, so that all together look a hundred times a second at most.
 _POLL_MS = 100.0
+_POLL_EACH_MS = 10.0
+# Who is woken for nothing lets so many others look, one after the other: what he waits for may not
+# be what has changed.
+_PASSED_ON = 8
+# Views hold for so long if nothing of the fleet's own has changed; loads and leases may.
+_VIEWS_HOLD_MS = 50.0
 _AUDIT_SMOOTHING = 0.1
 # Offers of nodes that were not heard for this long are forgotten.
 _FORGET_AFTER_MS = 60 * 60_000.0
@@ -78,7 +85,10 @@ class Fleet:
         self._suspended: set[str] = set()
         # Share of audited answers that stood, by node; nodes without audits are absent.
         self._verified: dict[str, float] = {}
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[int]] = deque()
+        # What was answered last, by manifest: as of which change, and when.
+        self._changes = 0
+        self._views: dict[bytes, tuple[int, float, list[NodeView]]] = {}
 
     def remember(self, offer: Offer) -> NodeRecord:
         """Takes a verified offer. An older one than known is refused; what was measured stays."""
@@ -92,6 +102,7 @@ class Fleet:
             raise InvalidRequest("a newer offer of this node is known", hint="Sign a new one.")
         record.offer = offer
         record.heard_ms = self._clock.monotonic_ms()
+        self._changes += 1
         return record
 
     def get(self, node_id: str) -> NodeRecord | None:
@@ -105,6 +116,7 @@ class Fleet:
     def suspend(self, node_id: str) -> None:
         """No new work from now on, known node or not."""
         self._suspended.add(node_id)
+        self._changes += 1
 
     def lift(self, node_id: str) -> None:
         """Ends a suspension."""
@@ -134,7 +146,18 @@ class Fleet:
         return ""
 
     def views(self, manifest_digest: bytes) -> list[NodeView]:
-        """How all nodes that offer these weights stand now."""
+        """How all nodes that offer these weights stand now. Not to be changed."""
+        now = self._clock.monotonic_ms()
+        changes, at_ms, found = self._views.get(manifest_digest, (-1, 0.0, []))
+        if changes == self._changes and now - at_ms < _VIEWS_HOLD_MS:
+            return found
+        found = self._look(manifest_digest)
+        if len(self._views) >= MAX_NODES:
+            self._views.clear()
+        self._views[manifest_digest] = self._changes, now, found
+        return found
+
+    def _look(self, manifest_digest: bytes) -> list[NodeView]:
         found = []
         for record in self._nodes.values():
             for model in record.offer.models:
@@ -152,6 +175,7 @@ class Fleet:
         record.charge_in_flight_nano += charge_nano
         record.measured = record.measured.with_in_flight(record.in_flight)
         record.breaker = record.breaker.started()
+        self._changes += 1
         try:
             yield
         finally:
@@ -160,20 +184,22 @@ class Fleet:
             record.charge_in_flight_nano -= charge_nano
             self.wake()
 
-    async def room(self, timeout_ms: float) -> None:
-        """Waits until something changed, at most a short while. Raises OverCapacity if too many
-        requests wait already or the time is over."""
+    async def room(self, timeout_ms: float) -> int:
+        """Waits until something changed, at most a short while. Answers with how many others may
+        be woken if that was of no use. Raises OverCapacity if too many requests wait already or
+        the time is over."""
         if timeout_ms <= 0 or len(self._waiters) >= _MAX_WAITERS:
             raise OverCapacity(
                 "All nodes for this model are busy.", hint="Try again in a few seconds."
             )
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        pause_ms = max(_POLL_MS, _POLL_EACH_MS * len(self._waiters))
         try:
-            async with asyncio.timeout(min(timeout_ms, _POLL_MS) / 1000):
-                await waiter
+            async with asyncio.timeout(min(timeout_ms, pause_ms) / 1000):
+                return await waiter
         except TimeoutError:
-            return
+            return 0
         finally:
             if not waiter.done():
                 waiter.cancel()
@@ -181,11 +207,16 @@ class Fleet:
                 self._waiters.remove(waiter)
 
     def wake(self) -> None:
-        """Lets the longest waiting request look again."""
-        while self._waiters:
+        """Something changed: lets the longest waiting request look again."""
+        self._changes += 1
+        self.pass_on(_PASSED_ON)
+
+    def pass_on(self, times: int) -> None:
+        """Lets the next request look, unless that was done often enough (0)."""
+        while self._waiters and times > 0:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(times)
                 return
 
     def _view(self, record: NodeRecord, prices: Prices, context: int) -> NodeView:

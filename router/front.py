@@ -102,7 +102,7 @@ class Front:
         if self._runs:
             await asyncio.wait(set(self._runs), timeout=wait_ms / 1000)
         for run in list(self._runs.values()):
-            run.abandon()
+            run.withdraw()
         if self._runs:
             grace_s = self._services.timing.leg.receipt_ms / 1000 + 2
             await asyncio.wait(set(self._runs), timeout=grace_s)

@@ -51,8 +51,10 @@ from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
-# Nodes that say they are full cost a request only a moment each.
-_MAX_REFUSALS = 16
+# Nodes that say they are full cost a request only a moment each; when all have said so, they are
+# asked again after a pause that grows, for as long as a request waits for a place.
+_MAX_REFUSALS = 64
+_FULL_PAUSE_MS, _MAX_FULL_PAUSE_MS = 100.0, 6_000.0
 # An answer that ran into its deadline still gets this long to be written out.
 _LAST_WORD_MS = 5_000.0
 # Who gives nothing for this long before its client gives up is slow, if not worse.
@@ -111,6 +113,11 @@ class RequestRun:
         self._until_ms = services.clock.monotonic_ms() + services.timing.request_ms
         self._hold_id = uuid7(now, services.random(10))
         self._hold_expires = now + int(services.timing.request_ms + services.timing.hold_grace_ms)
+
+    def withdraw(self) -> None:
+        """This router goes away: stop the work, bill what the client has."""
+        self.answer.withdraw()
+        self.abandon()
 
     def abandon(self) -> None:
         """The client left: stop the work, bill what was delivered."""
@@ -174,6 +181,9 @@ class RequestRun:
         )
         try:
             result = (await self._services.ledger.apply([operation]))[0]
+        except OverCapacity:
+            # Nothing was done, and a void would only be one operation more.
+            raise
         except TrueweightError:
             # It may or may not stand: take it back either way.
             await self._services.settler.void(self._hold_id, self._hold_expires, wait_ms=0)
@@ -196,12 +206,15 @@ class RequestRun:
         codes: set[str] = set()
         full: set[str] = set()
         attempts = refusals = 0
+        queue_until_ms = self._services.clock.monotonic_ms() + self._services.timing.queue_ms
+        pause_ms = _FULL_PAUSE_MS
         problem = "none is left to try"
         while attempts < _MAX_ATTEMPTS and refusals < _MAX_REFUSALS:
             choice = await self._choose(most, frozenset(tried | full))
-            if choice is None and full:
+            if choice is None and full and self._services.clock.monotonic_ms() < queue_until_ms:
                 full.clear()
-                await self._services.fleet.room(self._left_ms())
+                await self._services.clock.sleep_ms(min(pause_ms, self._left_ms()))
+                pause_ms = min(2 * pause_ms, _MAX_FULL_PAUSE_MS)
                 continue
             if choice is None:
                 break
@@ -229,6 +242,10 @@ class RequestRun:
                 "The node was lost in the middle of the answer and no other could go on.",
                 hint="The lost part is free; send the request again.",
             )
+        if codes == {OverCapacity.code}:
+            raise OverCapacity(
+                "All nodes for this model are busy.", hint="Try again in a few seconds."
+            )
         if self.plan.grammar_source and codes and codes <= _GRAMMAR_REFUSALS:
             raise InvalidRequest(
                 "The nodes refused the grammar: it does not compile or costs too much.",
@@ -253,16 +270,23 @@ class RequestRun:
         """A node with a free place, waiting for one if need be; None if nobody is eligible."""
         services, work = self._services, self._work(tried, most)
         queue_until_ms = services.clock.monotonic_ms() + services.timing.queue_ms
+        woken = 0
         while True:
             if self.answers.is_gone:
+                services.fleet.pass_on(woken)
                 raise ClientGone("the client is gone")
             able = eligible(services.fleet.views(self.plan.model.manifest_digest), work)
+            choice = choose(able, work, services.draw) if able else None
+            if choice is not None and woken:
+                # Whatever it was that changed, there may be room for more.
+                services.fleet.wake()
+            if choice is not None:
+                return choice
+            services.fleet.pass_on(woken - 1)
             if not able:
                 return None
-            if (choice := choose(able, work, services.draw)) is not None:
-                return choice
             now_ms = services.clock.monotonic_ms()
-            await services.fleet.room(min(queue_until_ms, self._until_ms) - now_ms)
+            woken = await services.fleet.room(min(queue_until_ms, self._until_ms) - now_ms)
 
     async def _run_leg(self, choice: Choice) -> LegResult:
         services = self._services
@@ -312,7 +336,7 @@ class RequestRun:
         legs: list[ServedLeg] = []
         events: list[bytes] = []
         for leg in self._legs:
-            if leg.receipt is None:
+            if leg.receipt is None or self.answer.was_withheld:
                 continue
             mine = min(len(leg.received), max(0, delivered - len(leg.prefix)))
             received = tuple(leg.received)

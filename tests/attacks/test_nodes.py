@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
+from dataclasses import replace
 
 import grpc.aio
 import pytest
@@ -107,6 +109,25 @@ async def test_attack_a_cheap_node_that_refuses_everything_does_not_close_the_ma
         client = await shopper(market)
         statuses = [(await client.post(BODY, "/completions"))[0] for _ in range(10)]
         assert statuses == [200] * 10
+
+
+async def test_a_full_market_is_429_when_the_queue_time_is_over(bazaar, shopper, monkeypatch):
+    """Not 503 after a moment: nothing is wrong with a node whose places others have taken."""
+    asked = []
+
+    def full(*_):
+        asked.append(time.monotonic())
+        return Refused("OVER_CAPACITY", "all places are taken")
+
+    monkeypatch.setattr(node_session, "admit", full)
+    async with bazaar(nodes=(dear("full"),), timing=replace(QUICK, queue_ms=1_500)) as market:
+        client = await shopper(market)
+        started = time.monotonic()
+        status, answer, headers = await client.post(BODY, "/completions")
+        assert status == 429 and "busy" in answer["error"]["message"], answer
+        assert time.monotonic() - started >= 1.5 and "Retry-After" in headers
+        # Asked less and less often.
+        assert 3 <= len(asked) <= 8
 
 
 async def test_attack_out_of_vocabulary_ids_do_not_poison_the_continuation(bazaar, shopper):

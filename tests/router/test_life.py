@@ -14,7 +14,7 @@ from trueweight.node import call_runner
 from trueweight.node.receipts import build_receipt
 from trueweight.node.synthetic import Speed
 from trueweight.protos.envelope import digest_of, parse_envelope, seal
-from trueweight.protos.errors import NotFound, PermissionDenied, TrueweightError
+from trueweight.protos.errors import NotFound, OverCapacity, PermissionDenied, TrueweightError
 from trueweight.protos.receipt_bundle import parse_bundle
 from trueweight.protos.transcript_box import WrappedKey, open_data, unwrap_key
 from trueweight.protos.v1.audit_pb2 import AuditRequest, Conviction, Transcript, Verdict
@@ -296,6 +296,50 @@ async def test_only_bonded_nodes_get_work(start_market, connect, name, model_id)
             answer = await client.completions.create(model=model_id, prompt="x", max_tokens=2)
             found = await receipt(market, answer.id, name)
             assert [node_of(market, n) for n in found["nodes"]] == ["rich"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_router_that_goes_away_charges_for_what_it_gave_only(
+    start_market, connect, name, stream
+):
+    async with start_market(NodeSpec("slow", speed=Speed(decode_tokens_per_s=50))) as market:
+        client = await connect(market)
+
+        async def ask():
+            answer = await client.completions.create(
+                model=MODEL_ID, prompt="def f", max_tokens=400, stream=stream,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            return [chunk async for chunk in answer]
+
+        asked = asyncio.ensure_future(ask())
+        await until(lambda: market.router.front._runs)
+        (run,) = market.router.front._runs.values()
+        await until(lambda: len(run.answer.output) > 20)
+        await market.router.close(drain_ms=0)
+        with pytest.raises(openai.APIError):
+            await asked
+        account = await market.balance(f"client:{name}")
+        assert not int(account.debits_pending_nano)
+        assert (int(account.debits_posted_nano) > 0) == stream
+
+
+async def test_a_ledger_that_is_full_gets_no_voids_of_holds_that_never_were(
+    start_market, connect, monkeypatch
+):
+    async with start_market() as market:
+        client = await connect(market)
+        ledger, sent = market.router.front._services.ledger, []
+
+        async def full(operations):
+            sent.extend(operation.WhichOneof("body") for operation in operations)
+            raise OverCapacity("the ledger's queue is full")
+
+        monkeypatch.setattr(ledger, "apply", full)
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model=MODEL_ID, prompt="x", max_tokens=4)
+        assert sent == ["hold"]
+        monkeypatch.undo()
 
 
 async def test_a_leaf_that_meets_a_bug_does_not_make_the_router_deaf(start_market, monkeypatch):
