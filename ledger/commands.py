@@ -356,7 +356,8 @@ def witness(
                 if once:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), every)
+                    async with asyncio.timeout(every):
+                        await stop.wait()
 
     run_async(serve_until_signal(follow))
 

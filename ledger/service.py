@@ -171,7 +171,8 @@ class Ledger:
         call = Call(prepared, answer, payer, court.revocations, has_key_event, weight)
         self._writer.submit(call)
         try:
-            return await asyncio.wait_for(answer, APPLY_TIMEOUT_MS / 1000)
+            async with asyncio.timeout(APPLY_TIMEOUT_MS / 1000):
+                return await answer
         except TimeoutError:
             raise DeadlineExceeded(
                 "the ledger did not commit in time", hint="Send the same operations again."
@@ -218,9 +219,11 @@ class Ledger:
             if page.entries:
                 yield page
             if page.next_index >= page.tree_size:
-                # A standby hears of no commits, so it looks again by itself.
+                # A standby hears of no commits, so it looks again by itself. (``wait_for`` may
+                # lose the end of whoever follows if the log grows at that moment.)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(grown.wait(), FOLLOW_WAIT_S)
+                    async with asyncio.timeout(FOLLOW_WAIT_S):
+                        await grown.wait()
                 await asyncio.sleep(pause_s)
 
     async def checkpoint(self) -> log_pb2.Checkpoint:
@@ -264,7 +267,8 @@ class Ledger:
 
         try:
             reading = loop.run_in_executor(self._pool, bounded)
-            return await asyncio.wait_for(reading, _READ_TIMEOUT_S)
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                return await reading
         except TimeoutError:
             raise deadline.too_late() from None
 

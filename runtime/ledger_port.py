@@ -279,7 +279,8 @@ class _Batcher:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         try:
-            return await asyncio.wait_for(waiting.answer, timeout_ms / 1000)
+            async with asyncio.timeout(timeout_ms / 1000):
+                return await waiting.answer
         except TimeoutError:
             raise DeadlineExceeded(
                 "the ledger did not answer in time", hint="Send the same operation again."

@@ -40,6 +40,26 @@ CREDIT = 10**9
 HOUR_MS = 3_600_000
 
 
+async def test_whoever_stops_following_just_as_the_log_grows_is_let_go(bench):
+    """Or a router that restarts at that moment never ends."""
+    ledger = bench.ledger
+
+    async def follow():
+        async for _ in bench.as_("").follow_log(0):
+            pass
+
+    for turns in range(5):
+        following = asyncio.ensure_future(follow())
+        await asyncio.sleep(0.1)
+        ledger._grown.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following}, timeout=2)
+        assert following.cancelled(), f"after {turns} turns of the loop"
+        ledger._grown = asyncio.Event()
+
+
 async def some_traffic(bench, requests=3):
     world = bench.world
     await bench.publish_nodes()
