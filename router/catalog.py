@@ -22,7 +22,7 @@ from trueweight.protos.manifest import card_sha256
 from trueweight.protos.model_directory import read_card
 from trueweight.protos.v1.model_pb2 import Manifest, RegistryEntry
 from trueweight.router.keyring import Keys
-from trueweight.router.tokenizer import ModelTokenizer, read_model_files
+from trueweight.router.tokenizer import EncodingThreads, ModelTokenizer, read_model_files
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Catalog:
     def __init__(self, keys: Keys, directories: Mapping[str, Path]) -> None:
         self._keys, self._directories = keys, dict(directories)
         self._models: dict[str, SoldModel] = {}
+        self._threads = EncodingThreads()
 
     def get(self, model_id: str) -> SoldModel:
         """Raises NotFound for a name that is not sold, Unavailable if its files are missing."""
@@ -123,13 +124,18 @@ class Catalog:
         if directory is None:
             return None
         try:
-            return await asyncio.to_thread(load_tokenizer, directory, manifest)
+            return await asyncio.to_thread(load_tokenizer, directory, manifest, self._threads)
         except TrueweightError as error:
             log.error("model %s cannot be served here: %s", model_id, error)
-            return None
+        except Exception:
+            # What its files meet here must not keep an older version of the model on sale.
+            log.exception("model %s cannot be served here", model_id)
+        return None
 
 
-def load_tokenizer(directory: Path, manifest: Manifest) -> ModelTokenizer:
+def load_tokenizer(
+    directory: Path, manifest: Manifest, threads: EncodingThreads | None = None
+) -> ModelTokenizer:
     """The tokenizer of a model directory whose small files match the manifest. Raises BadSignature
     if one differs, EngineError or WeightsRefused if one cannot be used."""
     entries = {file.path: file for file in manifest.files}
@@ -141,7 +147,7 @@ def load_tokenizer(directory: Path, manifest: Manifest) -> ModelTokenizer:
         if path and path not in entries:
             raise BadSignature(f"the manifest names {path} but does not cover it")
     files = read_model_files(directory, manifest.tokenizer_path)
-    tokenizer = ModelTokenizer(files, manifest.max_context_tokens)
+    tokenizer = ModelTokenizer(files, manifest.max_context_tokens, threads)
     if manifest.chat_template_sha256 != tokenizer.template_sha256:
         raise BadSignature("the chat template is not the registered one")
     return tokenizer

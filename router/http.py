@@ -17,6 +17,7 @@ from trueweight.router.answers import AnswerEvent, Completed, Failed, TextDelta
 from trueweight.router.front import Front
 from trueweight.router.http_body import MAX_BODY_BYTES, Bodies
 from trueweight.router.http_errors import error_of_http, error_response
+from trueweight.router.json_bodies import JsonBodies
 from trueweight.router.lifecycle import RequestRun
 from trueweight.router.openai_requests import ParsedRequest, parse_chat, parse_completion
 from trueweight.router.openai_responses import (
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _FRONT: web.AppKey[Front] = web.AppKey("front", Front)
 _BODIES: web.AppKey[Bodies] = web.AppKey("bodies", Bodies)
+_JSON_BODIES: web.AppKey[JsonBodies] = web.AppKey("json_bodies", JsonBodies)
 _NONCE_HEADER = "x-trueweight-nonce"
 _JSON = "application/json"
 
@@ -43,7 +45,7 @@ _JSON = "application/json"
 def make_app(front: Front, seats: Seats) -> web.Application:
     """The application, for ``HttpServer``."""
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[seated(seats), _errors])
-    app[_FRONT], app[_BODIES] = front, Bodies()
+    app[_FRONT], app[_BODIES], app[_JSON_BODIES] = front, Bodies(), JsonBodies()
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/completions", _completion)
     app.router.add_get("/v1/models", _models)
@@ -95,7 +97,7 @@ async def _answer(
     front, started = request.app[_FRONT], asyncio.get_running_loop().time()
     key = await front.who(request.headers.get("Authorization"))
     async with request.app[_BODIES].read(request, key.account) as body:
-        parsed = parse(_parsed(body))
+        parsed = await request.app[_JSON_BODIES].read(body, parse)
         run = await front.start(parsed, key, _client_nonce(request))
     writer = _Writer(request, front, run, parsed, started)
     try:
@@ -276,16 +278,6 @@ def _request_id(request: web.Request) -> bytes:
             "A receipt id has 32 hex digits.", hint="See the header x-trueweight-receipt."
         )
     return found
-
-
-def _parsed(body: bytes) -> Any:
-    """A JSON document. Raises InvalidRequest for anything else, invalid UTF-8 included."""
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"The body is not valid JSON: {str(error)[:200]}", hint="Send UTF-8 encoded JSON."
-        ) from None
 
 
 def _client_nonce(request: web.Request) -> bytes:

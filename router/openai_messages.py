@@ -10,6 +10,7 @@ from trueweight.router.fields import Fields
 
 _MAX_MESSAGES = 4096
 _MAX_PARTS = 1024
+_MAX_PARTS_IN_ALL = 8192
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
@@ -34,6 +35,14 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= _MAX_MESSAGES:
         raise InvalidRequest(
             f"'messages' must be a list of 1 to {_MAX_MESSAGES} messages.", param="messages"
+        )
+    # Each costs microseconds even if it is empty.
+    contents = [item.get("content") for item in value if isinstance(item, dict)]
+    if sum(len(c) for c in contents if isinstance(c, list)) > _MAX_PARTS_IN_ALL:
+        raise InvalidRequest(
+            f"'messages' may have at most {_MAX_PARTS_IN_ALL} parts in all.",
+            hint="Join text parts.",
+            param="messages",
         )
     return tuple(_message(item, index) for index, item in enumerate(value))
 
@@ -60,7 +69,9 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not 1 <= len(value) <= _MAX_PARTS:
-        raise InvalidRequest(f"'{where}' must be a string or a list of parts.", param=where)
+        raise InvalidRequest(
+            f"'{where}' must be a string or a list of 1 to {_MAX_PARTS} parts.", param=where
+        )
     return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from trueweight.protos.errors import InvalidRequest, UnsupportedParameter
+from trueweight.protos.errors import ContextOverflow, InvalidRequest, UnsupportedParameter
 from trueweight.protos.money import MAX_NANO, parse_credits
 from trueweight.protos.sampling_parameters import MAX_TOKEN_ID, Sampling
 from trueweight.router.fields import MAX_INT64, MIN_INT64, Fields
@@ -24,6 +24,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
 MAX_TOKENS = 2**31 - 1
 _MAX_NAMED_NODES = 64
+# As many honest ids as a body holds; models take fewer, which is checked once the model is known.
+_MAX_PROMPT_IDS = 2**20
 
 # Known parameters without support yet, and the values of theirs that change nothing.
 _NEUTRAL_BOTH: dict[str, tuple[Any, ...]] = {
@@ -177,7 +179,13 @@ def _prompt(value: Any) -> tuple[str | None, tuple[int, ...] | None]:
             hint="Send one request per prompt.",
             param="prompt",
         )
-    if isinstance(value, list) and value and all(_is_token_id(v) for v in value):
+    if isinstance(value, list) and len(value) > _MAX_PROMPT_IDS:
+        raise ContextOverflow(
+            f"'prompt' has {len(value)} token ids, which no model's context can take.",
+            hint="Shorten it.",
+            param="prompt",
+        )
+    if isinstance(value, list) and value and _are_token_ids(value):
         return None, tuple(value)
     raise InvalidRequest(
         "'prompt' must be a string or a non-empty list of token ids.", param="prompt"
@@ -186,6 +194,11 @@ def _prompt(value: Any) -> tuple[str | None, tuple[int, ...] | None]:
 
 def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN_ID
+
+
+def _are_token_ids(values: list[Any]) -> bool:
+    # Without a step of Python's for each: there may be a million. bool is a type of its own here.
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_TOKEN_ID
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:

@@ -8,9 +8,9 @@ Deterministic: tokenizer files, template, messages and date give the ids.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from trueweight.router.chat_template import ChatTemplate, TemplateVariables
 from trueweight.router.detokenizer import ByteLevelDecoder, IncrementalDecoder, WindowDecoder
 from trueweight.router.openai_messages import Message
 from trueweight.router.openai_requests import ParsedRequest
+from trueweight.router.workers import Workers
 
-# Above this, encoding goes to a thread: it takes milliseconds.
-_THREAD_ABOVE_CHARS = 4096
-# Of one model at once, so that the machine has something left for everybody else.
+# Above this, rendering and encoding take milliseconds to seconds; below, they wait for none above.
+_SHORT_CHARS, _SHORT_MESSAGES = 4096, 64
+# At once, so that the machine has something left for everything else.
 _MAX_THREADS = 2
-# Real text has 2 to 5 characters a token; what would fit only with more than this on the average is
-# refused before any work.
+# Real text has 2 to 5 characters a token, and a run of spaces that is one token is rarely longer
+# than this; what would fit only with more on the average is refused before any work.
 _MAX_CHARS_PER_TOKEN = 32
 _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
@@ -80,16 +81,25 @@ def _token_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+class EncodingThreads:
+    """Where prompts are rendered and encoded, for all models of one router; one event loop's."""
+
+    def __init__(self) -> None:
+        self._short, self._long = Workers("encode", _MAX_THREADS), Workers("encode", _MAX_THREADS)
+
+    def of(self, chars: int, messages: int) -> Workers:
+        """Those for a prompt of this size."""
+        is_short = chars <= _SHORT_CHARS and messages <= _SHORT_MESSAGES
+        return self._short if is_short else self._long
+
+
 class ModelTokenizer:
     """Tokenises and detokenises for one model. Immutable after construction; thread-safe."""
 
-    def __init__(self, files: ModelFiles, max_context_tokens: int) -> None:
-        try:
-            self._full = Tokenizer.from_str(files.tokenizer_json)
-            self._plain = Tokenizer.from_str(files.tokenizer_json)
-        # The library raises bare Exception for a malformed file.
-        except Exception as error:  # noqa: BLE001
-            raise EngineError(f"the tokenizer does not load: {str(error)[:200]}") from None
+    def __init__(
+        self, files: ModelFiles, max_context_tokens: int, threads: EncodingThreads | None = None
+    ) -> None:
+        self._full, self._plain = _load(files.tokenizer_json), _load(files.tokenizer_json)
         for tokenizer in (self._full, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -100,7 +110,7 @@ class ModelTokenizer:
             if token.special
         }
         self._files, self._max_context_tokens = files, max_context_tokens
-        self._threads = asyncio.Semaphore(_MAX_THREADS)
+        self._threads = threads or EncodingThreads()
         self.template = ChatTemplate(files.template) if files.template is not None else None
         self._bytes = byte_table(self._full, files.tokenizer_json, set(self._specials))
 
@@ -110,21 +120,31 @@ class ModelTokenizer:
         return self.template.sha256 if self.template else b""
 
     async def encode(self, request: ParsedRequest, date: str) -> tuple[int, ...]:
-        """Prompt ids of a request. Long texts are encoded off the event loop."""
+        """Prompt ids of a request, made off the event loop. Raises ContextOverflow if they cannot
+        fit the model's context, InvalidRequest, Unavailable."""
         if request.token_ids is not None:
+            self._check_ids(request, len(request.token_ids))
             return request.token_ids
         size = sum(len(m.content) for m in request.messages) + len(request.text or "")
         if size > self._max_context_tokens * _MAX_CHARS_PER_TOKEN:
-            raise ContextOverflow(
-                f"The prompt has {size} characters and cannot fit the model's context of "
-                f"{self._max_context_tokens} tokens.",
-                hint="Shorten it.",
-                param="messages" if request.is_chat else "prompt",
-            )
-        if size > _THREAD_ABOVE_CHARS:
-            async with self._threads:
-                return await asyncio.to_thread(self.encode_now, request, date)
-        return self.encode_now(request, date)
+            raise self._overflow(request, f"{size} characters")
+        workers = self._threads.of(size, len(request.messages))
+        ids = await workers.run(self.encode_now, request, date)
+        self._check_ids(request, len(ids))
+        return ids
+
+    def _check_ids(self, request: ParsedRequest, count: int) -> None:
+        # Before anybody looks at each of them.
+        if count > self._max_context_tokens:
+            raise self._overflow(request, f"{count} tokens")
+
+    def _overflow(self, request: ParsedRequest, size: str) -> ContextOverflow:
+        return ContextOverflow(
+            f"The prompt has {size} and cannot fit the model's context of "
+            f"{self._max_context_tokens} tokens.",
+            hint="Shorten it.",
+            param="messages" if request.is_chat else "prompt",
+        )
 
     def encode_now(self, request: ParsedRequest, date: str) -> tuple[int, ...]:
         """The same, in the calling thread."""
@@ -141,7 +161,9 @@ class ModelTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole output without special tokens."""
-        text: str = self._full.decode(list(token_ids), skip_special_tokens=True)
+        ids = list(token_ids)
+        with _library_errors("the tokenizer cannot decode this"):
+            text: str = self._full.decode(ids, skip_special_tokens=True)
         return text
 
     def _encode_chat(self, messages: tuple[Message, ...], date: str) -> tuple[int, ...]:
@@ -218,7 +240,26 @@ class ModelTokenizer:
 
 def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> Any:
     """As a batch of one: only then does the library let go of the interpreter's lock."""
-    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+    with _library_errors("the tokenizer cannot encode this"):
+        return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _load(tokenizer_json: str) -> Tokenizer:
+    with _library_errors("the tokenizer does not load", tell=True):
+        return Tokenizer.from_str(tokenizer_json)
+
+
+@contextlib.contextmanager
+def _library_errors(what: str, *, tell: bool = False) -> Iterator[None]:
+    """The library raises bare Exception for a malformed file; a panic of its Rust is not even that,
+    and would end the task that it meets. Its words may quote a prompt: ``tell`` where there is
+    none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001
+        raise EngineError(f"{what}: {str(error)[:200]}" if tell else what) from None
 
 
 def _split(marked: str, opening: str, closing: str) -> list[tuple[str, bool]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from trueweight.protos.v1.model_pb2 import Manifest
 from trueweight.router.catalog import load_tokenizer
 from trueweight.router.chat_template import ChatTemplate, TemplateVariables
 from trueweight.router.openai_requests import parse_chat, parse_completion
-from trueweight.router.tokenizer import ModelFiles, ModelTokenizer
+from trueweight.router.tokenizer import EncodingThreads, ModelFiles, ModelTokenizer
 
 from .conftest import SPECIALS, TEMPLATE
 
@@ -124,6 +125,48 @@ async def test_attack_a_long_prompt_does_not_stop_everybody_else(tokenizer):
     assert longest < (last - started) / 2
 
 
+async def test_attack_prompts_of_clients_who_left_do_not_pile_up(tokenizer_json, monkeypatch):
+    """Each leaves while its prompt is encoded: no more are encoded than may be at once."""
+    tokenizer = ModelTokenizer(ModelFiles(tokenizer_json, TEMPLATE), 4096)
+    begun, go_on = [], threading.Event()
+
+    def encode_now(request, date):
+        begun.append(len(request.messages[0].content))
+        if begun[-1] > 10:
+            go_on.wait(10)
+        return (1,)
+
+    monkeypatch.setattr(tokenizer, "encode_now", encode_now)
+    tasks = [asyncio.ensure_future(tokenizer.encode(chat("x" * 5000), DATE)) for _ in range(30)]
+    async with asyncio.timeout(10):
+        while len(begun) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    # A short one waits for none of them, and a long one only for those that have begun.
+    assert await tokenizer.encode(chat("hi"), DATE) == (1,)
+    late = asyncio.ensure_future(tokenizer.encode(chat("x" * 6000), DATE))
+    await asyncio.sleep(0.05)
+    assert begun == [5000, 5000, 2]
+    go_on.set()
+    assert await late == (1,)
+    assert begun == [5000, 5000, 2, 6000]
+
+
+def test_attack_many_short_messages_wait_with_the_long_prompts():
+    # Templates that look at all messages for each take long for them.
+    threads = EncodingThreads()
+    assert threads.of(4000, 3) is threads.of(1, 1)
+    assert threads.of(4000, 4000) is threads.of(4_000_000, 1) is not threads.of(1, 1)
+
+
+@pytest.mark.parametrize("prompt", [[1] * 4097, "!?" * 4096], ids=["ids", "text"])
+async def test_attack_a_prompt_longer_than_the_context_goes_no_further(tokenizer, prompt):
+    with pytest.raises(ContextOverflow, match="4096"):
+        await tokenizer.encode(text(prompt), DATE)
+
+
 def render(template, content="x"):
     variables = TemplateVariables("<s>", "</s>", DATE)
     return ChatTemplate(template).render([{"role": "user", "content": content}], variables)
@@ -151,7 +194,8 @@ def test_the_only_clock_is_the_date_given():
     ],
 )
 def test_attack_hostile_templates_end_in_an_error_soon(template):
-    with pytest.raises(InvalidRequest):
+    # Already at load, if the template's own constants take too much.
+    with pytest.raises((InvalidRequest, EngineError)):
         render(template)
 
 
@@ -174,6 +218,28 @@ def test_attack_a_template_that_does_not_compile_is_an_error_at_load(template):
 def test_a_broken_tokenizer_is_an_error_at_load():
     with pytest.raises(EngineError, match="does not load"):
         ModelTokenizer(ModelFiles("{}", None), 10)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+    ids=["at load", "at use"],
+)
+def test_attack_a_tokenizer_that_panics_is_an_error_of_our_own(tokenizer_json, broken):
+    # The library's panics are no Exception, and would end the task that follows the log.
+    document = json.dumps({**json.loads(tokenizer_json), **broken})
+    with pytest.raises(EngineError, match="tokenizer"):
+        ModelTokenizer(ModelFiles(document, None), 10).encode_now(text("x"), DATE)
 
 
 def test_a_model_without_template_says_so(tokenizer_json):
