@@ -28,7 +28,11 @@ from trueweight.protos.tokens import SALT_BYTES, token_digest
 from trueweight.protos.v1.market_pb2 import Assignment
 from trueweight.protos.v1.node_pb2 import Dispatch
 
-_MAX_ASSIGNMENT_BYTES = 256 * 1024
+# With its receipt a claim must be one that the ledger takes.
+_MAX_ASSIGNMENT_BYTES = 64 * 1024
+# From the deadline to the end of the hold. A router that names a later end lets the hold run out
+# while the node waits for it.
+_MAX_HOLD_GRACE_MS = 25 * 3_600_000
 MAX_DEADLINE_MS = 3_600_000
 # How far an assignment's time of issue may be from now; also how long replays are remembered.
 FRESH_MS = 10 * 60_000
@@ -201,6 +205,9 @@ def _check_times(assignment: Assignment, terms: Terms, now: Situation) -> None:
         raise DeadlineExceeded(
             "the hold ends before the deadline", hint="Extend the hold or shorten the deadline."
         )
+    latest = now.now_unix_ms + assignment.deadline_ms + _MAX_HOLD_GRACE_MS
+    if assignment.hold_expires_at_unix_ms > latest:
+        raise InvalidRequest("the hold ends too long after the deadline")
 
 
 def _check_tokens(

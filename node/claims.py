@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 
 from trueweight.node.journal import JournalEntry, ReceiptJournal
 from trueweight.protos.envelope import digest_of
@@ -24,6 +25,8 @@ _KEEP_MS = 3_600_000
 # Of the node's own account, read in one round.
 PAGE, MAX_PAGES = 1_000, 20
 _EARNING = "earning"
+# Assignments and receipts of one call to the ledger, which takes 8 MiB.
+_MAX_CALL_BYTES = 2 * 1024 * 1024
 
 
 def claim_operation(entry: JournalEntry) -> ledger_pb2.Operation:
@@ -73,11 +76,28 @@ async def claim_due(journal: ReceiptJournal, ledger: LedgerPort, now_unix_ms: in
     """
     kept = 0
     while entries := journal.due(now_unix_ms + CLAIM_BEFORE_EXPIRY_MS):
-        settled, made = await _claim(journal, ledger, entries, now_unix_ms)
-        kept += made
+        settled = 0
+        for part in _parts(entries):
+            ended, made = await _claim(journal, ledger, part, now_unix_ms)
+            settled += ended
+            kept += made
         if settled < len(entries):
             break
     return kept
+
+
+def _parts(entries: list[JournalEntry]) -> Iterator[list[JournalEntry]]:
+    """Claims that fit into one message: else a few large ones would keep all others waiting."""
+    part: list[JournalEntry] = []
+    size = 0
+    for entry in entries:
+        entry_bytes = len(entry.assignment) + len(entry.receipt)
+        if part and size + entry_bytes > _MAX_CALL_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += entry_bytes
+    yield part
 
 
 async def _claim(
@@ -111,8 +131,9 @@ async def claim_forever(
             with contextlib.suppress(TrueweightError):
                 # Only saves claims; whatever is wrong with it, the claims are made.
                 await confirm_reports(journal, ledger, node_id, now)
-            kept = await claim_due(journal, ledger, now)
+            # Whatever the ledger says: what nobody can claim any more is not kept for ever.
             journal.forget_expired(now - _KEEP_MS)
+            kept = await claim_due(journal, ledger, now)
         except StorageError as error:
             log.error("%s", error)
         except TrueweightError as error:

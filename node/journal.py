@@ -6,9 +6,10 @@ and it refuses to run a receipted assignment twice.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,19 +124,22 @@ class ReceiptJournal:
 
     def note_earnings(self, bills: Mapping[bytes, int], sequence: int, now_unix_ms: int) -> None:
         """The node's account shows as many earnings of these bills, up to that transfer."""
-        self._run("BEGIN", ())
-        self._many(
-            "INSERT INTO earnings VALUES (?, ?, ?) "
-            "ON CONFLICT (bill_id) DO UPDATE SET legs = legs + excluded.legs",
-            [(bill, legs, now_unix_ms) for bill, legs in bills.items()],
-        )
-        self._run("DELETE FROM cursor", ())
-        self._run("INSERT INTO cursor VALUES (?)", (sequence,))
-        self._run("COMMIT", ())
+        with self._transaction():
+            self._many(
+                "INSERT INTO earnings VALUES (?, ?, ?) "
+                "ON CONFLICT (bill_id) DO UPDATE SET legs = legs + excluded.legs",
+                [(bill, legs, now_unix_ms) for bill, legs in bills.items()],
+            )
+            self._run("DELETE FROM cursor", ())
+            self._run("INSERT INTO cursor VALUES (?)", (sequence,))
 
     def settle_reports(self) -> int:
         """Ends what both a router and the ledger call captured; how many receipts. Each earning
         answers for one receipt, whatever a router says about others."""
+        with self._transaction():
+            return self._settle_reports()
+
+    def _settle_reports(self) -> int:
         matched = self._run(
             "SELECT r.assignment_digest, r.bill_id FROM reports r "
             "JOIN earnings e ON e.bill_id = r.bill_id WHERE e.legs > 0 LIMIT ?",
@@ -177,6 +181,18 @@ class ReceiptJournal:
     def close(self) -> None:
         """Closes the database; nothing may be called afterwards."""
         self._db.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing. Left open after an error it would swallow every receipt from then on."""
+        self._run("BEGIN IMMEDIATE", ())
+        try:
+            yield
+            self._run("COMMIT", ())
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.rollback()
+            raise
 
     def _many(self, sql: str, rows: Sequence[tuple[object, ...]]) -> None:
         try:

@@ -39,6 +39,9 @@ from trueweight.runtime.handshake import NONCE_BYTES, check_proof, make_proof, n
 log = logging.getLogger(__name__)
 
 MAX_FRAME_REPORTS = 1_024
+# A router joins at most 16,384 messages to a frame.
+_MAX_FRAME_ITEMS = 20_000
+_DISPATCHES_AT_ONCE = 64
 # How long at most a frame that ends a call is held back for others.
 _URGENT_MS = 5.0
 
@@ -175,8 +178,15 @@ class NodeSession:
 
     async def _read_forever(self) -> None:
         while (frame := await self._stream.read()) is not None:
-            for dispatch in frame.dispatches:
+            items = len(frame.dispatches) + len(frame.windows) + len(frame.stops)
+            if items + len(frame.cancels) > _MAX_FRAME_ITEMS:
+                raise InvalidRequest("the router's frame says more than all its calls have to say")
+            for number, dispatch in enumerate(frame.dispatches, 1):
                 self._dispatch(dispatch)
+                if number % _DISPATCHES_AT_ONCE == 0:
+                    # Others have their turn, and refusals leave before they pile up.
+                    await asyncio.sleep(0)
+                    await self._outbox.room()
             for window in frame.windows:
                 if runner := self._calls.get(window.call):
                     runner.feed(WindowGrown(window.tokens))

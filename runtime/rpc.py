@@ -83,9 +83,9 @@ def split_address(address: str) -> tuple[str, int]:
 
 def listen(server: grpc.aio.Server, address: str, keys: Path) -> str:
     """Binds with the certificate of a key directory; returns host:port with the real port."""
-    host, _ = split_address(address)
+    host, wanted = split_address(address)
     try:
-        port = server.add_secure_port(address, server_credentials(keys))
+        port = server.add_secure_port(f"{host}:{wanted}", server_credentials(keys))
     except RuntimeError:
         port = 0
     if port == 0:

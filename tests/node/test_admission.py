@@ -121,6 +121,10 @@ REFUSALS = {
         {"tamper": lambda d: setattr(d, "assignment", b"x" * 300_000)},
         "PAYLOAD_TOO_LARGE",
     ),
+    "hold that ends never": (
+        {"hold_expires_at_unix_ms": int(time.time() + 3 * 86_400) * 1000},
+        "INVALID_REQUEST",
+    ),
     "unsigned": ({"tamper": lambda d: setattr(d, "assignment", b"")}, "BAD_SIGNATURE"),
     "grammar beside": (
         {"tamper": lambda d: setattr(d, "grammar_source", b"{}")},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from trueweight.node import claims
 from trueweight.node.claims import claim_due, confirm_reports
 from trueweight.node.journal import JournalEntry, ReceiptJournal
-from trueweight.protos.errors import Unavailable
+from trueweight.protos.errors import PayloadTooLarge, StorageError, Unavailable
 from trueweight.protos.v1 import ledger_pb2
 
 NOW = 1_790_000_000_000
@@ -66,7 +67,7 @@ def bill(number):
     return number.to_bytes(16, "big")
 
 
-def fill(journal, count):
+def fill(journal, count, assignment=lambda _: b"a"):
     from trueweight.protos.envelope import seal
     from trueweight.protos.v1.market_pb2 import Receipt
     from trueweight.simulation.ledger_world import make_signer
@@ -74,7 +75,8 @@ def fill(journal, count):
     signer = make_signer("node0", "m")
     for number in range(count):
         receipt = seal(Receipt(market_id="m", assignment_digest=digest(number)), signer)
-        journal.record(JournalEntry(digest(number), b"h" * 16, NOW + 10_000, b"a", receipt))
+        entry = JournalEntry(digest(number), b"h" * 16, NOW + 10_000, assignment(number), receipt)
+        journal.record(entry)
 
 
 async def look(journal, books):
@@ -127,6 +129,44 @@ async def test_attack_a_router_cannot_fill_the_journal_with_reports(journal):
     assert not journal.has_reports()
     journal.note_reports([(b"", b"x" * 1_000_000)])
     assert not journal.has_reports()
+
+
+async def test_attack_a_few_large_assignments_do_not_keep_all_others_from_being_claimed(
+    journal, books, monkeypatch
+):
+    monkeypatch.setattr(claims, "_MAX_CALL_BYTES", 2000)
+    calls = []
+
+    async def apply(operations):
+        size = sum(len(o.claim.assignment) + len(o.claim.receipt) for o in operations)
+        if size > 2000 and len(operations) > 1:
+            raise PayloadTooLarge("the operations do not fit into one message")
+        calls.append(len(operations))
+        return [ledger_pb2.Result(status=ledger_pb2.Result.APPLIED) for _ in operations]
+
+    monkeypatch.setattr(books, "apply", apply)
+    fill(journal, 7, lambda number: b"a" * (5000 if number < 2 else 300))
+    assert await claim_due(journal, books, NOW) == 7
+    assert calls[:2] == [1, 1] and sum(calls) == 7 and max(calls) > 1
+
+
+def test_an_error_half_way_leaves_no_transaction_open(journal, tmp_path, monkeypatch):
+    """Every receipt from then on would be in it, and gone with a kill."""
+    real = journal._run
+
+    def failing(sql, values):
+        if sql.startswith("INSERT INTO cursor"):
+            raise StorageError("the disk is full")
+        return real(sql, values)
+
+    monkeypatch.setattr(journal, "_run", failing)
+    with pytest.raises(StorageError):
+        journal.note_earnings({bill(1): 1}, 7, NOW)
+    monkeypatch.undo()
+    fill(journal, 1)
+    other = ReceiptJournal(tmp_path / "journal.db")
+    assert other.knows(digest(0)) and other.earnings_cursor() == 0
+    other.close()
 
 
 async def test_an_earning_that_is_seen_before_its_report_counts(journal, books):

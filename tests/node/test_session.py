@@ -9,6 +9,7 @@ import os
 import grpc.aio
 import pytest
 
+from trueweight.node import session
 from trueweight.node.context import Timing
 from trueweight.node.synthetic import Speed
 from trueweight.protos.sampling import Sampling
@@ -304,6 +305,21 @@ async def test_attack_bad_proofs_end_the_session_unauthenticated(world):
             first = await stream.read()
             await stream.write(pb.RouterFrame(proof=attack(app, first.nonce.nonce)))
             assert await final_code(stream) == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_attack_a_frame_of_a_million_windows_ends_the_session(world, monkeypatch):
+    monkeypatch.setattr(session, "_MAX_FRAME_ITEMS", 10)
+    async with world.node() as app, world.session(app) as router:
+        await router.stream.write(pb.RouterFrame(windows=[pb.Window()] * 11))
+        await router.until(lambda: router.ended)
+
+
+async def test_refusals_leave_while_a_frame_of_many_dispatches_is_read(world, monkeypatch):
+    monkeypatch.setattr(session, "_DISPATCHES_AT_ONCE", 2)
+    async with world.node() as app, world.session(app) as router:
+        frame = pb.RouterFrame(dispatches=[pb.Dispatch(call=n) for n in range(100, 140)])
+        await router.stream.write(frame)
+        await router.until(lambda: len(router.rejected) == 40)
 
 
 async def test_attack_work_before_the_proof_ends_the_session(world):
