@@ -139,9 +139,15 @@ class Ledger:
             )
         if not operations:
             return []
+        if self._writer is None:
+            raise Unavailable("the ledger is not started")
         for _ in range(_MAX_CHECKS):
-            court = self._court
+            # A standby may not know yet whose keys its predecessor has heard of: what it thinks of
+            # signatures is nobody's answer, nor is what was checked before it took over.
+            term, court = self._writer.term, self._court
             prepared = bounded(await self._checkers.prepare(operations, caller, court))
+            if self._writer.term != term:
+                continue
             if not court.roles_of(caller) and all(map(is_hopeless, prepared)):
                 # The writer is for those who may write.
                 return [result_of(Outcome("refused", error=op.error)) for op in prepared]

@@ -45,6 +45,7 @@ class Writer:
         self._wake = threading.Condition()
         self._stopping = False
         self._active = False
+        self._term = 0
         self._housekept_ms = 0.0
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
@@ -56,13 +57,17 @@ class Writer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def term(self) -> int:
+        """Which of the times that this process is the writer it is now. Raises Unavailable if
+        another writes."""
+        self._check_active()
+        return self._term
+
     def submit(self, call: Call) -> None:
         """Queues a call. Raises OverCapacity, or Unavailable if another process writes."""
         with self._wake:
-            if self._stopping or not self._active:
-                raise Unavailable(
-                    "this ledger is not the writer now", hint="Try again; a standby takes over."
-                )
+            self._check_active()
             size = call.size
             own = self._queued_by.get(call.payer, 0) + size
             if own > MAX_QUEUED - self._queued:
@@ -74,6 +79,12 @@ class Writer:
             self._queued += size
             self._queued_by[call.payer] = own
             self._wake.notify()
+
+    def _check_active(self) -> None:
+        if self._stopping or not self._active:
+            raise Unavailable(
+                "this ledger is not the writer now", hint="Try again; a standby takes over."
+            )
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """Commits what is queued, then ends. Safe to call twice."""
@@ -114,6 +125,7 @@ class Writer:
         books.open()
         self._hooks.became_writer()
         self._hooks.committed(books.size, ())
+        self._term += 1
         self._active = True
         log.info("writing the books")
         with ThreadPoolExecutor(1, thread_name_prefix="ledger-commit") as committer:

@@ -14,6 +14,8 @@ from trueweight.protos.errors import OverCapacity, PermissionDenied, TrueweightE
 from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.simulation.ledger_world import Leg
 
+from .test_money import claim_of
+
 CREDIT = 10**9
 
 
@@ -102,6 +104,43 @@ async def test_the_standby_knows_node_keys_published_before_it_took_over(bench, 
     result = await until_applied([standby], router, world.capture(hold.id, Leg(world.node[0])))
     assert result.status == pb.Result.APPLIED
     bench.ledger = standby
+
+
+async def test_a_standby_refuses_no_claim_of_a_node_it_has_not_heard_of_yet(
+    bench, start, monkeypatch
+):
+    """A node takes a refusal for the ledger's last word."""
+    monkeypatch.setattr(service_module, "_FOLLOW_KEYS_MS", 1e13)
+    world, node = bench.world, bench.world.node[0].identity
+    standby = await start(world, bench.url, wait_ms=0)
+    await bench.publish_nodes()
+    await bench.must("admin", world.deposit("acme", CREDIT))
+    hold = world.hold("acme", CREDIT)
+    await bench.must("router", hold)
+    assert world.node[0].key_id not in standby.court.ring.keys
+    with pytest.raises(Unavailable):
+        await standby.as_caller(node).apply([claim_of(world, hold.id, Leg(world.node[0]))])
+
+
+async def test_what_was_checked_before_a_take_over_is_checked_again(bench, monkeypatch):
+    """By keys that its predecessor had heard of and this writer not yet."""
+    world, ledger = bench.world, bench.ledger
+    stale = ledger.court
+    await bench.publish_nodes()
+    await bench.must("admin", world.deposit("acme", CREDIT))
+    hold = world.hold("acme", CREDIT)
+    await bench.must("router", hold)
+    prepare, courts = ledger._checkers.prepare, []
+
+    async def prepare_before(operations, caller, court):
+        if not courts:
+            court, ledger._writer._term = stale, ledger._writer._term + 1
+        courts.append(court)
+        return await prepare(operations, caller, court)
+
+    monkeypatch.setattr(ledger._checkers, "prepare", prepare_before)
+    await bench.must("router", world.capture(hold.id, Leg(world.node[0])))
+    assert len(courts) == 2 and courts[0] is stale
 
 
 async def test_who_takes_over_checks_new_keys_only(bench, start, monkeypatch):
