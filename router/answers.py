@@ -77,6 +77,11 @@ class Answer:
         return 0 if self._withdrawn else len(self.output)
 
     @property
+    def is_complete(self) -> bool:
+        """True once ``finish`` is through: it will be billed whole."""
+        return self._complete
+
+    @property
     def was_withheld(self) -> bool:
         """True if the router goes away and the client has nothing: it pays nothing, prompt
         included."""

@@ -16,7 +16,6 @@ import grpc.aio
 from trueweight.protos.errors import TrueweightError
 from trueweight.protos.identity import Signer
 from trueweight.protos.market_terms import allow_list_of
-from trueweight.protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 from trueweight.router.api_keys import KeyGate
 from trueweight.router.billing import Terms
 from trueweight.router.catalog import Catalog
@@ -36,7 +35,7 @@ from trueweight.router.node_session import MAX_NODE_FRAME_BYTES, SessionIdentity
 from trueweight.router.offers import AllowList
 from trueweight.router.receipts_view import ReceiptsView
 from trueweight.router.reporting import reporter
-from trueweight.router.service import RouterService
+from trueweight.router.service import RouterService, add_router_service
 from trueweight.router.settlement import Settlement
 from trueweight.router.settling import Settler
 from trueweight.router.store import Store
@@ -197,7 +196,7 @@ class Router:
     async def _serve_grpc(self) -> None:
         ensure_certificate(self._config.keys, self._clock.now_unix_ms())
         self._server = rpc.make_server(max_request_bytes=MAX_NODE_FRAME_BYTES)
-        add_RouterServicer_to_server(self._service, self._server)
+        add_router_service(self._service, self._server)
         self.grpc_endpoint = rpc.listen(self._server, self._config.grpc_address, self._config.keys)
         await self._server.start()
 

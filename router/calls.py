@@ -68,7 +68,7 @@ class Call:
         self._ungranted = 0
         self._inbox: deque[CallEvent] = deque()
         self._news = asyncio.Event()
-        self._over = False
+        self._over = self._ending = False
 
     async def next(self, timeout_ms: float) -> CallEvent:
         """The next event. Raises DeadlineExceeded."""
@@ -86,10 +86,12 @@ class Call:
 
     def stop(self, at: int) -> None:
         """Ends the output after exactly ``at`` tokens of this leg."""
+        self._ending = True
         self._out.stop(self.number, at)
 
     def cancel(self) -> None:
         """Asks the node to abort and sign what it sent."""
+        self._ending = True
         self._out.cancel(self.number)
 
     def interrupt(self) -> None:
@@ -120,9 +122,10 @@ class Call:
         self._news.set()
 
     def _consumed(self, tokens: int) -> None:
-        # Granting in halves keeps the node busy and the messages few.
+        # Granting in halves keeps the node busy and the messages few. Once the end was asked for,
+        # no honest node has anything more to send.
         self._ungranted += tokens
-        if not self._over and self._ungranted * 2 >= self._window:
+        if not (self._over or self._ending) and self._ungranted * 2 >= self._window:
             self._out.grant(self.number, self._ungranted)
             self._allowance += self._ungranted
             self._ungranted = 0

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from trueweight.protos.errors import TrueweightError, Unavailable
-from trueweight.protos.v1.node_pb2 import NodeFrame
-from trueweight.protos.v1.node_pb2_grpc import NodeStub
+from trueweight.protos.v1.node_pb2 import RouterFrame
 from trueweight.router.fleet import Fleet, NodeRecord
+from trueweight.router.frames import frames_of
 from trueweight.router.node_session import (
     MAX_NODE_FRAME_BYTES,
     NodeSession,
@@ -21,6 +21,7 @@ from trueweight.runtime import rpc
 
 log = logging.getLogger(__name__)
 
+_SESSION = "/trueweight.v1.Node/Session"
 _PAUSES_MS = (200.0, 500.0, 1_000.0, 2_000.0, 5_000.0)
 
 
@@ -92,10 +93,16 @@ class Connections:
 
     async def _dial(self, record: NodeRecord, channel: grpc.aio.Channel) -> None:
         session = NodeSession(self._me, record.node_id)
-        call = NodeStub(channel).Session(session.outgoing())
+        # Answers come as bytes, to be weighed first.
+        method: grpc.aio.StreamStreamMultiCallable[RouterFrame, bytes] = channel.stream_stream(
+            _SESSION, request_serializer=RouterFrame.SerializeToString
+        )
+        call = method(session.outgoing())
         try:
             await session.run(
-                _frames(call), lambda s: self.adopt(record, s), lambda: _lease(record)
+                frames_of(session, _messages(call)),
+                lambda s: self.adopt(record, s),
+                lambda: _lease(record),
             )
             log.info("session with node %s ended", record.node_id)
         except TrueweightError as error:
@@ -108,15 +115,16 @@ class Connections:
         """A session is over."""
         if record.session is session:
             record.session = None
-        self._fleet.wake()
+        self._fleet.wake(record)
 
     async def adopt(self, record: NodeRecord, session: NodeSession) -> None:
         """A session has proved itself; an older one of the same node ends."""
         if record.session is not None and record.session is not session:
             record.session.close("the node opened another session")
         record.session = session
+        session.on_end = lambda: self._fleet.wake(record)
         log.info("session with node %s", record.node_id)
-        self._fleet.wake()
+        self._fleet.wake(record)
 
     def _is_wanted(self, record: NodeRecord) -> bool:
         """A node that neither answers nor registers for three leases is not dialled any more, nor
@@ -135,12 +143,12 @@ def _lease(record: NodeRecord) -> float:
     return float(record.offer.lease_ms)
 
 
-async def _frames(
-    call: grpc.aio.StreamStreamCall[object, NodeFrame],
-) -> AsyncIterator[NodeFrame]:
+async def _messages(
+    call: grpc.aio.StreamStreamCall[RouterFrame, bytes],
+) -> AsyncIterator[bytes]:
     try:
-        async for frame in call:
-            yield frame
+        async for message in call:
+            yield message
     except grpc.aio.AioRpcError as error:
         # Its words stay out of logs and answers: it knows prompts.
         code = rpc.from_rpc_error(error).code

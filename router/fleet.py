@@ -6,7 +6,6 @@ Holds state and answers with frozen views; ``trueweight.router.choosing`` decide
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +19,10 @@ from trueweight.router.judges import Judges
 from trueweight.router.node_session import NodeSession
 from trueweight.router.offers import AllowList
 from trueweight.router.quoting import Prices
+from trueweight.router.waiting import Line
 from trueweight.runtime.clock import Clock
 
 MAX_NODES = 4096
-_MAX_WAITERS = 2048
-# A lost wake-up costs at most this much; it also notices leases and breakers that changed. Many who
-# wait look less often each, so that all together look a hundred times a second at most.
-_POLL_MS = 100.0
-_POLL_EACH_MS = 10.0
-# Who is woken for nothing lets so many others look, one after the other: what he waits for may not
-# be what has changed.
-_PASSED_ON = 8
 # Views hold for so long if nothing of the fleet's own has changed; loads and leases may.
 _VIEWS_HOLD_MS = 50.0
 _AUDIT_SMOOTHING = 0.1
@@ -85,7 +77,7 @@ class Fleet:
         self._suspended: set[str] = set()
         # Share of audited answers that stood, by node; nodes without audits are absent.
         self._verified: dict[str, float] = {}
-        self._waiters: deque[asyncio.Future[int]] = deque()
+        self.line = Line()
         # What was answered last, by manifest: as of which change, and when.
         self._changes = 0
         self._views: dict[bytes, tuple[int, float, list[NodeView]]] = {}
@@ -182,42 +174,13 @@ class Fleet:
             record.in_flight -= 1
             record.tokens_in_flight -= tokens
             record.charge_in_flight_nano -= charge_nano
-            self.wake()
+            self.wake(record)
 
-    async def room(self, timeout_ms: float) -> int:
-        """Waits until something changed, at most a short while. Answers with how many others may
-        be woken if that was of no use. Raises OverCapacity if too many requests wait already or
-        the time is over."""
-        if timeout_ms <= 0 or len(self._waiters) >= _MAX_WAITERS:
-            raise OverCapacity(
-                "All nodes for this model are busy.", hint="Try again in a few seconds."
-            )
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        pause_ms = max(_POLL_MS, _POLL_EACH_MS * len(self._waiters))
-        try:
-            async with asyncio.timeout(min(timeout_ms, pause_ms) / 1000):
-                return await waiter
-        except TimeoutError:
-            return 0
-        finally:
-            if not waiter.done():
-                waiter.cancel()
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-
-    def wake(self) -> None:
-        """Something changed: lets the longest waiting request look again."""
+    def wake(self, record: NodeRecord | None = None) -> None:
+        """Something changed, about this node only if one is named: lets those look again who have
+        waited longest for what it offers."""
         self._changes += 1
-        self.pass_on(_PASSED_ON)
-
-    def pass_on(self, times: int) -> None:
-        """Lets the next request look, unless that was done often enough (0)."""
-        while self._waiters and times > 0:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(times)
-                return
+        self.line.wake([m.manifest_digest for m in record.offer.models] if record else None)
 
     def _view(self, record: NodeRecord, prices: Prices, context: int) -> NodeView:
         session, now = record.session, self._clock.monotonic_ms()

@@ -8,7 +8,7 @@ them again from the verification pool.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from trueweight.protos.errors import (
@@ -29,7 +29,7 @@ from trueweight.protos.v1.market_pb2 import FinishReason
 from trueweight.router.answers import Answer, AnswerEvent, Completed, Failed
 from trueweight.router.billing import ServedLeg
 from trueweight.router.channel import Channel, ClientGone
-from trueweight.router.choosing import Choice, Work, choose, eligible, price_ceilings
+from trueweight.router.choosing import Choice, NodeView, Work, choose, eligible, price_ceilings
 from trueweight.router.fleet import Fleet, NodeRecord
 from trueweight.router.keyring import Keys
 from trueweight.router.legs import (
@@ -41,6 +41,7 @@ from trueweight.router.legs import (
     LegTiming,
     make_assignment,
 )
+from trueweight.router.patience import Patience
 from trueweight.router.planning import Plan
 from trueweight.router.quoting import Prices, Quote, quote
 from trueweight.router.settlement import Account, Settlement
@@ -51,10 +52,6 @@ from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
-# Nodes that say they are full cost a request only a moment each; when all have said so, they are
-# asked again after a pause that grows, for as long as a request waits for a place.
-_MAX_REFUSALS = 64
-_FULL_PAUSE_MS, _MAX_FULL_PAUSE_MS = 100.0, 6_000.0
 # An answer that ran into its deadline still gets this long to be written out.
 _LAST_WORD_MS = 5_000.0
 # Who gives nothing for this long before its client gives up is slow, if not worse.
@@ -117,7 +114,9 @@ class RequestRun:
     def withdraw(self) -> None:
         """This router goes away: stop the work, bill what the client has."""
         self.answer.withdraw()
-        self.abandon()
+        if not self.answer.is_complete:
+            # A complete one waits for its capture only, and is billed: it is still handed out.
+            self.abandon()
 
     def abandon(self) -> None:
         """The client left: stop the work, bill what was delivered."""
@@ -205,19 +204,17 @@ class RequestRun:
         tried: set[str] = set()
         codes: set[str] = set()
         full: set[str] = set()
-        attempts = refusals = 0
-        queue_until_ms = self._services.clock.monotonic_ms() + self._services.timing.queue_ms
-        pause_ms = _FULL_PAUSE_MS
+        attempts, patience = 0, self._patience()
         problem = "none is left to try"
-        while attempts < _MAX_ATTEMPTS and refusals < _MAX_REFUSALS:
-            choice = await self._choose(most, frozenset(tried | full))
-            if choice is None and full and self._services.clock.monotonic_ms() < queue_until_ms:
-                full.clear()
-                await self._services.clock.sleep_ms(min(pause_ms, self._left_ms()))
-                pause_ms = min(2 * pause_ms, _MAX_FULL_PAUSE_MS)
-                continue
-            if choice is None:
+        while attempts < _MAX_ATTEMPTS:
+            choice = await self._choose(most, frozenset(tried | full), patience.until_ms)
+            if choice is None and (not full or patience.is_over):
                 break
+            if choice is None:
+                # Nobody else can, whatever the price.
+                full.clear()
+                await patience.pause()
+                continue
             leg = await self._run_leg(choice)
             if self.answers.is_gone:
                 raise ClientGone("the client is gone")
@@ -231,28 +228,38 @@ class RequestRun:
             if (complete := self.answer.ended_by()) is not None:
                 return complete
             if leg.code == OverCapacity.code:
-                # Asked again only when nobody else can, whatever its price.
                 full.add(leg.node.node_id)
-                refusals += 1
+                if patience.is_over:
+                    break
+                await patience.refused()
             else:
                 tried.add(leg.node.node_id)
-                attempts += 1
+                attempts, patience = attempts + 1, self._patience()
+        raise self._not_served(codes, problem)
+
+    def _patience(self) -> Patience:
+        services = self._services
+        queue_until_ms = services.clock.monotonic_ms() + services.timing.queue_ms
+        return Patience(services.clock, min(queue_until_ms, self._until_ms))
+
+    def _not_served(self, codes: set[str], problem: str) -> TrueweightError:
+        """What to tell the client when no node is left. ``codes``: of all legs' ends."""
         if self.answer.output:
-            raise EngineError(
+            return EngineError(
                 "The node was lost in the middle of the answer and no other could go on.",
                 hint="The lost part is free; send the request again.",
             )
         if codes == {OverCapacity.code}:
-            raise OverCapacity(
+            return OverCapacity(
                 "All nodes for this model are busy.", hint="Try again in a few seconds."
             )
         if self.plan.grammar_source and codes and codes <= _GRAMMAR_REFUSALS:
-            raise InvalidRequest(
+            return InvalidRequest(
                 "The nodes refused the grammar: it does not compile or costs too much.",
                 hint="You were not charged; simplify the schema or expression.",
                 param="response_format",
             )
-        raise Unavailable(
+        return Unavailable(
             f"No node could serve the request: {problem}.", hint="You were not charged; try again."
         )
 
@@ -266,27 +273,25 @@ class RequestRun:
         self.answer.reset()
         self._kept_legs = 0
 
-    async def _choose(self, most: Prices, tried: frozenset[str]) -> Choice | None:
+    async def _choose(self, most: Prices, tried: frozenset[str], until_ms: float) -> Choice | None:
         """A node with a free place, waiting for one if need be; None if nobody is eligible."""
         services, work = self._services, self._work(tried, most)
-        queue_until_ms = services.clock.monotonic_ms() + services.timing.queue_ms
-        woken = 0
+        fleet, digest = services.fleet, self.plan.model.manifest_digest
+        number, woken = fleet.line.number(), 0
         while True:
             if self.answers.is_gone:
-                services.fleet.pass_on(woken)
+                fleet.line.pass_on(digest, number, woken)
                 raise ClientGone("the client is gone")
-            able = eligible(services.fleet.views(self.plan.model.manifest_digest), work)
+            nodes = fleet.views(digest)
+            able = eligible(nodes, work)
             choice = choose(able, work, services.draw) if able else None
-            if choice is not None and woken:
-                # Whatever it was that changed, there may be room for more.
-                services.fleet.wake()
-            if choice is not None:
+            if _have_room(nodes, choice):
+                # There is more than this one takes, or what it may not have.
+                fleet.line.pass_on(digest, number, woken - (choice is None))
+            if choice is not None or not able:
                 return choice
-            services.fleet.pass_on(woken - 1)
-            if not able:
-                return None
-            now_ms = services.clock.monotonic_ms()
-            woken = await services.fleet.room(min(queue_until_ms, self._until_ms) - now_ms)
+            left_ms = until_ms - services.clock.monotonic_ms()
+            woken = await fleet.line.wait(digest, number, left_ms)
 
     async def _run_leg(self, choice: Choice) -> LegResult:
         services = self._services
@@ -364,6 +369,12 @@ class RequestRun:
 
     def _left_ms(self) -> float:
         return max(0.0, self._until_ms - self._services.clock.monotonic_ms())
+
+
+def _have_room(nodes: Sequence[NodeView], taken: Choice | None) -> bool:
+    """True if somebody else might find a place once this choice has taken its own."""
+    mine = taken.node if taken else None
+    return any(n.connected and n.in_flight + (n is mine) < n.capacity for n in nodes)
 
 
 def rate(node: NodeRecord, leg: LegResult, now_ms: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.x509 import InvalidVersion
 
 from trueweight.protos.envelope import (
     Opened,
@@ -24,6 +24,7 @@ from trueweight.protos.market_terms import (
 )
 from trueweight.protos.money import MAX_NANO
 from trueweight.protos.v1.market_pb2 import EngineAllowList, EngineFingerprint, Offer
+from trueweight.runtime.tls import channel_credentials
 
 _MAX_OFFER_BYTES = 128 * 1024
 MAX_KEY_EVENTS = 16
@@ -84,10 +85,11 @@ def _check_fresh(offer: Offer, now_unix_ms: int) -> None:
 
 
 def _check_certificate(pem: str) -> None:
+    """Made as for dialling, so that what is taken here can be dialled."""
     try:
-        load_pem_x509_certificate(pem.encode())
-    except ValueError:
-        raise InvalidRequest("an endpoint needs the certificate to pin, in PEM") from None
+        channel_credentials(pem)
+    except InvalidVersion:
+        raise InvalidRequest("the TLS certificate to pin has no known version") from None
 
 
 def _check_numbers(offer: Offer) -> None:

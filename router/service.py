@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from trueweight.protos.envelope import open_envelope
@@ -20,17 +21,21 @@ from trueweight.protos.errors import (
 from trueweight.protos.transcript_box import wrap_key
 from trueweight.protos.v1.audit_pb2 import AuditRequest
 from trueweight.protos.v1.market_pb2 import Member
-from trueweight.protos.v1.node_pb2 import NodeFrame, RouterFrame
+from trueweight.protos.v1.node_pb2 import RouterFrame
 from trueweight.protos.v1.router_pb2 import (
     OpenTranscriptRequest,
     OpenTranscriptResponse,
     RegisterRequest,
     RegisterResponse,
 )
-from trueweight.protos.v1.router_pb2_grpc import RouterServicer
+from trueweight.protos.v1.router_pb2_grpc import (
+    RouterServicer,
+    add_RouterServicer_to_server,
+)
 from trueweight.router.catalog import Catalog
 from trueweight.router.connections import Connections
 from trueweight.router.fleet import Fleet, NodeRecord
+from trueweight.router.frames import frames_of
 from trueweight.router.keyring import Keys
 from trueweight.router.node_session import NodeSession, SessionIdentity
 from trueweight.router.offers import open_offer
@@ -80,12 +85,11 @@ class RouterService(RouterServicer):
 
     @rpc.streaming
     async def Attach(
-        self, request_iterator: AsyncIterator[NodeFrame], context: Any
+        self, request_iterator: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[RouterFrame]:
         """A session opened by a node that nobody can dial; its offer comes with its proof."""
         session = NodeSession(self._me)
-        incoming = _frames(request_iterator)
-        task = asyncio.create_task(self._attach(session, incoming))
+        task = asyncio.create_task(self._attach(session, _messages(request_iterator)))
         try:
             async for frame in session.outgoing():
                 yield frame
@@ -148,7 +152,7 @@ class RouterService(RouterServicer):
             await self._me.clock.sleep_ms(100)
         return False
 
-    async def _attach(self, session: NodeSession, incoming: AsyncIterator[NodeFrame]) -> None:
+    async def _attach(self, session: NodeSession, incoming: AsyncIterator[bytes]) -> None:
         record: list[NodeRecord] = []
 
         async def opened(open_session: NodeSession) -> None:
@@ -160,7 +164,9 @@ class RouterService(RouterServicer):
 
         try:
             await session.run(
-                incoming, opened, lambda: float(record[0].offer.lease_ms) if record else 10_000.0
+                frames_of(session, incoming),
+                opened,
+                lambda: float(record[0].offer.lease_ms) if record else 10_000.0,
             )
         except TrueweightError as error:
             log.info("an attached session ended: %s", error)
@@ -179,9 +185,18 @@ class RouterService(RouterServicer):
         )
 
 
-async def _frames(requests: AsyncIterator[NodeFrame]) -> AsyncIterator[NodeFrame]:
+def add_router_service(service: RouterService, server: grpc.aio.Server) -> None:
+    """As generated, but the messages of Attach come as bytes, to be weighed first."""
+    add_RouterServicer_to_server(service, server)
+    attach: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+        service.Attach, response_serializer=RouterFrame.SerializeToString
+    )
+    server.add_registered_method_handlers("trueweight.v1.Router", {"Attach": attach})
+
+
+async def _messages(requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     try:
-        async for frame in requests:
-            yield frame
+        async for message in requests:
+            yield message
     except (grpc.aio.AioRpcError, grpc.aio.BaseError):
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
-import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from trueweight.node import session as node_session
 from trueweight.node.admission import Refused, admit
@@ -17,15 +20,18 @@ from trueweight.node.engine import Step
 from trueweight.node.synthetic import Speed, SyntheticEngine
 from trueweight.node.synthetic_model import ModelShape, SyntheticModel, shape_from_directory
 from trueweight.protos.envelope import seal
-from trueweight.protos.errors import EngineError, InvalidRequest
+from trueweight.protos.errors import EngineError, InvalidRequest, ReceiptRefused
 from trueweight.protos.market_terms import epoch_refusal
 from trueweight.protos.v1.audit_pb2 import EpochOpen
 from trueweight.protos.v1.market_pb2 import Offer, OfferedModel
-from trueweight.router import fleet
-from trueweight.router.legs import LegTiming
+from trueweight.router import fleet, legs
+from trueweight.router import patience as router_patience
+from trueweight.router.calls import Call, NewTokens, Outgoing
+from trueweight.router.legs import LegEnd, LegRunner, LegTiming
 from trueweight.router.lifecycle import Timing
-from trueweight.router.node_session import MAX_NODE_FRAME_BYTES, NodeSession
+from trueweight.router.node_session import NodeSession
 from trueweight.runtime import rpc
+from trueweight.runtime.clock import SystemClock
 from trueweight.simulation.inprocess import MODEL_DIRECTORY, MODEL_ID, NodeSpec
 from trueweight.simulation.ledger_world import make_signer
 
@@ -130,6 +136,27 @@ async def test_a_full_market_is_429_when_the_queue_time_is_over(bazaar, shopper,
         assert 3 <= len(asked) <= 8
 
 
+async def test_full_nodes_are_asked_for_the_whole_queue_time(bazaar, shopper, monkeypatch):
+    """However often they refuse meanwhile; and not in a loop where the request ends sooner."""
+    asked = []
+
+    def full(*_):
+        asked.append(time.monotonic())
+        return Refused("OVER_CAPACITY", "all places are taken")
+
+    monkeypatch.setattr(node_session, "admit", full)
+    monkeypatch.setattr(router_patience, "_FIRST_PAUSE_MS", 4.0)
+    monkeypatch.setattr(router_patience, "_LONGEST_PAUSE_MS", 4.0)
+    timing = replace(QUICK, queue_ms=60_000, request_ms=1_500)
+    async with bazaar(nodes=(dear("full"),), timing=timing) as market:
+        client = await shopper(market)
+        started = time.monotonic()
+        status, answer, _ = await client.post(BODY, "/completions")
+        assert status == 429, answer
+        assert time.monotonic() - started >= 1.5
+        assert len(asked) <= 1_500 / 4 + 2
+
+
 async def test_attack_out_of_vocabulary_ids_do_not_poison_the_continuation(bazaar, shopper):
     nodes = (cheap("poisons", engine=Poisons()), dear("works"))
     async with bazaar(nodes=nodes, timing=QUICK, draw=lambda: 0.5) as market:
@@ -160,30 +187,74 @@ async def test_attack_too_many_tokens_are_another_nodes_chance(bazaar, shopper, 
         assert floods and answer["usage"]["completion_tokens"] == BODY["max_tokens"]
 
 
-async def test_attack_a_stranger_sends_the_router_a_frame_that_unfolds(bazaar):
-    async with bazaar(nodes=(), timing=QUICK) as market:
-        member = market.router_member()
-        channel = rpc.make_channel(member.endpoint, member.tls_certificate_pem)
-        attach = channel.stream_stream(
-            "/trueweight.v1.Router/Attach", request_serializer=lambda body: body
-        )
+async def test_attack_tokens_after_a_stop_are_not_kept():
+    """Whatever the node goes on sending while its receipt is awaited."""
+    window, sent = legs._WINDOW_TOKENS, []
 
-        async def frames():
-            yield b'"\0' * MAX_NODE_FRAME_BYTES
-            await asyncio.sleep(5)
+    class Session:
+        def start(self, _, tokens):
+            call = Call(1, tokens, Outgoing(ignore, ignore, self.send, ignore))
+            asyncio.get_running_loop().call_soon(call.deliver, NewTokens((5,) * tokens))
+            self.call = call
+            return call
 
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            async for _ in attach(frames()):
-                pass
-        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        await channel.close()
+        def send(self, _, tokens):
+            sent.append(tokens)
+            asyncio.get_running_loop().call_soon(self.call.deliver, NewTokens((5,) * tokens))
+
+    leg = leg_at(Session(), max_tokens=1_000_000, receipt_ms=50)
+
+    async def first_only(_):
+        return 1
+
+    result = await leg.run(first_only)
+    assert result.end is LegEnd.FAILED and len(result.received) <= 2 * window
+    assert sum(sent) <= window
+
+
+async def test_attack_more_tokens_than_were_asked_for_end_the_leg():
+    class Session:
+        def start(self, _, tokens):
+            call = Call(1, tokens, Outgoing(ignore, ignore, ignore, ignore))
+            for count in (4, 4, 4):
+                call.deliver(NewTokens((5,) * count))
+            return call
+
+    taken = []
+
+    async def take(ids):
+        taken.extend(ids)
+
+    result = await leg_at(Session(), max_tokens=10).run(take)
+    assert (result.end, result.code) == (LegEnd.FAILED, ReceiptRefused.code)
+    assert len(taken) == len(result.received) == 8
+
+
+def leg_at(session, *, max_tokens, receipt_ms=1_000):
+    model = SimpleNamespace(manifest=SimpleNamespace(vocabulary_size=100))
+    plan = SimpleNamespace(salt=b"s" * 16, prompt=(1,), grammar_source=b"", model=model)
+    return LegRunner(
+        SimpleNamespace(plan=plan, prefix=(), deadline_ms=60_000),
+        SimpleNamespace(session=session),
+        SimpleNamespace(envelope=b"", message=SimpleNamespace(max_tokens=max_tokens)),
+        clock=SystemClock(),
+        timing=LegTiming(receipt_ms=receipt_ms),
+        keys=None,
+    )
+
+
+def ignore(*_):
+    return None
 
 
 async def test_attack_registrations_that_cannot_be_dialled_leave_nothing(bazaar, monkeypatch):
     async with bazaar(nodes=(), timing=QUICK) as market:
         service, connections = market.router._service, market.router._connections
-        with pytest.raises(InvalidRequest, match="PEM"):
-            await service._take_offer(fake_offer(market, "careless", pem="x" * 100_000))
+        good = (market.directory / "keys/router/tls-cert.pem").read_text()
+        for pem in ("x" * 1_000, "x" * 100_000, 2 * good, of_unknown_version(good)):
+            with pytest.raises(InvalidRequest, match="TLS certificate"):
+                await service._take_offer(fake_offer(market, "careless", pem=pem))
+        assert not market.router.fleet.all()
 
         def broken(*_, **__):
             raise RuntimeError("no such certificate")
@@ -259,6 +330,13 @@ async def test_attack_free_identities_do_not_fill_the_fleet(bazaar, shopper, mon
         assert status == 200, answer
         await asyncio.sleep(0.5)
         assert len(connections._tasks) <= 8 + 1
+
+
+def of_unknown_version(pem):
+    der = x509.load_pem_x509_certificate(pem.encode()).public_bytes(Encoding.DER)
+    # The first field of a certificate of version 3.
+    body = base64.b64encode(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x09", 1))
+    return f"-----BEGIN CERTIFICATE-----\n{body.decode()}\n-----END CERTIFICATE-----\n"
 
 
 def fake_offer(market, name, pem=""):

@@ -324,6 +324,35 @@ async def test_a_router_that_goes_away_charges_for_what_it_gave_only(
         assert (int(account.debits_posted_nano) > 0) == stream
 
 
+async def test_a_router_that_goes_away_hands_out_what_it_has_billed(
+    start_market, connect, name, monkeypatch
+):
+    """An answer that waits for its capture only is complete: it is paid and given."""
+    async with start_market() as market:
+        client, settler = await connect(market), market.router.settler
+        capturing, go_on = asyncio.Event(), asyncio.Event()
+        capture = settler.capture
+
+        async def slow(operation, wait_ms):
+            capturing.set()
+            await go_on.wait()
+            await capture(operation, wait_ms)
+
+        monkeypatch.setattr(settler, "capture", slow)
+        asked = asyncio.ensure_future(
+            client.completions.create(model=MODEL_ID, prompt="def f", max_tokens=4)
+        )
+        await asyncio.wait_for(capturing.wait(), 5)
+        closing = asyncio.ensure_future(market.router.close(drain_ms=0))
+        await asyncio.sleep(0.1)
+        go_on.set()
+        answer = await asked
+        await closing
+        assert answer.usage.completion_tokens == 4
+        account = await market.balance(f"client:{name}")
+        assert int(account.debits_posted_nano) == answer.usage.cost_nano > 0
+
+
 async def test_a_ledger_that_is_full_gets_no_voids_of_holds_that_never_were(
     start_market, connect, monkeypatch
 ):

@@ -135,13 +135,27 @@ async def test_attack_empty_token_messages_and_unknown_calls_do_not_pile_up(wire
     assert len(call._inbox) == 0
 
 
-async def test_attack_a_frame_of_a_million_empty_messages_ends_the_session(wire, monkeypatch):
-    monkeypatch.setattr(node_session, "_MAX_FRAME_ITEMS", 10)
+@pytest.mark.parametrize("end", [lambda call: call.stop(1), lambda call: call.cancel()])
+async def test_attack_tokens_after_the_end_was_asked_for_get_no_window(wire, end):
     call = wire.session.start(Dispatch(), 4)
-    await wire.frames.put(NodeFrame(tokens=[Tokens()] * 6, finished=[Finished()] * 5))
+    end(call)
+    await wire.frames.put(NodeFrame(tokens=[Tokens(call=call.number, token_ids=[1] * 4)]))
+    await call.next(1000)
+    assert not (await anext(wire.sent)).windows and not wire.session._outbox
+    # So whoever goes on sending loses the call.
+    await wire.frames.put(NodeFrame(tokens=[Tokens(call=call.number, token_ids=[1])]))
     assert isinstance(await call.next(1000), calls.Lost)
-    with pytest.raises(BadSignature):
-        await wire.task
+
+
+async def test_a_session_that_takes_no_more_work_says_so_at_once(wire):
+    ends = []
+    wire.session.on_end = lambda: ends.append(wire.session.is_open)
+    for _ in range(2):
+        await wire.frames.put(NodeFrame(draining=True))
+    await wire.frames.put(None)
+    await asyncio.wait({wire.task}, timeout=5)
+    wire.session.close("again")
+    assert ends == [True, False]
 
 
 async def test_attack_what_is_kept_of_a_frame_does_not_keep_the_frame(wire):
