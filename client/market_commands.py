@@ -208,13 +208,9 @@ def reissue(
     if any(options[name] is not None for name in _TERMS):
         known = old.audit_terms if old.HasField("audit_terms") else DEFAULT_AUDIT_TERMS
         terms = _audit_terms(known, options)
-    events = [_read_event(path) for path in admit_verifier]
+    events = [read_bounded(path, _MAX_FILE_BYTES) for path in admit_verifier]
     changes = Changes(changed, events, convictions_needed, allow, terms)
     _print(reissue_market(directory, changes, SystemClock()), as_json)
-
-
-def _read_event(path: Path) -> bytes:
-    return read_bounded(path, _MAX_FILE_BYTES)
 
 
 def _print(shown: Market, as_json: bool) -> None:

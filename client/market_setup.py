@@ -19,6 +19,7 @@ from trueweight.protos.v1.market_pb2 import AuditTerms, EngineAllowList, MarketD
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.keys import create_keys, load_signer
 from trueweight.runtime.market import Market, load_market, write_market
+from trueweight.runtime.rpc import host_and_port
 from trueweight.runtime.tls import ensure_certificate
 
 MARKET_FILE, KEYS, _MARKET_KEYS = "market.json", "keys", "market"
@@ -186,7 +187,6 @@ def _check(plan: MarketPlan) -> None:
 def _check_endpoint(name: str, endpoint: str) -> None:
     if name not in ROLES:
         raise InvalidRequest(f"{name!r} is not a role", hint=f"Roles: {', '.join(ROLES)}.")
-    host, separator, port = endpoint.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
-    if endpoint and not (host and separator and is_port):
+    # Both must be named: others dial it.
+    if endpoint and not all(host_and_port(endpoint) or ("",)):
         raise InvalidRequest(f"{endpoint!r} is not an endpoint", hint="Write host:port.")

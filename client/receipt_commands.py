@@ -9,7 +9,7 @@ import click
 from trueweight.client.model_files import open_manifest
 from trueweight.client.receipt_check import NOT_PROVEN, check_bundle, holds
 from trueweight.protos.errors import ReceiptRefused
-from trueweight.protos.receipt_bundle import MAX_BUNDLE_BYTES, ReceiptBundle, parse_bundle
+from trueweight.protos.receipt_bundle import MAX_BUNDLE_BYTES, parse_bundle
 from trueweight.runtime.cli import (
     json_option,
     market_option,
@@ -39,7 +39,7 @@ def verify(file: Path, market: Path, manifest: Path | None, as_json: bool) -> No
     Exits with 0 only if every signature, digest and amount in it holds.
     """
     known = load_market(market)
-    bundle = _read(file)
+    bundle = parse_bundle(read_bounded(file, MAX_BUNDLE_BYTES))
     findings = check_bundle(bundle, known, open_manifest(manifest, known) if manifest else None)
     good = holds(findings)
     if as_json:
@@ -63,7 +63,3 @@ def verify(file: Path, market: Path, manifest: Path | None, as_json: bool) -> No
             check=wrong,
             hint="Keep the file: its signatures show who signed what.",
         )
-
-
-def _read(path: Path) -> ReceiptBundle:
-    return parse_bundle(read_bounded(path, MAX_BUNDLE_BYTES))

@@ -27,11 +27,10 @@ from trueweight.ledger.archived import (
     Archive,
     Row,
 )
-from trueweight.ledger.leaves import TRANSFER
+from trueweight.ledger.leaves import TRANSFER, parse_batch
 from trueweight.ledger.tiles import WIDTH
 from trueweight.protos.errors import StorageError, Unavailable
 from trueweight.protos.merkle import HASH_BYTES, leaf_hash
-from trueweight.protos.v1 import ledger_pb2 as pb
 from trueweight.runtime.locks import only_one
 
 # Rows deleted in one transaction: the writer waits no longer than that takes.
@@ -163,7 +162,7 @@ def _copy_bundles(source: sa.Connection, target: sqlite3.Connection, start: int,
             for kind, body in bundle.unpack(row[1], bytes(row[4])):
                 last = body if kind == TRANSFER else last
         _insert(target, "bundle", [r for r in rows if r[2] <= bundle.FREQUENT_MASK])
-    batch = pb.TransferBatch.FromString(last)
+    batch = parse_batch(last)
     return batch.first_sequence + len(batch.movements) - 1 if last else 0
 
 

@@ -34,6 +34,19 @@ _WORTH_A_PROCESS = 200_000
 _LOOK_S = 0.5
 
 
+@contextmanager
+def _rarely_collecting() -> Iterator[None]:
+    """Rows are many and form no cycles: looking for them all the time takes a quarter as long as
+    the checks."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rarely_collecting()
 def check(
     engine: sa.Engine,
     market_id: str,
@@ -43,17 +56,6 @@ def check(
 ) -> Findings:
     """All checks. ``ledger_keys`` are public keys that may have signed checkpoints; None skips
     their signatures. What was archived is checked as if it had never left."""
-    with _rarely_collecting():
-        return _check(engine, market_id, ledger_keys, progress, archive)
-
-
-def _check(
-    engine: sa.Engine,
-    market_id: str,
-    ledger_keys: list[bytes] | None,
-    progress: Progress,
-    archive: Archive | None,
-) -> Findings:
     findings = Findings()
     transfers = 0
     with to_the_end(findings, "the books"), engine.connect() as connection:
@@ -77,18 +79,6 @@ def _check(
     return findings
 
 
-@contextmanager
-def _rarely_collecting() -> Iterator[None]:
-    """Rows are many and form no cycles: looking for them all the time takes a quarter as long as
-    the checks."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
 def _result(books: Future[Findings]) -> Findings:
     try:
         return books.result()
@@ -105,6 +95,7 @@ def _share(folded: Any) -> None:
     _folded = folded
 
 
+@_rarely_collecting()
 def _check_books(url: sa.URL, archive: Archive | None) -> Findings:
     engine = make_engine(url)
 
@@ -112,7 +103,6 @@ def _check_books(url: sa.URL, archive: Archive | None) -> Findings:
         _folded.value = done
 
     try:
-        with _rarely_collecting():
-            return check_books(engine, archive, note)
+        return check_books(engine, archive, note)
     finally:
         engine.dispose()

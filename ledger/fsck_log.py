@@ -13,6 +13,7 @@ from trueweight.ledger.audits import STEP_KINDS, StepRow, step_row
 from trueweight.ledger.findings import (
     Findings,
     Progress,
+    count,
     kept_rows,
     snapshot,
     stream,
@@ -292,7 +293,7 @@ class _Kept:
 
 def _check_holds(connection: sa.Connection, findings: Findings) -> None:
     """Every hold paid what its receipts charge, and its client is theirs."""
-    wrong = sa.text(
+    wrong = (
         "SELECT COUNT(*) FROM (SELECT hold_id, SUM(charge) AS charged, MIN(client) AS one, "
         "MAX(client) AS other FROM leg GROUP BY hold_id) l "
         "LEFT JOIN pending p ON p.id = l.hold_id AND p.kind = 1 "
@@ -303,7 +304,7 @@ def _check_holds(connection: sa.Connection, findings: Findings) -> None:
         "(SELECT COALESCE(SUM(posted), 0) FROM pending WHERE kind = 1)"
     )
     charged, posted = connection.execute(sums).one()
-    if connection.execute(wrong).scalar_one() or charged != posted:
+    if count(connection, wrong) or charged != posted:
         findings.add("holds were captured for other sums or clients than their receipts")
 
 

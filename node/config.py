@@ -10,6 +10,7 @@ from trueweight.node.registration import DEFAULT_LEASE_MS
 from trueweight.protos.errors import InvalidRequest, NotFound
 from trueweight.protos.v1.market_pb2 import Member
 from trueweight.runtime.market import Market
+from trueweight.runtime.rpc import host_and_port
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def advertised_endpoint(config: NodeConfig, listening: str) -> str:
         return ""
     port = listening.rpartition(":")[2]
     if config.advertise:
-        host, _, wanted_port = config.advertise.rpartition(":")
-        if not host or not (wanted_port.isascii() and wanted_port.isdigit()):
+        host, wanted_port = host_and_port(config.advertise) or ("", 0)
+        if not host:
             raise InvalidRequest(
                 f"--advertise {config.advertise!r} is not HOST:PORT",
                 hint="Write it as in gpu1.example:7001.",
             )
-        return f"{host}:{port if wanted_port == '0' else wanted_port}"
+        return f"{host}:{wanted_port or port}"
     host = listening.rpartition(":")[0]
     if host in ("0.0.0.0", "[::]", "::"):  # noqa: S104
         raise InvalidRequest(

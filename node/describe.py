@@ -54,14 +54,14 @@ def open_offer(data: bytes, market_id: str) -> Offer:
 
 
 async def _certificate_of(endpoint: str, timeout_ms: float) -> str:
-    host, _, port = endpoint.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()):
+    host, port = rpc.host_and_port(endpoint) or ("", 0)
+    if not host:
         raise InvalidRequest(
             f"{endpoint!r} is not HOST:PORT", hint="Write it as in gpu1.example:7001."
         )
     try:
         return await asyncio.to_thread(
-            ssl.get_server_certificate, (host, int(port)), timeout=timeout_ms / 1000
+            ssl.get_server_certificate, (host, port), timeout=timeout_ms / 1000
         )
     except OSError as error:
         raise Unavailable(

@@ -46,6 +46,7 @@ from trueweight.router.planning import Plan
 from trueweight.router.quoting import Prices, Quote, quote
 from trueweight.router.settlement import Account, Settlement
 from trueweight.router.settling import Settler
+from trueweight.router.waiting import all_busy
 from trueweight.runtime.clock import Clock
 from trueweight.runtime.ledger_port import LedgerPort, raise_refused
 
@@ -250,9 +251,7 @@ class RequestRun:
                 hint="The lost part is free; send the request again.",
             )
         if codes == {OverCapacity.code}:
-            return OverCapacity(
-                "All nodes for this model are busy.", hint="Try again in a few seconds."
-            )
+            return all_busy()
         if self.plan.grammar_source and codes and codes <= _GRAMMAR_REFUSALS:
             return InvalidRequest(
                 "The nodes refused the grammar: it does not compile or costs too much.",
@@ -285,7 +284,7 @@ class RequestRun:
             nodes = fleet.views(digest)
             able = eligible(nodes, work)
             choice = choose(able, work, services.draw) if able else None
-            if _have_room(nodes, choice):
+            if woken and _have_room(nodes, choice):
                 # There is more than this one takes, or what it may not have.
                 fleet.line.pass_on(digest, number, woken - (choice is None))
             if choice is not None or not able:

@@ -18,6 +18,11 @@ _POLL_EACH_MS = 10.0
 _PASSED_ON = 8
 
 
+def all_busy() -> OverCapacity:
+    """What a client is told for whom no place was found in time."""
+    return OverCapacity("All nodes for this model are busy.", hint="Try again in a few seconds.")
+
+
 class Line:
     """One line for each model's weights: who waits for one must not be held up by those who wait
     for another."""
@@ -37,9 +42,7 @@ class Line:
         many others may be woken if that was of no use. Raises OverCapacity if too many requests
         wait already or the time is over."""
         if timeout_ms <= 0 or self._count >= _MAX_WAITERS:
-            raise OverCapacity(
-                "All nodes for this model are busy.", hint="Try again in a few seconds."
-            )
+            raise all_busy()
         news: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.setdefault(manifest_digest, [])
         insort(waiting, (number, news), key=_number)

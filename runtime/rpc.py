@@ -73,12 +73,22 @@ def make_server(*, max_request_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Serve
     )
 
 
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """Both of HOST:PORT as they are written, the host perhaps empty; None if it is not that."""
+    host, colon, port = text.rpartition(":")
+    is_number = port.isascii() and port.isdigit() and len(port) <= len("65535")
+    if not colon or not is_number or int(port) > 65535:
+        return None
+    return host, int(port)
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT; no host means loopback. Raises InvalidRequest."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    found = host_and_port(address)
+    if found is None:
         raise InvalidRequest(f"{address[:100]!r} is not HOST:PORT", hint="Write 127.0.0.1:0.")
-    return host or "127.0.0.1", int(port)
+    host, port = found
+    return host or "127.0.0.1", port
 
 
 def listen(server: grpc.aio.Server, address: str, keys: Path) -> str:

@@ -117,15 +117,21 @@ async def test_attack_a_cheap_node_that_refuses_everything_does_not_close_the_ma
         assert statuses == [200] * 10
 
 
-async def test_a_full_market_is_429_when_the_queue_time_is_over(bazaar, shopper, monkeypatch):
-    """Not 503 after a moment: nothing is wrong with a node whose places others have taken."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """When each assignment came to a node; all of them say that they are full."""
+    times = []
 
     def full(*_):
-        asked.append(time.monotonic())
+        times.append(time.monotonic())
         return Refused("OVER_CAPACITY", "all places are taken")
 
     monkeypatch.setattr(node_session, "admit", full)
+    return times
+
+
+async def test_a_full_market_is_429_when_the_queue_time_is_over(bazaar, shopper, asked):
+    """Not 503 after a moment: nothing is wrong with a node whose places others have taken."""
     async with bazaar(nodes=(dear("full"),), timing=replace(QUICK, queue_ms=1_500)) as market:
         client = await shopper(market)
         started = time.monotonic()
@@ -136,15 +142,8 @@ async def test_a_full_market_is_429_when_the_queue_time_is_over(bazaar, shopper,
         assert 3 <= len(asked) <= 8
 
 
-async def test_full_nodes_are_asked_for_the_whole_queue_time(bazaar, shopper, monkeypatch):
+async def test_full_nodes_are_asked_for_the_whole_queue_time(bazaar, shopper, asked, monkeypatch):
     """However often they refuse meanwhile; and not in a loop where the request ends sooner."""
-    asked = []
-
-    def full(*_):
-        asked.append(time.monotonic())
-        return Refused("OVER_CAPACITY", "all places are taken")
-
-    monkeypatch.setattr(node_session, "admit", full)
     monkeypatch.setattr(router_patience, "_FIRST_PAUSE_MS", 4.0)
     monkeypatch.setattr(router_patience, "_LONGEST_PAUSE_MS", 4.0)
     timing = replace(QUICK, queue_ms=60_000, request_ms=1_500)
